@@ -1,0 +1,3 @@
+from edgeward.agent.main import main
+
+raise SystemExit(main())

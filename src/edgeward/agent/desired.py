@@ -1,0 +1,64 @@
+"""What this node should do, read from the replica: its apps, their settings, its exports, its services.
+
+Pure reading; every answer follows from the replica alone, so it is the same with and without the link.
+"""
+
+from __future__ import annotations
+
+from edgeward.agent.replica import Replica
+from edgeward.core.resource import CLUSTER, Key, Resource
+from edgeward.core.scope import NodeView, matches
+from edgeward.workloads.placement import share
+
+
+class Desired:
+    def __init__(self, replica: Replica, node: str, site: str) -> None:
+        self._replica = replica
+        self._node, self._site = node, site
+
+    def nodes(self) -> list[Resource]:
+        return [n for n in self._replica.items("Node") if n.spec.site == self._site]
+
+    def apps(self) -> dict[tuple[str, str], tuple[Resource, int]]:
+        """Every App with instances on this node: (namespace, name) to (App, number of instances here)."""
+        nodes = self.nodes()
+        found: dict[tuple[str, str], tuple[Resource, int]] = {}
+        for app in self._replica.items("App"):
+            count = 0 if app.metadata.deletionTimestamp else share(app, nodes, self._node)
+            if count:
+                found[app.metadata.namespace, app.metadata.name] = (app, count)
+        return found
+
+    def config(self, namespace: str, name: str) -> dict[str, str] | None:
+        found = self._replica.find(Key("Config", namespace, name))
+        return dict(found.spec.data) if found else None
+
+    def secret(self, namespace: str, name: str) -> dict[str, str] | None:
+        found = self._replica.find(Key("Secret", namespace, name))
+        return dict(found.spec.data) if found else None
+
+    def exports(self) -> list[Resource]:
+        labels = self._replica.find(Key("Node", CLUSTER, self._node))
+        me = NodeView(self._node, self._site, (labels.metadata.labels if labels else {},))
+        return [
+            e
+            for e in self._replica.items("Export")
+            if not e.metadata.deletionTimestamp and matches(getattr(e.spec, "placement", None), me)
+        ]
+
+    def service_env(self, namespace: str) -> dict[str, str]:
+        """``EDGEWARD_SERVICE_<NAME>``: the endpoints (``host:port``, comma-separated) known of each Service."""
+        env: dict[str, str] = {}
+        for service in self._replica.items("Service", namespace):
+            endpoints: list[str] = []
+            app = self._replica.find(Key("App", namespace, str(service.spec.app)))
+            for i in (app.status if app else {}).get("instances", []):
+                port = i.get("ports", {}).get(service.spec.port)
+                if port and i.get("phase") == "Running":
+                    endpoints.append(f"{i.get('address') or '127.0.0.1'}:{port}")
+            for e in service.status.get("endpoints", []):
+                if e.get("node") != self._node and e.get("site") == self._site:
+                    endpoints.append(f"{e.get('address')}:{e.get('port')}")
+            name = service.metadata.name.upper().replace("-", "_")
+            env[f"EDGEWARD_SERVICE_{name}"] = ",".join(dict.fromkeys(endpoints))
+        return env

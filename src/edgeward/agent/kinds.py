@@ -1,0 +1,18 @@
+"""Brings the kinds and the edge-side extensions that an agent needs into the registry."""
+
+from __future__ import annotations
+
+import importlib
+
+_ROOMS = (
+    "edgeward.core.kinds",
+    "edgeward.nodes.spec",
+    "edgeward.workloads.spec",
+    "edgeward.streams.spec",
+    "edgeward.workloads.process",
+)
+
+
+def load() -> None:
+    for module in _ROOMS:
+        importlib.import_module(module)

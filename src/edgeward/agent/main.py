@@ -1,0 +1,345 @@
+"""The agent: the edge sides of the rooms in one process, beside the node's nats-server.
+
+Start order is the order of need: the replica is read and apps are brought up at once, the nats-server, the API and the
+link come beside them. Nothing waits for the hub. Everything that must survive a SIGKILL is on disk before it is
+acknowledged: desired state and local changes in ``replica.db``, versions and instances in ``workloads.db``, readings in
+the node's JetStream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import platform
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from edgeward import __version__
+from edgeward.agent.desired import Desired
+from edgeward.agent.kinds import load
+from edgeward.agent.replica import Replica
+from edgeward.core import clock, daemon
+from edgeward.core.api import Principal, build_app
+from edgeward.core.audit import Audit
+from edgeward.core.bus import Bus
+from edgeward.core.errors import EdgewardError, NotFound
+from edgeward.core.files import read_json
+from edgeward.core.identity import NodeIdentity, inbox_prefix
+from edgeward.core.natsserver import AGENT_USER, NatsServer, NodeSpec
+from edgeward.core.outbox import Outbox
+from edgeward.core.records import SqliteRecords
+from edgeward.core.resource import Key
+from edgeward.core.resources import Resources
+from edgeward.core.store import Change
+from edgeward.core.streaming import flag, json, number, record_routes
+from edgeward.nodes.calls import CallServer
+from edgeward.nodes.edge import NodeEdge
+from edgeward.streams.edge import ExportsEdge
+from edgeward.workloads.edge import AppsEdge
+
+log = logging.getLogger("edgeward.agent")
+
+MQTT_USER = "edge"
+
+
+class Agent:
+    """One node's agent; :meth:`run` until the stop event."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        config = read_json(data / "node.json")
+        self.node, self.site = str(config["node"]), str(config["site"])
+        self.hub = config.get("hub") or {}
+        self.bind = str(config.get("bind", "127.0.0.1"))
+        self.address = str(config.get("address", self.bind))
+        self.stop_apps = config.get("onStop", "leave") == "stop"
+        self.run_file = daemon.RunFile(data / "run.json")
+        self.api_socket = daemon.socket_path(data, "api.sock")
+        self.identity = NodeIdentity.open(data / "identity")
+        self.replica = Replica(data / "replica.db", site=self.site)
+        self.records = SqliteRecords(data / "records.db")
+        self.audit = Audit(data / "audit.db")
+        self.resources = Resources(self.replica, self.audit)
+        self.link = NodeEdge(self.node, self.replica, self.records, self._flipped)
+        self.desired = Desired(self.replica, self.node, self.site)
+        self.apps = AppsEdge(
+            node=self.node,
+            site=self.site,
+            data_dir=data,
+            source=self.desired,
+            report=self._app_status,
+            event=self._event,
+        )
+        self._ready = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.nats: NatsServer | None = None
+        self.bus: Bus | None = None
+        self.outbox: Outbox | None = None
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def run(self, stop: asyncio.Event) -> int:
+        app = build_app(
+            self.resources,
+            self.replica,
+            auth=lambda token, client: Principal("local"),
+            extra_routes=self._routes(),
+            health=self._health,
+            metrics=self._metrics,
+            info={"role": "agent", "version": __version__, "node": self.node, "site": self.site},
+        )
+        self.api_socket.unlink(missing_ok=True)
+        old_umask = os.umask(0o177)  # the socket is for the owner only; uvicorn would make it for everybody
+        try:
+            server = daemon.http_server(app, uds=str(self.api_socket))
+            async with server:
+                self.api_socket.chmod(0o600)
+                os.umask(old_umask)
+                await daemon.until(stop, self.apps.run, self._watch, self._messages)
+        finally:
+            os.umask(old_umask)
+            self._ready = False
+            await self.apps.shutdown(leave=not self.stop_apps)
+            if self.bus is not None:
+                await self.bus.close()
+            if self.nats is not None and self.stop_apps:
+                await self.nats.stop()
+            self.run_file.remove()
+            self.api_socket.unlink(missing_ok=True)
+        return 0
+
+    async def _messages(self) -> None:
+        """nats-server, and everything that speaks through it."""
+        spec = NodeSpec(
+            self.node,
+            hub_url=f"wss://{self.hub['host']}:{self.hub['port']}" if self.hub and self.identity.enrolled else "",
+            creds_file=self.identity.creds_file if self.identity.enrolled else None,
+            ca_file=self.identity.ca_file if self.identity.enrolled else None,
+            mqtt_host=self.bind,
+            mqtt_users={MQTT_USER: self._mqtt_password()},
+        )
+        self.nats = nats = NatsServer(self.data / "nats", spec, on_restart=self._say)
+        await nats.start()
+        self.bus = bus = await Bus.connect(
+            nats.url,
+            name=f"agent-{self.node}",
+            username=AGENT_USER,
+            password=nats.secret,
+            inbox=inbox_prefix(self.node),
+        )
+        self.outbox = Outbox(bus.client, node=self.node)
+        exports = ExportsEdge(
+            bus.client,
+            self.outbox,
+            node=self.node,
+            mqtt=(self.bind, nats.ports["mqtt"], MQTT_USER, self._mqtt_password()),
+            report=self._export_status,
+        )
+        self._exports = exports
+        calls = CallServer(self.node, {"logs": self._logs, "usage": self._usage})
+        await exports.apply(self.desired.exports())
+        self._ready = True
+        self._say()
+        self._report_node()
+        log.info("agent %s of node %s ready", __version__, self.node)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(nats.run())
+            group.create_task(self.outbox.run())
+            group.create_task(exports.run())
+            group.create_task(self.link.run(bus))
+            group.create_task(calls.run(bus.client))
+
+    def _mqtt_password(self) -> str:
+        import secrets
+
+        saved = self.replica.meta("mqtt_password")
+        return saved or self.replica.set_meta("mqtt_password", secrets.token_urlsafe(24))
+
+    def _say(self) -> None:
+        nats = self.nats
+        self.run_file.write(
+            ready=self._ready,
+            nats=nats.pid if nats else None,
+            api=str(self.api_socket),
+            mqtt_url=f"mqtt://{self.address}:{nats.ports['mqtt']}" if nats else None,
+            mqtt_user=MQTT_USER,
+            mqtt_password=self._mqtt_password(),
+        )
+
+    async def _watch(self) -> None:
+        """What changed in the replica moves the rooms."""
+        for key in [r.key for r in self.replica.items("App")]:
+            self.apps.poke(key.namespace, key.name)
+        while True:
+            try:
+                with self.replica.watch(self.replica.revision) as changes:
+                    async for change in changes:
+                        await self._changed(change)
+            except EdgewardError as e:
+                log.info("watch starts anew: %s", e)
+
+    async def _changed(self, change: Change) -> None:
+        key = change.key
+        if self.replica.local_change(key) or change.resource is None:
+            self.link.wake_push()
+        if change.status_only and key.kind not in ("Service",):
+            return
+        if key.kind == "Export":
+            if self.outbox is not None and self._ready:
+                await self._exports.apply(self.desired.exports())
+        elif key.kind == "App":
+            self.apps.poke(key.namespace, key.name)
+            if change.resource is None:
+                self.link.report(key, None)
+        elif key.kind in ("Config", "Secret", "Service"):
+            for app in self.replica.items("App", key.namespace):
+                self.apps.poke(key.namespace, app.metadata.name)
+        elif key.kind in ("Node", "Override"):
+            for app in self.replica.items("App"):
+                self.apps.poke(app.metadata.namespace, app.metadata.name)
+
+    # -- what the rooms say ----------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _status(self, key: Key, status: dict[str, Any] | None) -> None:
+        self.link.report(key, status)
+        if self.replica.find(key) is not None:
+            self._spawn(self.replica.put_status(key, status or {}))
+
+    def _app_status(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
+        self._status(Key("App", namespace, name), status)
+
+    def _export_status(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
+        self._status(Key("Export", namespace, name), status)
+
+    def _event(
+        self, type: str, reason: str, message: str, namespace: str = "", name: str = "", kind: str = "App"
+    ) -> None:
+        resource = str(Key(kind, namespace or "default", name)) if name else f"Node/{self.node}"
+        record = {"type": type, "reason": reason, "resource": resource, "message": message, "node": self.node}
+
+        async def keep() -> None:
+            await self.records.append("events", record)
+            self.link.wake_events()
+
+        self._spawn(keep())
+
+    def _flipped(self, online: bool) -> None:
+        self._event(
+            "Normal" if online else "Warning",
+            "LinkUp" if online else "LinkDown",
+            "the hub answers" if online else "the hub does not answer; the site goes on by itself",
+        )
+
+    def _report_node(self) -> None:
+        self.link.report_node(
+            {
+                "version": __version__,
+                "address": self.address,
+                "system": f"{platform.system()} {platform.machine()}",
+                "python": platform.python_version(),
+                "enforced": self.apps.enforced(),
+            }
+        )
+
+    # -- API beside the resources ---------------------------------------------------------------------
+
+    def _routes(self) -> list[Route]:
+        return [
+            Route("/api/v1/namespaces/{ns}/apps/{name}/logs", self._logs_route, methods=["GET"]),
+            Route("/api/v1/top", self._top_route, methods=["GET"]),
+            *record_routes(self.records),
+        ]
+
+    async def _logs_route(self, request: Request) -> Response:
+        args = {
+            "namespace": request.path_params["ns"],
+            "name": request.path_params["name"],
+            "tail": number(request, "tail", 200, high=100_000),
+            "follow": flag(request, "follow"),
+            "since": request.query_params.get("since", ""),
+            "instance": request.query_params.get("instance", ""),
+        }
+        if self.replica.find(Key("App", args["namespace"], args["name"])) is None:
+            raise NotFound("not found", resource=f"App/{args['name']}")
+        return StreamingResponse(self._logs(args), media_type="text/plain; charset=utf-8")
+
+    async def _logs(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
+        pieces = self.apps.logs(
+            str(args["namespace"]),
+            str(args["name"]),
+            tail=int(args.get("tail", 200)),
+            follow=bool(args.get("follow")),
+            since=str(args.get("since", "")),
+            instance=str(args.get("instance", "")),
+        )
+        async for piece in pieces:
+            yield piece
+
+    async def _top_route(self, request: Request) -> Response:
+        return json(self._use())
+
+    async def _usage(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
+        yield msgspec.json.encode(self._use())
+
+    def _use(self) -> dict[str, Any]:
+        load1 = os.getloadavg()[0]
+        return {
+            "nodes": [
+                {
+                    "name": self.node,
+                    "site": self.site,
+                    "online": True,
+                    "load1": round(load1, 2),
+                    "agentMB": round(daemon.memory_mb(os.getpid()), 1),
+                    "natsMB": round(daemon.memory_mb(self.nats.pid if self.nats else None), 1),
+                }
+            ],
+            "apps": self.apps.usage(),
+        }
+
+    def _health(self) -> tuple[bool, dict[str, Any]]:
+        return self._ready, {"state": "ready" if self._ready else "starting"}
+
+    def _metrics(self) -> str:
+        values = {f"edgeward_agent_{k}": float(v) for k, v in self.replica.stats().items()}
+        values |= {f"edgeward_link_{k}_total": float(v) for k, v in self.link.counters.items()}
+        values["edgeward_link_up"] = float(self.link.online)
+        values["edgeward_agent_pending_changes"] = float(len(self.replica.pending()))
+        values["edgeward_agent_memory_bytes"] = daemon.memory_mb(os.getpid()) * 2**20
+        values["edgeward_agent_uptime_seconds"] = clock.monotonic() - daemon.STARTED
+        if self.outbox is not None:
+            for queue, counters in self.outbox.counters().items():
+                for k, v in counters.items():
+                    if isinstance(v, int | float):
+                        values[f'edgeward_outbox_{k}{{queue="{queue}"}}'] = float(v)
+        return daemon.metrics_text(values)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m edgeward.agent", description="Runs one node's agent.")
+    parser.add_argument("--data", type=Path, required=True, help="the node's directory")
+    parser.add_argument("--die-with-parent", action="store_true", help="stop when the starting process ends")
+    args = parser.parse_args()
+    if args.die_with_parent:
+        daemon.die_with_parent()
+    data = args.data.absolute()
+    os.environ["EDGEWARD_DATA"] = str(data)  # marks all processes of this node
+    daemon.set_up_logging(os.environ.get("EDGEWARD_LOG", "INFO"))
+    load()
+    with contextlib.suppress(KeyboardInterrupt):
+        return daemon.run(lambda stop: Agent(data).run(stop))
+    return 130

@@ -1,0 +1,379 @@
+"""The node's replica: the hub's desired state for this node, and beside it what people changed here.
+
+Each object is one row with two sides: ``hub`` (last known from the cloud) and ``local`` (a change not yet taken over by
+the hub, with the hub revision it was based on). What everybody on the node sees is the *effective* object: the local
+side if there is one, else the hub's side with this site's Override applied. A sync only ever touches the hub side, a
+person only the local one; they meet when the hub decides a change (see ``nodes/merge.py``), and the loser goes to the
+journal. Every write is one transaction of a WAL database with synchronous=FULL: a SIGKILL or a torn last write leaves
+the state before it or after it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgeward.core import clock
+from edgeward.core.errors import EdgewardError
+from edgeward.core.resource import (
+    CLUSTER,
+    Key,
+    Resource,
+    Stored,
+    decode_stored,
+    encode_stored,
+    from_stored,
+    merge_patch,
+    to_stored,
+)
+from edgeward.core.scope import fingerprint
+from edgeward.core.store import Entry, Store, same_desired
+from edgeward.core.store_sqlite import open_database
+from edgeward.nodes.wire import HubObject, LocalChange
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS replica(
+  kind TEXT, namespace TEXT, name TEXT,
+  revision INTEGER, seen INTEGER,
+  hub_revision INTEGER NOT NULL DEFAULT 0, hub BLOB, hub_status BLOB,
+  op TEXT, local BLOB, seq INTEGER, base INTEGER, changed_at REAL, actor TEXT,
+  status BLOB,
+  PRIMARY KEY (kind, namespace, name)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS meta(k TEXT PRIMARY KEY, v TEXT) WITHOUT ROWID;
+"""
+
+
+class _Row(msgspec.Struct):
+    revision: int = 0
+    seen: int = 0
+    hub_revision: int = 0
+    hub: Resource | None = None
+    hub_status: dict[str, Any] = {}
+    op: str = ""
+    local: Resource | None = None
+    seq: int = 0
+    base: int = 0
+    changed_at: float = 0.0
+    actor: str = ""
+    status: dict[str, Any] = {}
+
+
+class Replica(Store):
+    """A :class:`Store` for the node's API and loops, with the sync's own side door."""
+
+    def __init__(self, path: Path | str, *, site: str) -> None:
+        super().__init__()
+        self.site = site
+        #: Who makes the change being written, for the journal.
+        self.actor = "local"
+        self._rows: dict[Key, _Row] = {}
+        self._db = open_database(path)
+        self._db.executescript(_SCHEMA)
+        meta = dict(self._db.execute("SELECT k, v FROM meta"))
+        self.hub_revision = int(meta.get("hub_revision", 0))
+        self.epoch = meta.get("epoch", "")
+        self._seq = int(meta.get("seq", 0))
+        #: Random id of this file, so that a wiped node's numbers are not taken for the old one's.
+        self.store_id = meta.get("store") or self.set_meta("store", clock.new_id(12))
+        self.revision = int(meta.get("revision", 0))
+        for row in self._db.execute("SELECT * FROM replica"):
+            self._load(row)
+        for key in self._rows:
+            resource = self._effective(key)
+            row = self._rows[key]
+            if resource is not None:
+                resource.metadata.resourceVersion = str(row.revision)
+                entry = Entry(resource, row.revision, row.seen)
+                self._entries[key] = entry
+                self._by_kind.setdefault(key.kind, {})[key] = entry
+            else:
+                self._tombs[key] = row.seen
+            self.revision = max(self.revision, row.seen)
+
+    def _load(self, row: tuple[Any, ...]) -> None:
+        kind, ns, name, revision, seen, hub_rev, hub, hub_status, op, local, seq, base, at, actor, status = row
+        self._rows[Key(kind, ns, name)] = _Row(
+            revision,
+            seen,
+            hub_rev,
+            decode_stored(hub) if hub else None,
+            msgspec.json.decode(hub_status) if hub_status else {},
+            op or "",
+            decode_stored(local) if local else None,
+            seq or 0,
+            base or 0,
+            at or 0.0,
+            actor or "",
+            msgspec.json.decode(status) if status else {},
+        )
+
+    def close(self) -> None:
+        self._db.close()
+
+    def meta(self, name: str) -> str:
+        """A small durable value of the agent's own."""
+        row = self._db.execute("SELECT v FROM meta WHERE k=?", (name,)).fetchone()
+        return row[0] if row else ""
+
+    def set_meta(self, name: str, value: str) -> str:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (name, value))
+        return value
+
+    # -- the effective object -------------------------------------------------------------------------------------
+
+    def override_of(self, key: Key) -> Resource | None:
+        """This site's Override of an object, if it has one."""
+        for r in self._by_kind.get("Override", {}).values():
+            target = r.resource.spec.target
+            if (
+                r.resource.spec.site == self.site
+                and target.kind == key.kind
+                and target.name == key.name
+                and (target.namespace or CLUSTER) == key.namespace
+            ):
+                return r.resource
+        return None
+
+    def _effective(self, key: Key) -> Resource | None:
+        row = self._rows[key]
+        status = row.status or row.hub_status
+        if row.op == "delete":
+            return None
+        if row.op == "put" and row.local is not None:
+            return _with_status(row.local, status)
+        if row.hub is None:
+            return None
+        override = self.override_of(key) if key.kind != "Override" else None
+        if override is not None:
+            stored = to_stored(row.hub)
+            spec = merge_patch(stored.spec, override.spec.patch)
+            try:
+                return _with_status(from_stored(Stored(stored.kind, stored.metadata, spec, stored.schema)), status)
+            except EdgewardError:
+                # the base moved so far that the override no longer fits: the base stands, describe shows both
+                return _with_status(row.hub, status)
+        return _with_status(row.hub, status)
+
+    # -- rows and transactions ----------------------------------------------------------------------------------------
+
+    def _save(self, keys: Iterable[Key], **meta: str) -> None:
+        """Writes the rows and meta values in one transaction."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            for key in keys:
+                row = self._rows.get(key)
+                at = (key.kind, key.namespace, key.name)
+                if row is None:
+                    self._db.execute("DELETE FROM replica WHERE kind=? AND namespace=? AND name=?", at)
+                    continue
+                self._db.execute(
+                    "INSERT OR REPLACE INTO replica VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                    (
+                        *at,
+                        row.revision,
+                        row.seen,
+                        row.hub_revision,
+                        encode_stored(row.hub) if row.hub else None,
+                        msgspec.json.encode(row.hub_status) if row.hub_status else None,
+                        row.op or None,
+                        encode_stored(row.local) if row.local else None,
+                        row.seq,
+                        row.base,
+                        row.changed_at,
+                        row.actor,
+                        msgspec.json.encode(row.status) if row.status else None,
+                    ),
+                )
+            for k, v in meta.items():
+                self._db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (k, v))
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+
+    def _commit(self, before: dict[Key, _Row | None], **meta: str) -> None:
+        """Makes the touched rows durable, then tells the watchers what changed in effect; undoes them on failure."""
+        touched = list(before)
+        revision = self.revision
+        moved: list[tuple[int, Key, Resource | None, bool]] = []
+        # an Override moves its target too
+        for key in list(touched):
+            if key.kind == "Override":
+                row, was = self._rows.get(key), before[key]
+                sides = [r.local or r.hub for r in (row, was) if r is not None]
+                for side in sides:
+                    if side is not None:
+                        t = side.spec.target
+                        target = Key(t.kind, t.namespace or CLUSTER, t.name)
+                        if target in self._rows and target not in before:
+                            before[target] = msgspec.structs.replace(self._rows[target])
+                            touched.append(target)
+        touched.sort(key=lambda k: k.kind != "Override")
+        staged_overrides: list[Key] = []
+        for key in touched:
+            row = self._rows.get(key)
+            if key.kind == "Override":
+                # the target's effective object is computed below from the override's new state
+                resource = self._effective(key) if row else None
+                if resource is None:
+                    self._by_kind.get("Override", {}).pop(key, None)
+                else:
+                    self._by_kind.setdefault("Override", {})[key] = Entry(resource, 0, 0)
+                staged_overrides.append(key)
+            else:
+                resource = self._effective(key) if row else None
+            old = self._entries.get(key)
+            if resource is None and old is None:
+                continue
+            if resource is not None and old is not None and same_desired(resource, old.resource):
+                if resource.status == old.resource.status:
+                    continue
+                revision += 1
+                if row:
+                    row.seen = revision
+                moved.append((revision, key, resource, True))
+                continue
+            revision += 1
+            if row:
+                row.revision = row.seen = revision
+            moved.append((revision, key, resource, False))
+        try:
+            self._save(touched, revision=str(revision), seq=str(self._seq), **meta)
+        except BaseException:
+            for key, was in before.items():
+                if was is None:
+                    self._rows.pop(key, None)
+                else:
+                    self._rows[key] = was
+            for key in staged_overrides:
+                entry = self._entries.get(key)
+                if entry is None:
+                    self._by_kind.get("Override", {}).pop(key, None)
+                else:
+                    self._by_kind.setdefault("Override", {})[key] = entry
+            raise
+        for rev, key, resource, status_only in moved:
+            self._changed(rev, key, resource, status_only=status_only)
+
+    def _touch(self, before: dict[Key, _Row | None], key: Key) -> _Row:
+        row = self._rows.get(key)
+        if key not in before:
+            before[key] = msgspec.structs.replace(row) if row else None
+        if row is None:
+            row = self._rows[key] = _Row()
+        return row
+
+    # -- local writes ----------------------------------------------------------------------------------------------
+
+    def _local(self, row: _Row, op: str) -> None:
+        if not row.op:
+            row.base = row.hub_revision if row.hub is not None else 0
+        self._seq += 1
+        row.op, row.seq, row.changed_at, row.actor = op, self._seq, time.time(), self.actor
+
+    async def _put(self, resource: Resource, old: Entry | None) -> Resource:
+        before: dict[Key, _Row | None] = {}
+        row = self._touch(before, resource.key)
+        self._local(row, "put")
+        row.local = resource
+        self._commit(before)
+        return self.get(resource.key)
+
+    async def remove(self, key: Key, *, expect: int | None = None) -> None:
+        self.get(key)
+        self.check_expected(key, self._entries.get(key), expect)
+        before: dict[Key, _Row | None] = {}
+        row = self._touch(before, key)
+        self._local(row, "delete")
+        row.local, row.status = None, {}
+        if row.hub is None:
+            # never known at the hub: nothing has to travel
+            del self._rows[key]
+        self._commit(before)
+
+    async def put_status(self, key: Key, status: dict[str, Any]) -> None:
+        row = self._rows.get(key)
+        if row is None or row.status == status:
+            return
+        before: dict[Key, _Row | None] = {}
+        self._touch(before, key).status = status
+        self._commit(before)
+
+    # -- the sync ----------------------------------------------------------------------------------------------------
+
+    def pending(self) -> list[LocalChange]:
+        """Undecided local changes, oldest first."""
+        got = [
+            LocalChange(
+                r.seq,
+                k.kind,
+                k.namespace,
+                k.name,
+                r.op,
+                r.base,
+                r.changed_at,
+                r.actor,
+                to_stored(r.local) if r.local else None,
+            )
+            for k, r in self._rows.items()
+            if r.op
+        ]
+        return sorted(got, key=lambda c: c.seq)
+
+    def local_change(self, key: Key) -> bool:
+        row = self._rows.get(key)
+        return bool(row and row.op)
+
+    def hub_view(self) -> str:
+        """The fingerprint of the hub's side, to be compared with the hub's own."""
+        return fingerprint((k, r.hub_revision) for k, r in self._rows.items() if r.hub is not None)
+
+    def apply_sync(self, objects: list[HubObject], *, revision: int, epoch: str, full: bool) -> None:
+        """Takes the hub's state; ``full`` says that what is not among ``objects`` is gone."""
+        before: dict[Key, _Row | None] = {}
+        for o in objects:
+            row = self._touch(before, o.key)
+            self._set_hub(o.key, row, o)
+        if full:
+            named = {o.key for o in objects}
+            for key in [k for k, r in self._rows.items() if r.hub is not None and k not in named]:
+                self._set_hub(key, self._touch(before, key), None)
+        self._commit(before, hub_revision=str(revision), epoch=epoch)
+        self.hub_revision, self.epoch = revision, epoch
+
+    def _set_hub(self, key: Key, row: _Row, o: HubObject | None) -> None:
+        if o is None or o.stored is None:
+            row.hub, row.hub_status = None, {}
+            row.hub_revision = o.revision if o else row.hub_revision
+            if not row.op:
+                del self._rows[key]
+        else:
+            row.hub = from_stored(o.stored)
+            row.hub_revision = o.revision
+            row.hub_status = o.status or {}
+
+    def resolve(self, seq: int, now: HubObject) -> None:
+        """The hub decided change ``seq``; ``now`` is what it holds after that. A newer local change stays, rebased."""
+        key = now.key
+        row = self._rows.get(key)
+        if row is None:
+            return
+        before: dict[Key, _Row | None] = {}
+        self._touch(before, key)
+        if row.seq == seq:
+            row.op, row.local = "", None
+            row.base, row.seq = 0, 0
+        else:
+            row.base = now.revision if now.stored is not None else 0
+        self._set_hub(key, row, now)
+        self._commit(before)
+
+
+def _with_status(resource: Resource, status: dict[str, Any]) -> Resource:
+    return Resource(
+        kind=resource.kind, metadata=msgspec.structs.replace(resource.metadata), spec=resource.spec, status=status
+    )

@@ -1,0 +1,125 @@
+"""The documents of `-f`: read, given the namespace of the command line, validated, put in an order that can be written.
+
+Everything is checked here before the first write, so that a typo in the last document does not leave the first half of
+a change behind. Reading and validation themselves are `core/manifest.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgeward.cli.kinds import load_kinds
+from edgeward.cli.session import Session, UsageError
+from edgeward.core.errors import Invalid
+from edgeward.core.manifest import Manifest, decode_manifest, read_files
+from edgeward.core.registry import Kind
+from edgeward.core.resource import Key, Resource
+
+#: What others refer to comes first. A kind that is not named here comes behind those that are.
+ORDER = ("Namespace", "Site", "Node", "Config", "Secret", "App", "Service", "Export", "Override")
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """One document: as written, as understood, and where it stood."""
+
+    manifest: Manifest
+    resource: Resource
+    kind: Kind
+
+    @property
+    def namespace(self) -> str | None:
+        return self.resource.metadata.namespace if self.kind.namespaced else None
+
+    @property
+    def name(self) -> str:
+        return self.resource.metadata.name
+
+    @property
+    def key(self) -> Key:
+        return self.resource.key
+
+    @property
+    def revision(self) -> str:
+        """The revision the file insists on, or ''."""
+        return self.resource.metadata.resourceVersion
+
+
+def read_declared(session: Session, files: Sequence[str]) -> list[Declared]:
+    """All documents of all files, validated, in the order in which they can be written."""
+    if not files:
+        raise UsageError("no file given: -f FILE, -f DIRECTORY, or -f - for standard input")
+    if session.all_namespaces:
+        raise UsageError("a document is of one namespace: use -n NAME instead of -A")
+    kinds = load_kinds()
+    found: dict[Key, Declared] = {}
+    for manifest in read_files(list(files), sys.stdin.buffer):
+        _place(manifest, session)
+        resource = decode_manifest(manifest)
+        declared = Declared(manifest, resource, kinds.get(resource.kind))
+        first = found.get(declared.key)
+        if first is not None:
+            raise Invalid(
+                f"is declared twice, first at {first.manifest.file}:{first.manifest.line}",
+                resource=str(declared.key),
+                file=manifest.file,
+                line=manifest.line,
+                remedy="keep one of the two",
+            )
+        found[declared.key] = declared
+    if not found:
+        raise Invalid("no document found", file=", ".join(files))
+    rank = {name: i for i, name in enumerate(ORDER)}
+    return sorted(found.values(), key=lambda d: rank.get(d.kind.name, len(ORDER)))
+
+
+def _place(manifest: Manifest, session: Session) -> None:
+    """Puts a document that names no namespace into the one of the command line."""
+    if not session.namespace_given or not isinstance(manifest.doc, dict):
+        return
+    kind = next((k for k in load_kinds() if k.name == manifest.doc.get("kind")), None)
+    meta = manifest.doc.get("metadata")
+    if kind is None or not kind.namespaced or not isinstance(meta, dict):
+        return
+    named = meta.setdefault("namespace", session.namespace)
+    if named != session.namespace:
+        raise Invalid(
+            f"names namespace {named!r}, the command line {session.namespace!r}",
+            resource=f"{kind.name}/{meta.get('name')}",
+            field="$.metadata.namespace",
+            file=manifest.file,
+            line=manifest.line,
+            remedy="leave one of the two out",
+        )
+
+
+def intent(resource: Resource) -> dict[str, Any]:
+    """What a resource wants, with all defaults filled in: two that want the same are equal."""
+    import msgspec
+
+    meta = resource.metadata
+    doc: dict[str, Any] = {"name": meta.name}
+    if meta.namespace:
+        doc["namespace"] = meta.namespace
+    doc |= {"labels": dict(meta.labels), "annotations": dict(meta.annotations), "conflict": meta.conflict}
+    return {
+        "apiVersion": resource.apiVersion,
+        "kind": resource.kind,
+        "metadata": doc,
+        "spec": msgspec.to_builtins(resource.spec),
+    }
+
+
+def intent_of(doc: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a document that the API gave; one from a newer server is taken as it stands."""
+    from edgeward.core.resource import decode
+
+    try:
+        return intent(decode({**doc, "status": {}}))
+    except Invalid:
+        meta = doc.get("metadata") or {}
+        kept = {k: meta[k] for k in ("name", "namespace", "labels", "annotations", "conflict") if k in meta}
+        return {"apiVersion": doc.get("apiVersion"), "kind": doc.get("kind"), "metadata": kept, "spec": doc.get("spec")}

@@ -1,0 +1,187 @@
+"""`--wait`: until what was written runs, or what was deleted is gone.
+
+In come the resources, out come the errors of those that did not make it. A watch from the revision that was written
+wakes the reader at each change; a link that breaks meanwhile is tried again until the time is up.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from edgeward.cli.output import full_name
+from edgeward.core.errors import EdgewardError, NotFound, Unreachable
+
+if TYPE_CHECKING:
+    from edgeward.cli.client import Api
+    from edgeward.core.registry import Kind
+
+Doc = dict[str, Any]
+
+#: Looks again at least this often: a change that the watch missed costs no more than this. Seconds.
+_LOOK = 2.0
+_RETRY = 0.5
+
+
+def app_state(doc: Mapping[str, Any], generation: int) -> tuple[str, str]:
+    """('done' | 'failed' | 'waiting', what to show) of an app; a status of an older generation does not count."""
+    status = doc.get("status") or {}
+    phase = str(status.get("phase") or "Pending")
+    reason = str(status.get("message") or status.get("reason") or "")
+    observed = status.get("observedGeneration")
+    if isinstance(observed, int) and observed < generation:
+        return "waiting", "Pending"
+    instances = [i for i in status.get("instances") or [] if isinstance(i, Mapping)]
+    running = sum(i.get("phase") == "Running" for i in instances)
+    shown = phase + (f" {running}/{len(instances)}" if instances else "") + (f": {reason}" if reason else "")
+    if phase == "Running":
+        return "done", shown
+    if phase in ("Failed", "Degraded") and status.get("rolledBack") is not None:
+        return "failed", shown
+    return ("failed" if phase == "Failed" else "waiting"), shown
+
+
+class Progress:
+    """Says on stderr what is waited for: one line that changes on a terminal, one line a change elsewhere."""
+
+    def __init__(self) -> None:
+        self._tty = sys.stderr.isatty()
+        self._shown: dict[str, str] = {}
+        self._status: Any = None
+
+    def __enter__(self) -> Progress:
+        if self._tty:
+            from rich.console import Console
+
+            self._status = Console(stderr=True, markup=False).status("waiting")
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def show(self, name: str, text: str) -> None:
+        if self._shown.get(name) == text:
+            return
+        self._shown[name] = text
+        if self._status is not None:
+            self._status.update(", ".join(f"{n}: {t}" for n, t in self._shown.items() if t))
+        else:
+            print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+
+def wait_ready(api: Api, written: Sequence[tuple[Kind, str | None, Doc]], patience: float) -> Iterator[EdgewardError]:
+    """Waits until all apps run; yields the error of each that does not. Other kinds have nothing to wait for."""
+    deadline = time.monotonic() + patience
+    with Progress() as progress:
+        for kind, namespace, doc in written:
+            if kind.name != "App":
+                continue
+            name = doc["metadata"]["name"]
+            generation = int(doc["metadata"].get("generation") or 0)
+
+            def judge(
+                now: Doc | None, name: str = full_name(doc), generation: int = generation
+            ) -> EdgewardError | bool:
+                if now is None:
+                    return NotFound("was deleted while waited for", resource=name)
+                state, text = app_state(now, generation)
+                progress.show(name, text)
+                if state == "failed":
+                    return EdgewardError(f"is {text}", resource=name, remedy=f"see: edgeward logs {name[4:]}")
+                return state == "done"
+
+            since = str(doc["metadata"].get("resourceVersion") or "")
+            error = _wait(api, kind, namespace, name, judge, deadline, since)
+            if error is not None:
+                yield error
+
+
+def wait_gone(api: Api, going: Sequence[tuple[Kind, str | None, str]], patience: float) -> Iterator[EdgewardError]:
+    """Waits until all are deleted for good; yields the error of each that stays."""
+    deadline = time.monotonic() + patience
+    with Progress() as progress:
+        for kind, namespace, name in going:
+
+            def judge(now: Doc | None, label: str = f"{kind.name.lower()}/{name}") -> bool:
+                if now is None:
+                    progress.show(label, "gone")
+                    return True
+                waits = ", ".join((now.get("metadata") or {}).get("finalizers") or ()) or "its owner"
+                progress.show(label, f"waits for {waits}")
+                return False
+
+            error = _wait(api, kind, namespace, name, judge, deadline)
+            if error is not None:
+                yield error
+
+
+def _wait(
+    api: Api,
+    kind: Kind,
+    namespace: str | None,
+    name: str,
+    judge: Callable[[Doc | None], EdgewardError | bool],
+    deadline: float,
+    since: str = "",
+) -> EdgewardError | None:
+    wake: queue.Queue[None] = queue.Queue()
+    stop = threading.Event()
+    # The watch only rings; what counts is read. It blocks in a thread of its own, which ends with the process.
+    threading.Thread(target=_ring, args=(api, kind, namespace, name, since, wake, stop), daemon=True).start()
+    trouble: EdgewardError | None = None
+    try:
+        while True:
+            try:
+                now: Doc | None = api.get(kind, namespace, name)
+                trouble = None
+            except NotFound:
+                now = None
+            except Unreachable as e:
+                trouble = e
+            if trouble is None:
+                verdict = judge(now)
+                if isinstance(verdict, EdgewardError):
+                    return verdict
+                if verdict:
+                    return None
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return trouble or EdgewardError(
+                    "did not get there in time",
+                    resource=f"{kind.name.lower()}/{name}",
+                    remedy=f"see: edgeward describe {kind.name.lower()} {name}; wait longer by --timeout",
+                )
+            try:
+                wake.get(timeout=min(left, _LOOK if trouble is None else _RETRY))
+            except queue.Empty:
+                pass
+    finally:
+        stop.set()
+
+
+def _ring(
+    api: Api,
+    kind: Kind,
+    namespace: str | None,
+    name: str,
+    since: str,
+    wake: queue.Queue[None],
+    stop: threading.Event,
+) -> None:
+    while not stop.is_set():
+        try:
+            for _event, doc in api.watch(kind, namespace, since=since, fields=f"metadata.name={name}"):
+                if stop.is_set():
+                    return
+                if (doc.get("metadata") or {}).get("name", name) == name:
+                    wake.put(None)
+        except EdgewardError:
+            # the reader meets the same trouble and reports it; a revision may have been compacted away
+            since = ""
+        stop.wait(_RETRY)

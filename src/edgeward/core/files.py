@@ -1,0 +1,90 @@
+"""Small files that must survive a power cut: keys, configuration, records of processes.
+
+A write goes to a temporary file beside the target, is synced, renamed over it, and the directory is synced: a reader
+sees the old content or the new one, never half of it, and what was written before ``write_atomic`` returned is there
+after the machine comes back. Nothing here takes a lock: one file has one writing process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from edgeward.core.errors import Invalid
+
+_MISSING: Any = object()
+
+
+def ensure_dir(path: Path, mode: int = 0o700) -> Path:
+    """The directory, made with its parents if need be; a new one is for its owner only."""
+    if not path.is_dir():
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        _sync_dir(path.parent)
+    return path
+
+
+def write_atomic(path: Path, data: bytes | str, mode: int = 0o600) -> None:
+    """Replace ``path`` by ``data`` (text is UTF-8) so that a crash at any point leaves the old or the new content."""
+    raw = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(fd, "wb") as out:
+            os.fchmod(out.fileno(), mode)  # the umask may have taken bits away that the caller asked for
+            out.write(raw)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_dir(path.parent)
+
+
+def remove(path: Path) -> bool:
+    """Delete ``path`` durably. False when it was not there."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    _sync_dir(path.parent)
+    return True
+
+
+def write_json(path: Path, value: Any, mode: int = 0o600) -> None:
+    write_atomic(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", mode)
+
+
+def read_json(path: Path, default: Any = _MISSING) -> Any:
+    """The JSON value in ``path``. A missing file gives ``default`` if there is one; a damaged file is never guessed at.
+
+    Raises ``FileNotFoundError``, or ``Invalid`` naming the file and line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if default is _MISSING:
+            raise
+        return default
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as exc:
+        raise Invalid(
+            f"not JSON: {exc.msg}",
+            file=str(path),
+            line=exc.lineno,
+            remedy="restore the file from a backup or remove it",
+        ) from exc
+
+
+def _sync_dir(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

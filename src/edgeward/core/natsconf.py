@@ -1,0 +1,224 @@
+"""What nats-server is told: a spec and the chosen ports in, the text of a configuration file out. No I/O.
+
+Two shapes. The hub's server runs with an operator and JWTs, listens on loopback only, and takes leaf connections
+through its WebSocket port, to which the hub process splices what it receives as ``wss://host:port/leafnode``. A node's server
+has two local accounts, EDGE for everything that lives at the node and SYS, speaks MQTT, keeps its own JetStream domain
+and dials the hub as a leaf of EDGE. Which subjects cross the leaf is decided by the hub in the node's JWT
+(:func:`edgeward.core.identity.node_permissions`); what is denied here as well is only a second lock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+MAX_PAYLOAD = 8 << 20
+HUB_DOMAIN = "hub"
+AGENT_USER = "agent"
+SYSTEM_USER = "system"
+_LOOPBACK = "127.0.0.1"
+
+
+def node_domain(node: str) -> str:
+    """The JetStream domain of a node's own server."""
+    return f"n-{node}"
+
+
+class Spec(Protocol):
+    """What a :class:`~edgeward.core.natsserver.NatsServer` runs."""
+
+    @property
+    def server_name(self) -> str: ...
+
+    @property
+    def ports(self) -> Mapping[str, tuple[str, int]]:
+        """Listener to (host, port); port 0 means any free one, the same again after a restart if possible."""
+        ...
+
+    def settings(self, directory: Path, ports: Mapping[str, int], secret: str) -> dict[str, Any]:
+        """The configuration's top level. ``secret`` is random and stays the same for a directory."""
+        ...
+
+
+@dataclass(frozen=True)
+class HubSpec:
+    """The hub's server. Listeners: ``client``, ``leaf`` (unused, but without it WebSocket leaves are refused),
+    ``websocket`` (plain; put TLS before it)."""
+
+    operator_jwt: str
+    system_account: str
+    #: Account public key to JWT (``HubIdentity.accounts``).
+    accounts: Mapping[str, str]
+    server_name: str = "hub"
+    client_port: int = 0
+    leaf_port: int = 0
+    websocket_port: int = 0
+    #: ``always``: what is acknowledged survives a power cut. A duration ("1s") is faster and does not.
+    sync_interval: str = "always"
+    #: Bytes that streams may take on disk; 0 leaves it to the server (three quarters of the free space).
+    max_file_store: int = 0
+    max_memory_store: int = 256 << 20
+    max_payload: int = MAX_PAYLOAD
+    #: Seconds between pings; two missed ones end a connection.
+    ping_interval: int = 5
+
+    @property
+    def ports(self) -> Mapping[str, tuple[str, int]]:
+        return {
+            "client": (_LOOPBACK, self.client_port),
+            "leaf": (_LOOPBACK, self.leaf_port),
+            "websocket": (_LOOPBACK, self.websocket_port),
+        }
+
+    def settings(self, directory: Path, ports: Mapping[str, int], secret: str) -> dict[str, Any]:
+        return {
+            **_common(self.server_name, directory, ports["client"], self.max_payload, self.ping_interval),
+            "operator": self.operator_jwt,
+            "system_account": self.system_account,
+            "resolver": "MEMORY",
+            "resolver_preload": dict(self.accounts),
+            "jetstream": _jetstream(
+                directory, HUB_DOMAIN, self.sync_interval, self.max_memory_store, self.max_file_store
+            ),
+            "leafnodes": {
+                "host": _LOOPBACK,
+                "port": ports["leaf"],
+                # the hub's addresses are loopback ones: a node that learned them would dial itself
+                "no_advertise": True,
+                # else every node is told every other node's subscriptions
+                "isolate_leafnode_interest": True,
+                "authorization": {"timeout": 15},
+            },
+            "websocket": {
+                "host": _LOOPBACK,
+                "port": ports["websocket"],
+                "no_tls": True,
+                "compression": False,
+                "handshake_timeout": "15s",
+            },
+        }
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """A node's server. Listeners: ``client``, ``mqtt``."""
+
+    node: str
+    #: ``wss://host:port`` of the hub; empty: no leaf.
+    hub_url: str = ""
+    creds_file: Path | None = None
+    ca_file: Path | None = None
+    client_port: int = 0
+    mqtt_host: str = _LOOPBACK
+    mqtt_port: int = 0
+    #: MQTT user to password.
+    mqtt_users: Mapping[str, str] = field(default_factory=dict)
+    #: One of ``mqtt_users``: who a client without a user name is; empty: such a client is refused.
+    mqtt_anonymous: str = ""
+    #: ``1s``: a power cut may cost the last second; ``always`` costs most of the throughput.
+    sync_interval: str = "1s"
+    max_file_store: int = 4 << 30
+    max_memory_store: int = 64 << 20
+    max_payload: int = MAX_PAYLOAD
+    ping_interval: int = 5
+
+    @property
+    def server_name(self) -> str:
+        return node_domain(self.node)
+
+    @property
+    def ports(self) -> Mapping[str, tuple[str, int]]:
+        return {"client": (_LOOPBACK, self.client_port), "mqtt": (self.mqtt_host, self.mqtt_port)}
+
+    def settings(self, directory: Path, ports: Mapping[str, int], secret: str) -> dict[str, Any]:
+        local: list[dict[str, Any]] = [
+            {"user": AGENT_USER, "password": secret, "allowed_connection_types": ["STANDARD"]},
+            *(
+                {
+                    "user": user,
+                    "password": password,
+                    "allowed_connection_types": ["MQTT"],
+                    "permissions": _device_permissions(self.node),
+                }
+                for user, password in sorted(self.mqtt_users.items())
+            ),
+        ]
+        mqtt: dict[str, Any] = {"host": self.mqtt_host, "port": ports["mqtt"]}
+        if self.mqtt_anonymous:
+            mqtt["no_auth_user"] = self.mqtt_anonymous
+        settings = {
+            **_common(self.server_name, directory, ports["client"], self.max_payload, self.ping_interval),
+            "system_account": "SYS",
+            "accounts": {
+                "EDGE": {"jetstream": "enabled", "users": local},
+                "SYS": {"users": [{"user": SYSTEM_USER, "password": secret}]},
+            },
+            "jetstream": _jetstream(
+                directory, self.server_name, self.sync_interval, self.max_memory_store, self.max_file_store
+            ),
+            "mqtt": mqtt,
+        }
+        if self.hub_url:
+            settings["leafnodes"] = {"reconnect": "1s", "remotes": [self._remote()]}
+        return settings
+
+    def _remote(self) -> dict[str, Any]:
+        remote: dict[str, Any] = {
+            "urls": [self.hub_url],
+            "account": "EDGE",
+            "first_info_timeout": "15s",  # default 1 s; a satellite link with loss needs more
+            "ignore_discovered_servers": True,
+            "deny_imports": ["$MQTT.>"],
+            "deny_exports": ["$MQTT.>"],
+        }
+        if self.creds_file is not None:
+            remote["credentials"] = str(self.creds_file)
+        if self.ca_file is not None:
+            remote["tls"] = {"ca_file": str(self.ca_file), "timeout": 15}
+        return remote
+
+
+def _device_permissions(node: str) -> dict[str, Any]:
+    # An MQTT topic is a subject: without this a device could speak as the agent (`ew/hub/beat/<node>`), and across the
+    # leaf as the node; and one that subscribes to `#` would read the answers the agent gets.
+    denied = ["ew.>", "_INBOX.>", f"_INBOX_{node}.>", "$JS.>", "$SYS.>", "$KV.>", "$O.>"]
+    return {"publish": {"deny": denied}, "subscribe": {"deny": denied}}
+
+
+def _common(name: str, directory: Path, port: int, max_payload: int, ping_interval: int) -> dict[str, Any]:
+    return {
+        "server_name": name,
+        "host": _LOOPBACK,
+        "port": port,
+        "logfile": str(directory / "nats.log"),
+        "logfile_size_limit": 8 << 20,
+        "logfile_max_num": 3,
+        "max_payload": max_payload,
+        "max_pending": 64 << 20,
+        "ping_interval": f"{ping_interval}s",
+        "ping_max": 2,
+        "write_deadline": "15s",
+    }
+
+
+def _jetstream(directory: Path, domain: str, sync: str, memory: int, disk: int) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "store_dir": str(directory / "jetstream"),
+        "domain": domain,
+        "sync_interval": sync,
+        "max_memory_store": memory,
+    }
+    if disk:
+        value["max_file_store"] = disk
+    return value
+
+
+def render(spec: Spec, directory: Path, ports: Mapping[str, int], secret: str) -> str:
+    """The file's text. Values are JSON, which NATS's language takes too, so nothing can break out of its quotes."""
+    lines = ["# Written by Edgeward at each start; changes made here are lost."]
+    for key, value in spec.settings(directory, ports, secret).items():
+        lines.append(f"{key}: {json.dumps(value, indent=2, ensure_ascii=False)}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,157 @@
+"""Kinds and extensions: the one mechanism by which a room adds something to the product.
+
+In comes a description (a kind's struct, its plural, its references; a runtime's class), out come the API's paths, the
+validation, the OpenAPI document, the tables of the command line and the reference pages. Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgeward.core.errors import Invalid, NotFound
+
+if TYPE_CHECKING:
+    import msgspec
+
+    from edgeward.core.resource import Resource
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """That a resource names another one. ``path`` is where, for the error that says so."""
+
+    kind: str
+    namespace: str
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of ``edgeward get``; ``value`` gets the resource as a plain document."""
+
+    title: str
+    value: Callable[[dict[str, Any]], object]
+    wide: bool = False
+
+
+#: Which nodes get a resource: every one; those of the site it names; those its placement takes; those that have a
+#: resource which refers to it (Secret, Config); those that have one it refers to (Service); none.
+Scope = Literal["all", "site", "placed", "used", "follows", "hub"]
+
+
+def _no_refs(_: Resource) -> list[Ref]:
+    return []
+
+
+def _no_check(_: Resource) -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is known of one resource kind."""
+
+    name: str
+    plural: str
+    spec: type[msgspec.Struct]
+    doc: str = ""
+    namespaced: bool = True
+    scope: Scope = "hub"
+    short: tuple[str, ...] = ()
+    #: Version of the stored spec. ``upgrades[n]`` turns the plain spec of version n into version n + 1.
+    schema: int = 1
+    upgrades: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
+    #: Resources that must exist when this one is written.
+    refs: Callable[[Resource], list[Ref]] = _no_refs
+    #: Checks over the whole resource; raises ``Invalid``.
+    check: Callable[[Resource], None] = _no_check
+    columns: tuple[Column, ...] = ()
+    #: Top-level spec fields whose values are secret: never listed, printed, logged or diffed.
+    secret_fields: tuple[str, ...] = ()
+    example: str = ""
+
+    def upgrade(self, spec: dict[str, Any], version: int) -> dict[str, Any]:
+        """The plain spec of ``version`` brought to the present schema."""
+        if version > self.schema:
+            raise Invalid(
+                f"stored with schema {version}, this release knows {self.schema}",
+                resource=self.name,
+                remedy="start the newer release that wrote it",
+            )
+        for v in range(version, self.schema):
+            spec = self.upgrades[v](spec)
+        return spec
+
+
+class Kinds:
+    """All kinds, by name, plural and short name."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, Kind] = {}
+        self._alias: dict[str, str] = {}
+
+    def add(self, kind: Kind) -> Kind:
+        if kind.name in self._kinds:
+            raise ValueError(f"kind {kind.name} is registered twice")
+        self._kinds[kind.name] = kind
+        for alias in (kind.name.lower(), kind.plural, *kind.short):
+            if alias in self._alias:
+                raise ValueError(f"{kind.name}: {alias!r} already means {self._alias[alias]}")
+            self._alias[alias] = kind.name
+        return kind
+
+    def get(self, name: str) -> Kind:
+        """The kind called exactly so; raises ``Invalid`` with the known ones."""
+        kind = self._kinds.get(name)
+        if kind is None:
+            raise Invalid(
+                f"there is no kind {name!r}", field="$.kind", remedy=f"known kinds: {', '.join(self.names())}"
+            )
+        return kind
+
+    def find(self, word: str) -> Kind:
+        """The kind a person means by ``app``, ``apps``, ``App`` or a short name."""
+        name = self._alias.get(word.lower())
+        if name is None:
+            raise NotFound(f"there is no kind {word!r}", remedy=f"known kinds: {', '.join(self.names())}")
+        return self._kinds[name]
+
+    def by_plural(self, plural: str) -> Kind | None:
+        name = self._alias.get(plural)
+        kind = self._kinds[name] if name else None
+        return kind if kind is not None and kind.plural == plural else None
+
+    def names(self) -> list[str]:
+        return sorted(self._kinds)
+
+    def __iter__(self) -> Iterator[Kind]:
+        return iter([self._kinds[n] for n in self.names()])
+
+
+class Extensions:
+    """Named implementations of one role: ``runtime/process``, later ``driver/modbus``, ``sink/http`` ..."""
+
+    def __init__(self) -> None:
+        self._items: dict[tuple[str, str], Any] = {}
+
+    def add(self, role: str, name: str, item: Any) -> None:
+        if (role, name) in self._items:
+            raise ValueError(f"extension {role}/{name} is registered twice")
+        self._items[role, name] = item
+
+    def get(self, role: str, name: str) -> Any:
+        item = self._items.get((role, name))
+        if item is None:
+            known = ", ".join(self.names(role)) or "none"
+            raise Invalid(f"there is no {role} {name!r}", remedy=f"this release has: {known}")
+        return item
+
+    def names(self, role: str) -> list[str]:
+        return sorted(n for r, n in self._items if r == role)
+
+
+kinds = Kinds()
+extensions = Extensions()

@@ -1,0 +1,312 @@
+"""The envelope of everything a person declares, and its validation.
+
+A plain document comes in (from YAML, JSON, a store), a typed :class:`Resource` goes out or an error that names the
+resource, the field and the remedy. Pure: no I/O, no clock; uid and time are stamped by the store.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+
+from edgeward.core.errors import EdgewardError, Invalid, TooLarge
+from edgeward.core.registry import Kind, kinds
+
+API_VERSION = "edgeward/v1"
+#: A document larger than this is refused before it is parsed.
+MAX_DOCUMENT = 1024 * 1024
+NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
+_NAME = re.compile(NAME_PATTERN)
+_LABEL_KEY = re.compile(r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")
+_LABEL_VALUE = re.compile(r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")
+#: The namespace part of a key of a kind that has none.
+CLUSTER = "_"
+
+Name = Annotated[str, msgspec.Meta(description="DNS label: lower-case letters, digits and -, at most 63")]
+ConflictRule = Literal["cloud", "edge", "newest"]
+
+
+class OwnerReference(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """The owner with whose deletion this resource is deleted too."""
+
+    kind: str
+    name: str
+    uid: str = ""
+    namespace: str = ""
+
+
+class Metadata(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """Who a resource is. The fields from ``uid`` on are written by the system."""
+
+    name: Annotated[str, msgspec.Meta(description="Unique within kind and namespace; a DNS label")]
+    namespace: Annotated[str, msgspec.Meta(description="Where the name is unique; `default` when left out")] = ""
+    labels: Annotated[dict[str, str], msgspec.Meta(description="Short values to select by")] = {}
+    annotations: Annotated[dict[str, str], msgspec.Meta(description="Free text for tools and people")] = {}
+    conflict: Annotated[
+        ConflictRule,
+        msgspec.Meta(description="Who wins when hub and site both changed it while the link was cut"),
+    ] = "cloud"
+    uid: str = ""
+    resourceVersion: str = ""
+    generation: int = 0
+    creationTimestamp: str = ""
+    updateTimestamp: str = ""
+    deletionTimestamp: str = ""
+    finalizers: list[str] = []
+    ownerReferences: list[OwnerReference] = []
+
+
+class Key(msgspec.Struct, frozen=True, order=True):
+    """A resource's identity. ``namespace`` is ``_`` for kinds without one."""
+
+    kind: str
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind}/{self.name}"
+            if self.namespace in (CLUSTER, "default")
+            else (f"{self.kind}/{self.namespace}/{self.name}")
+        )
+
+
+class Resource(msgspec.Struct, kw_only=True):
+    """One declared object; ``spec`` is the kind's struct, ``status`` is written by the system only."""
+
+    kind: str
+    metadata: Metadata
+    spec: Any
+    apiVersion: str = API_VERSION
+    status: dict[str, Any] = {}
+
+    @property
+    def key(self) -> Key:
+        return Key(self.kind, self.metadata.namespace or CLUSTER, self.metadata.name)
+
+    @property
+    def revision(self) -> int:
+        return int(self.metadata.resourceVersion or 0)
+
+    def document(self, *, show_secrets: bool = True) -> dict[str, Any]:
+        """The plain document as the API gives it."""
+        doc = cast(dict[str, Any], msgspec.to_builtins(self))
+        if not show_secrets:
+            for name in kinds.get(self.kind).secret_fields:
+                if doc["spec"].get(name):
+                    value = doc["spec"][name]
+                    doc["spec"][name] = dict.fromkeys(value, "***") if isinstance(value, dict) else "***"
+        return {k: doc[k] for k in ("apiVersion", "kind", "metadata", "spec", "status")}
+
+
+_UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>[^`]*)`(?: - at `(?P<path>[^`]*)`)?$")
+_AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.S)
+
+
+def _fields(struct: Any, path: str) -> list[str]:
+    """The field names a struct takes at ``path`` (best effort, for "did you mean")."""
+    here = struct
+    for part in [p for p in re.split(r"[.\[]", path.removeprefix("$")) if p]:
+        types = [here]
+        while types and not (isinstance(types[0], type) and issubclass(types[0], msgspec.Struct)):
+            args = getattr(types[0], "__args__", ())
+            types = [a for a in args if a is not type(None)][-1:] if args else []
+        if not types:
+            return []
+        if part.endswith("]"):
+            continue
+        match = next((f for f in msgspec.structs.fields(types[0]) if f.encode_name == part), None)
+        if match is None:
+            return []
+        here = match.type
+    while not (isinstance(here, type) and issubclass(here, msgspec.Struct)):
+        args = [a for a in getattr(here, "__args__", ()) if a is not type(None)]
+        if not args:
+            return []
+        here = args[-1]
+    return [f.encode_name for f in msgspec.structs.fields(here)]
+
+
+def invalid_from(error: msgspec.ValidationError, struct: type, *, prefix: str = "$", resource: str = "") -> Invalid:
+    """Our error for msgspec's, with the path below ``prefix`` and a remedy where one can be guessed."""
+    text = str(error)
+    unknown = _UNKNOWN.match(text)
+    if unknown:
+        inner = unknown["path"] or "$"
+        known = _fields(struct, inner)
+        near = difflib.get_close_matches(unknown["field"], known, n=1, cutoff=0.6)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}" if known else ""
+        path = prefix + inner.removeprefix("$")
+        return Invalid("unknown field", resource=resource, field=f"{path}.{unknown['field']}", remedy=remedy)
+    at = _AT.match(text)
+    what = at["what"] if at else text
+    path = prefix + ((at["path"] if at else None) or "$").removeprefix("$")
+    missing = re.match(r"^Object missing required field `([^`]*)`$", what)
+    if missing:
+        return Invalid("is required", resource=resource, field=f"{path}.{missing[1]}", remedy="add it")
+    return Invalid(what[:1].lower() + what[1:], resource=resource, field=path)
+
+
+def check_name(name: object, path: str, resource: str = "") -> str:
+    if not isinstance(name, str) or not _NAME.match(name):
+        shown = repr(name) if not isinstance(name, str) or len(name) < 80 else repr(name[:77] + "...")
+        raise Invalid(
+            f"{shown} is no valid name",
+            resource=resource,
+            field=path,
+            remedy="use lower-case letters, digits and '-', starting and ending with a letter or digit, at most 63",
+        )
+    return name
+
+
+def _check_metadata(meta: Metadata, kind: Kind, what: str) -> None:
+    check_name(meta.name, "$.metadata.name", what)
+    if kind.namespaced:
+        check_name(meta.namespace, "$.metadata.namespace", what)
+    elif meta.namespace:
+        raise Invalid(
+            f"a {kind.name} has no namespace", resource=what, field="$.metadata.namespace", remedy="remove it"
+        )
+    for key, value in meta.labels.items():
+        if not _LABEL_KEY.match(key):
+            raise Invalid(
+                f"{key[:80]!r} is no label key",
+                resource=what,
+                field="$.metadata.labels",
+                remedy="letters, digits, '-', '_', '.', optionally behind a 'domain/' prefix",
+            )
+        if not _LABEL_VALUE.match(value):
+            raise Invalid(
+                f"{value[:80]!r} is no label value",
+                resource=what,
+                field=f"$.metadata.labels.{key}",
+                remedy="at most 63 letters, digits, '-', '_', '.'",
+            )
+
+
+_TOP = {"apiVersion", "kind", "metadata", "spec", "status"}
+
+
+def decode(doc: object, *, namespace: str = "default") -> Resource:
+    """The typed resource of a plain document; raises :class:`Invalid`.
+
+    ``namespace`` is used when a namespaced document names none.
+    """
+    if not isinstance(doc, Mapping):
+        raise Invalid(f"a document is a mapping, this is {type(doc).__name__}", field="$")
+    kind_name = doc.get("kind")
+    name = doc.get("metadata", {}).get("name", "") if isinstance(doc.get("metadata"), Mapping) else ""
+    what = (
+        f"{kind_name}/{name}" if isinstance(kind_name, str) and isinstance(name, str) and name else str(kind_name or "")
+    )
+    for required in ("apiVersion", "kind", "metadata"):
+        if required not in doc:
+            raise Invalid("is required", resource=what, field=f"$.{required}", remedy="add it")
+    if doc["apiVersion"] != API_VERSION:
+        raise Invalid(
+            f"{doc['apiVersion']!r} is not served", resource=what, field="$.apiVersion", remedy=f"write {API_VERSION}"
+        )
+    if not isinstance(kind_name, str):
+        raise Invalid("expected a string", field="$.kind")
+    kind = kinds.get(kind_name)
+    for field in doc:
+        if field not in _TOP:
+            near = difflib.get_close_matches(str(field), sorted(_TOP), n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]!r}?" if near else "spec fields go below 'spec:'"
+            raise Invalid("unknown field", resource=what, field=f"$.{field}", remedy=hint)
+    try:
+        meta = msgspec.convert(doc["metadata"], Metadata)
+    except msgspec.ValidationError as e:
+        raise invalid_from(e, Metadata, prefix="$.metadata", resource=what) from None
+    if kind.namespaced and not meta.namespace:
+        meta.namespace = namespace
+    _check_metadata(meta, kind, what)
+    try:
+        spec = msgspec.convert(doc.get("spec") if doc.get("spec") is not None else {}, kind.spec)
+    except msgspec.ValidationError as e:
+        raise invalid_from(e, kind.spec, prefix="$.spec", resource=what) from None
+    status = doc.get("status") or {}
+    if not isinstance(status, dict):
+        raise Invalid("expected an object", resource=what, field="$.status")
+    resource = Resource(kind=kind_name, metadata=meta, spec=spec, status=status)
+    try:
+        kind.check(resource)
+    except EdgewardError as e:
+        e.resource = e.resource or what
+        raise
+    return resource
+
+
+class Stored(msgspec.Struct, omit_defaults=True):
+    """The form on disk and between hub and node: plain spec plus the version of its schema."""
+
+    kind: str
+    metadata: Metadata
+    spec: dict[str, Any]
+    schema: int = 1
+
+
+def to_stored(resource: Resource) -> Stored:
+    kind = kinds.get(resource.kind)
+    return Stored(resource.kind, resource.metadata, msgspec.to_builtins(resource.spec), kind.schema)
+
+
+def from_stored(stored: Stored, status: dict[str, Any] | None = None) -> Resource:
+    """Reads what any earlier release stored, by the kind's upgrades."""
+    kind = kinds.get(stored.kind)
+    spec = kind.upgrade(stored.spec, stored.schema)
+    what = f"{stored.kind}/{stored.metadata.name}"
+    try:
+        typed = msgspec.convert(spec, kind.spec)
+    except msgspec.ValidationError as e:
+        raise invalid_from(e, kind.spec, prefix="$.spec", resource=what) from None
+    return Resource(kind=stored.kind, metadata=stored.metadata, spec=typed, status=status or {})
+
+
+_stored_encoder = msgspec.json.Encoder()
+_stored_decoder = msgspec.json.Decoder(Stored)
+
+
+def encode_stored(resource: Resource) -> bytes:
+    data = _stored_encoder.encode(to_stored(resource))
+    if len(data) > MAX_DOCUMENT:
+        raise TooLarge(
+            f"the document has {len(data)} bytes", resource=str(resource.key), remedy=f"at most {MAX_DOCUMENT} bytes"
+        )
+    return data
+
+
+def decode_stored(data: bytes, status: dict[str, Any] | None = None) -> Resource:
+    return from_stored(_stored_decoder.decode(data), status)
+
+
+def merge_patch(target: Any, patch: Any) -> Any:
+    """RFC 7396: ``patch`` applied to ``target``; neither is changed."""
+    if not isinstance(patch, Mapping):
+        return patch
+    result = dict(target) if isinstance(target, Mapping) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = merge_patch(result.get(key), value)
+    return result
+
+
+def make_patch(old: Any, new: Any) -> Any:
+    """The RFC 7396 patch that turns ``old`` into ``new`` (both mappings)."""
+    patch: dict[str, Any] = {}
+    for key in old:
+        if key not in new:
+            patch[key] = None
+    for key, value in new.items():
+        if key not in old:
+            patch[key] = value
+        elif old[key] != value:
+            both = isinstance(old[key], Mapping) and isinstance(value, Mapping)
+            patch[key] = make_patch(old[key], value) if both else value
+    return patch

@@ -1,0 +1,224 @@
+"""The hub's store: a JetStream KV bucket (`sync_interval: always`, so an acknowledged write is on the disk).
+
+Keys are ``r.<Kind>.<ns>.<name>`` (desired state) and ``s.<Kind>.<ns>.<name>`` (status); the stream's sequence is the
+revision of both, so one number orders everything. Writes carry ``Nats-Expected-Last-Subject-Sequence``: of two writers
+with the same base one is refused, whichever hub process they come through. The cache follows the stream by direct
+reads behind its own sequence, woken by the messages themselves, so a restart of the server costs one read and a lost
+wake-up nothing. Buckets stay readable for the ``nats kv`` tool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any
+
+import msgspec
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js.api import DiscardPolicy, StorageType, StreamConfig
+
+from edgeward.core import clock
+from edgeward.core.errors import Conflict, EdgewardError, Unreachable
+from edgeward.core.jsread import read_batch
+from edgeward.core.resource import Key, Resource, decode_stored, encode_stored
+from edgeward.core.store import Entry, Store
+
+log = logging.getLogger("edgeward.store")
+
+_BATCH = 500
+_TIMEOUT = 5.0
+
+
+class NatsStore(Store):
+    """Open with :meth:`open`, keep :meth:`run` running; reads work from the cache at once."""
+
+    def __init__(self, client: Client, bucket: str = "resources", *, domain: str = "") -> None:
+        super().__init__()
+        self._nc = client
+        self._bucket = bucket
+        self._stream = f"KV_{bucket}"
+        self._prefix = f"$KV.{bucket}."
+        self._api = f"$JS.{domain}.API" if domain else "$JS.API"
+        self._js = client.jetstream(domain=domain) if domain else client.jetstream()
+        self._wake = asyncio.Event()
+        self._moved = asyncio.Condition()
+        self._statuses: dict[Key, bytes] = {}
+        self._extra: dict[str, bytes] = {}
+        #: Random id of this bucket; a node that finds another one starts its replica's sync anew.
+        self.epoch = ""
+
+    async def open(self) -> None:
+        """Creates the bucket where it is missing and fills the cache."""
+        config = StreamConfig(
+            name=self._stream,
+            subjects=[f"{self._prefix}>"],
+            max_msgs_per_subject=1,
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.NEW,
+            allow_rollup_hdrs=True,
+            deny_delete=True,
+            allow_direct=True,
+            max_msg_size=4 * 1024 * 1024,
+            duplicate_window=60.0,
+        )
+        try:
+            await self._js.stream_info(self._stream)
+        except nats.js.errors.NotFoundError:
+            await self._js.add_stream(config)
+        await self._nc.subscribe(f"{self._prefix}>", cb=self._woken)
+        await self._follow()
+        if "m.epoch" not in self._extra:
+            with contextlib.suppress(Conflict):  # another hub process was faster: its epoch is read below
+                await self._publish("m.epoch", clock.new_id(16).encode(), 0)
+        await self._follow()
+        self.epoch = self._extra["m.epoch"].decode()
+
+    async def _woken(self, _: Msg) -> None:
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Keeps the cache behind the stream; returns never, survives restarts of the server."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(2.0):  # a lost wake-up costs at most this
+                    await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self._follow()
+            except (nats.errors.Error, TimeoutError, EdgewardError) as e:
+                log.debug("cannot follow %s: %s", self._stream, e or type(e).__name__)
+                self._wake.set()
+                async with asyncio.timeout(None):
+                    await asyncio.sleep(0.2)  # the pace of asking while the server is away
+
+    # -- reading the stream --------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """Direct reads from behind the cache to the end of the stream."""
+        while True:
+            got = await read_batch(self._nc, self._api, self._stream, self.revision + 1, f"{self._prefix}>", _BATCH)
+            for seq, subject, headers, data in got:
+                if seq > self.revision:
+                    self._take(seq, subject.removeprefix(self._prefix), headers, data)
+            if got:
+                async with self._moved:
+                    self._moved.notify_all()
+            if len(got) < _BATCH:
+                return
+
+    def _take(self, seq: int, name: str, headers: dict[str, str] | None, data: bytes) -> None:
+        deleted = (headers or {}).get("KV-Operation") in ("DEL", "PURGE")
+        sort, _, rest = name.partition(".")
+        if sort == "m":
+            self._extra[name] = data
+            self.revision = max(self.revision, seq)
+            return
+        kind, ns, item = rest.split(".", 2)
+        key = Key(kind, ns, item)
+        if sort == "s":
+            if deleted:
+                self._statuses.pop(key, None)
+                self.revision = max(self.revision, seq)
+                return
+            self._statuses[key] = data
+            entry = self._entries.get(key)
+            if entry is None:
+                self.revision = max(self.revision, seq)
+                return
+            status = msgspec.json.decode(data)
+            self._changed(seq, key, msgspec.structs.replace(entry.resource, status=status), status_only=True)
+            return
+        if deleted:
+            if key in self._entries:
+                self._changed(seq, key, None)
+            else:
+                self._tombs[key] = seq
+                self.revision = max(self.revision, seq)
+            return
+        status_data = self._statuses.get(key)
+        try:
+            resource = decode_stored(data, msgspec.json.decode(status_data) if status_data else {})
+        except EdgewardError as e:
+            # one unreadable object (a newer release's) must not take the others down
+            log.error("stored %s is not readable: %s", key, e)
+            self.revision = max(self.revision, seq)
+            return
+        self._changed(seq, key, resource)
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    async def _publish(self, name: str, data: bytes, expect: int | None, *, operation: str = "") -> int:
+        headers: dict[str, Any] = {}
+        if expect is not None:
+            headers["Nats-Expected-Last-Subject-Sequence"] = str(expect)
+        if operation:
+            headers["KV-Operation"] = operation
+        try:
+            ack = await self._js.publish(f"{self._prefix}{name}", data, timeout=_TIMEOUT, headers=headers or None)
+        except nats.js.errors.APIError as e:
+            if e.err_code == 10071:
+                raise Conflict("changed meanwhile", remedy="read it again, repeat your change on what you read") from e
+            raise EdgewardError(f"the store refused the write: {e.description}", remedy="see the hub's log") from e
+        except (nats.errors.Error, TimeoutError) as e:
+            raise Unreachable(
+                f"the hub's store does not answer ({type(e).__name__}); the write may or may not have happened",
+                remedy="try again; the revision check makes that safe",
+            ) from e
+        seq: int = ack.seq
+        if seq == self.revision + 1:
+            self._take(seq, name, headers, data)
+            async with self._moved:
+                self._moved.notify_all()
+        elif seq > self.revision:
+            self._wake.set()
+            async with asyncio.timeout(_TIMEOUT), self._moved:
+                await self._moved.wait_for(lambda: self.revision >= seq)
+        return seq
+
+    def _base(self, key: Key, old: Entry | None) -> int:
+        return old.revision if old else self._tombs.get(key, 0)
+
+    async def _put(self, resource: Resource, old: Entry | None) -> Resource:
+        key = resource.key
+        try:
+            await self._publish(
+                f"r.{key.kind}.{key.namespace}.{key.name}", encode_stored(resource), self._base(key, old)
+            )
+        except Conflict as e:
+            await self._follow()
+            e.resource = str(key)
+            raise
+        entry = self._entries.get(key)
+        return entry.resource if entry else resource
+
+    async def put_status(self, key: Key, status: dict[str, Any]) -> None:
+        if self.get(key).status == status:
+            return
+        await self._publish(f"s.{key.kind}.{key.namespace}.{key.name}", msgspec.json.encode(status), None)
+
+    async def remove(self, key: Key, *, expect: int | None = None) -> None:
+        self.get(key)
+        entry = self._entries[key]
+        self.check_expected(key, entry, expect)
+        base = f"{key.kind}.{key.namespace}.{key.name}"
+        try:
+            await self._publish(f"r.{base}", b"", expect or entry.revision, operation="DEL")
+        except Conflict as e:
+            await self._follow()
+            e.resource = str(key)
+            raise
+        if key in self._statuses:
+            await self._publish(f"s.{base}", b"", None, operation="DEL")
+
+    # -- small facts of controllers, in the same bucket -------------------------------------------------------------
+
+    def fact(self, name: str) -> bytes | None:
+        """A controller's own durable value (``m.<name>``), e.g. the last change taken over from a node."""
+        return self._extra.get(f"m.{name}")
+
+    async def set_fact(self, name: str, value: bytes) -> None:
+        await self._publish(f"m.{name}", value, None)

@@ -1,0 +1,76 @@
+"""Small pieces of HTTP that the hub and the agent share: lists of records, lines as they come.
+
+Handlers raise :class:`~edgeward.core.errors.EdgewardError`; the API turns those into problem documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from edgeward.core.errors import Invalid
+from edgeward.core.records import Records
+
+
+def number(request: Request, name: str, default: int, *, low: int = 0, high: int = 2**53) -> int:
+    """A bounded number of the query string."""
+    text = request.query_params.get(name)
+    if text is None or text == "":
+        return default
+    try:
+        value = int(text)
+    except ValueError:
+        raise Invalid(f"{text[:40]!r} is no number", field=f"?{name}", remedy=f"{low} to {high}") from None
+    if not low <= value <= high:
+        raise Invalid(f"{value} is out of range", field=f"?{name}", remedy=f"{low} to {high}")
+    return value
+
+
+def flag(request: Request, name: str) -> bool:
+    return request.query_params.get(name, "").lower() in ("1", "true", "yes")
+
+
+def json(doc: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(doc), status, media_type="application/json")
+
+
+async def _sse(items: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    yield b": following\n\n"
+    async for item in items:
+        yield b"id: %d\ndata: %b\n\n" % (item.get("seq", 0), msgspec.json.encode(item))
+
+
+def follow(items: AsyncIterator[dict[str, Any]]) -> Response:
+    """Records by server-sent events."""
+    return StreamingResponse(_sse(items), media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+
+async def _lines(items: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    encoder = msgspec.json.Encoder()
+    async for item in items:
+        yield encoder.encode(item) + b"\n"
+
+
+def ndjson(items: AsyncIterator[dict[str, Any]]) -> Response:
+    return StreamingResponse(_lines(items), media_type="application/x-ndjson")
+
+
+def record_routes(records: Records) -> list[Route]:
+    """``/api/v1/events`` and ``/api/v1/journal``: lists, or followed with ``?follow=true``."""
+
+    def route(name: str) -> Route:
+        async def get(request: Request) -> Response:
+            since = number(request, "since", 0)
+            limit = number(request, "limit", 500, low=1, high=10_000)
+            if flag(request, "follow"):
+                return follow(records.follow(name, since=since, limit=limit))
+            return json({"items": records.items(name, since=since, limit=limit)})
+
+        return Route(f"/api/v1/{name}", get, methods=["GET"])
+
+    return [route("events"), route("journal")]

@@ -1,0 +1,3 @@
+from edgeward.hub.main import main
+
+raise SystemExit(main())

@@ -1,0 +1,32 @@
+"""Brings every room's kinds and cloud-side extensions into the registry."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from edgeward.core.registry import extensions, kinds
+from edgeward.core.resource import Resource
+
+_ROOMS = ("edgeward.core.kinds", "edgeward.nodes.spec", "edgeward.workloads.spec", "edgeward.streams.spec")
+
+
+def load() -> None:
+    for module in _ROOMS:
+        importlib.import_module(module)
+    if "App" not in extensions.names("fold"):
+        from edgeward.streams.cloud import fold_export
+        from edgeward.workloads.cloud import fold, fold_service
+
+        extensions.add("fold", "App", fold)
+        extensions.add("fold", "Service", fold_service)
+        extensions.add("fold", "Export", fold_export)
+
+
+def fold_by_node(resource: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The plainest fold: each node's report under its name."""
+    return {"nodes": {n: dict(r) for n, r in sorted(reports.items())}}
+
+
+__all__ = ["fold_by_node", "kinds", "load"]

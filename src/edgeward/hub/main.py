@@ -1,0 +1,196 @@
+"""The hub: the cloud sides of the rooms in one process, beside its nats-server.
+
+Start order: keys and certificate, nats-server (adopted when it still runs), store, controllers, API. The process keeps
+nothing of its own: what it knows is in NATS, so it may be killed at any time, and a second one may run beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from edgeward import __version__
+from edgeward.core import clock, daemon
+from edgeward.core.api import Principal, build_app
+from edgeward.core.audit import Audit
+from edgeward.core.bus import Bus
+from edgeward.core.errors import EdgewardError, Unauthorized
+from edgeward.core.files import ensure_dir, read_json
+from edgeward.core.identity import HubIdentity
+from edgeward.core.natsserver import HubSpec, NatsServer
+from edgeward.core.records import StreamRecords
+from edgeward.core.registry import extensions
+from edgeward.core.resource import Key, Resource
+from edgeward.core.resources import Resources
+from edgeward.core.store_nats import NatsStore
+from edgeward.hub.front import Links, front_protocol
+from edgeward.hub.kinds import load
+from edgeward.hub.routes import HubRoutes
+from edgeward.nodes.cloud import NodesCloud
+from edgeward.streams.cloud import StreamsCloud
+
+log = logging.getLogger("edgeward.hub")
+
+
+class Hub:
+    """One hub process; :meth:`run` until the stop event."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        config = read_json(data / "hub.json", {})
+        self.port = int(config.get("port", 0))
+        self.bind = str(config.get("bind", "127.0.0.1"))
+        self.names = [str(n) for n in config.get("names", [])]
+        self.run_file = daemon.RunFile(data / "run.json")
+        self._ready = False
+
+    async def run(self, stop: asyncio.Event) -> int:
+        ensure_dir(self.data)
+        identity = HubIdentity.open(self.data / "identity", self.names)
+        identity.admin_token()
+        spec = HubSpec(identity.operator_jwt, identity.system_account, identity.accounts)
+        self.nats = NatsServer(self.data / "nats", spec, on_restart=self._say)
+        await self.nats.start()
+        self.bus = await Bus.connect(self.nats.url, name="hub", user=identity.user)
+        self.store = NatsStore(self.bus.client)
+        await self.store.open()
+        self.records = StreamRecords(self.bus.client)
+        await self.records.open()
+        audit = Audit(self.data / "audit.db")
+        self.resources = Resources(self.store, audit)
+        await self._first_objects()
+        self.nodes = NodesCloud(self.store, self.bus, self.records, self._write)
+        await self.nodes.open()
+        self.streams = StreamsCloud(self.bus.client)
+        routes = HubRoutes(
+            store=self.store,
+            client=self.bus.client,
+            identity=identity,
+            nodes=self.nodes,
+            streams=self.streams,
+            records=self.records,
+            write=self._write,
+        )
+
+        def auth(token: str | None, client: Any) -> Principal:
+            name = identity.tokens.verify(token) if token else None
+            if name is None:
+                raise Unauthorized(
+                    "the token is missing or wrong", remedy="send 'Authorization: Bearer TOKEN'; the context has it"
+                )
+            return Principal(name)
+
+        app = build_app(
+            self.resources,
+            self.store,
+            auth=auth,
+            extra_routes=routes.routes(),
+            health=self._health,
+            metrics=self._metrics,
+            info={"role": "hub", "version": __version__},
+        )
+        self.links = Links(lambda: ("127.0.0.1", self.nats.ports["websocket"]))
+        async with daemon.http_server(
+            app,
+            host=self.bind,
+            port=self.port,
+            ssl_certfile=str(identity.tls_file),
+            ssl_keyfile=str(identity.tls_file),
+            http=front_protocol(self.links),
+        ):
+            self._ready = True
+            self._say()
+            log.info("hub %s ready on %s:%s", __version__, self.bind, self.port)
+            try:
+                await daemon.until(
+                    stop,
+                    self.nats.run,
+                    self.store.run,
+                    self.records.run,
+                    self.nodes.run,
+                    self._controllers,
+                )
+            finally:
+                self._ready = False
+                self.links.close()
+        await self.bus.close()
+        await self.nats.stop()
+        self.run_file.remove()
+        return 0
+
+    def _say(self) -> None:
+        host = "127.0.0.1" if self.bind in ("0.0.0.0", "127.0.0.1") else self.bind  # noqa: S104 - compared, not bound
+        advertised = read_json(self.data / "hub.json", {}).get("advertise", host)
+        self.run_file.write(ready=self._ready, nats=self.nats.pid, url=f"https://{advertised}:{self.port}")
+
+    async def _first_objects(self) -> None:
+        from edgeward.core.resource import decode
+
+        if self.store.find(Key("Namespace", "_", "default")) is None:
+            doc = {"apiVersion": "edgeward/v1", "kind": "Namespace", "metadata": {"name": "default"}}
+            await self.store.put(decode(doc))
+
+    async def _write(self, resource: Resource | None, key: Key, expect: int, actor: str) -> None:
+        """A validated write by the system on behalf of ``actor``; ``expect`` 0 creates."""
+        if resource is None:
+            await self.resources.delete(key, expect=expect or None, actor=actor)
+        elif expect:
+            await self.resources.replace(resource, expect=expect, actor=actor)
+        else:
+            await self.resources.create(resource, actor=actor)
+
+    async def _controllers(self) -> None:
+        """Exports need their streams; owners' dependents go with them."""
+        while True:
+            try:
+                with self.store.watch(0) as changes:
+                    async for change in changes:
+                        if change.key.kind == "Export" and not change.status_only and change.resource is not None:
+                            await self._retried(self.streams.ensure, change.resource)
+                        if change.resource is None or change.resource.metadata.deletionTimestamp:
+                            await self._retried(self.resources.collect)
+            except EdgewardError as e:
+                log.info("controllers start anew: %s", e)
+
+    async def _retried(self, work: Any, *args: Any) -> None:
+        for attempt in range(1, 100):
+            try:
+                await work(*args)
+                return
+            except EdgewardError as e:
+                log.warning("%s: %s", getattr(work, "__name__", "controller"), e)
+                await asyncio.sleep(min(5.0, 0.2 * attempt))  # the back-off between two tries
+
+    def _health(self) -> tuple[bool, dict[str, Any]]:
+        ok = self._ready and self.bus.connected and self.nats.pid is not None
+        return ok, {"state": "ready" if ok else "starting"}
+
+    def _metrics(self) -> str:
+        stats = self.store.stats()
+        values = {f"edgeward_hub_{k}": float(v) for k, v in stats.items()}
+        values["edgeward_hub_memory_bytes"] = daemon.memory_mb(os.getpid()) * 2**20
+        values["edgeward_hub_nats_memory_bytes"] = daemon.memory_mb(self.nats.pid) * 2**20
+        values["edgeward_hub_nats_restarts_total"] = float(self.nats.restarts)
+        values["edgeward_hub_links"] = float(len(self.links.open))
+        values["edgeward_hub_uptime_seconds"] = clock.monotonic() - daemon.STARTED
+        for node in self.store.items("Node"):
+            name = node.metadata.name
+            values[f'edgeward_node_online{{node="{name}"}}'] = float(self.nodes.is_online(name))
+        return daemon.metrics_text(values)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m edgeward.hub", description="Runs one hub process.")
+    parser.add_argument("--data", type=Path, required=True, help="the hub's directory")
+    parser.add_argument("--die-with-parent", action="store_true", help="stop when the starting process ends")
+    args = parser.parse_args()
+    if args.die_with_parent:
+        daemon.die_with_parent()
+    daemon.set_up_logging(os.environ.get("EDGEWARD_LOG", "INFO"))
+    load()
+    log.debug("extensions: %s", extensions.names("fold"))
+    return daemon.run(Hub(args.data.absolute()).run)

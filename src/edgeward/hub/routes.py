@@ -1,0 +1,173 @@
+"""What the hub's API has beside the resources: enrolment, logs, usage, streams, overrides, the audit trail."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from nats.aio.client import Client
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from edgeward.core.errors import EdgewardError, Invalid, NotFound, Unreachable
+from edgeward.core.identity import HubIdentity
+from edgeward.core.records import Records
+from edgeward.core.resource import CLUSTER, Key, Resource, from_stored, merge_patch, to_stored
+from edgeward.core.store import Store
+from edgeward.core.streaming import flag, json, ndjson, number, record_routes
+from edgeward.nodes.calls import call
+from edgeward.nodes.cloud import NodesCloud
+from edgeward.streams.cloud import StreamsCloud
+
+
+class HubRoutes:
+    def __init__(
+        self,
+        *,
+        store: Store,
+        client: Client,
+        identity: HubIdentity,
+        nodes: NodesCloud,
+        streams: StreamsCloud,
+        records: Records,
+        write: Any,
+    ) -> None:
+        self._store, self._nc, self._identity = store, client, identity
+        self._nodes, self._streams, self._records, self._write = nodes, streams, records, write
+
+    def routes(self) -> list[Route]:
+        base = "/api/v1"
+        return [
+            Route(f"{base}/nodes/{{name}}/enrol", self.enrol, methods=["POST"]),
+            Route(f"{base}/namespaces/{{ns}}/apps/{{name}}/logs", self.logs, methods=["GET"]),
+            Route(f"{base}/namespaces/{{ns}}/overrides/{{name}}/promote", self.promote, methods=["POST"]),
+            Route(f"{base}/top", self.top, methods=["GET"]),
+            Route(f"{base}/streams", self.streams, methods=["GET"]),
+            Route(f"{base}/streams/{{name}}", self.stream, methods=["GET"]),
+            *record_routes(self._records),
+        ]
+
+    async def enrol(self, request: Request) -> Response:
+        """Credentials for the key that a node made itself. The life cycle around it is the enrolment's business."""
+        name = request.path_params["name"]
+        self._store.get(Key("Node", CLUSTER, name))
+        try:
+            doc = msgspec.json.decode(await request.body())
+            key = doc["publicKey"]
+        except (msgspec.DecodeError, KeyError, TypeError):
+            raise Invalid("is required", resource=f"Node/{name}", field="$.publicKey", remedy="send the key") from None
+        jwt = self._identity.issue_node(name, str(key))
+        return json({"jwt": jwt, "ca": self._identity.ca_pem})
+
+    async def promote(self, request: Request) -> Response:
+        """Makes a site's override everybody's: the patch goes into the target, the override goes away."""
+        key = Key("Override", request.path_params["ns"], request.path_params["name"])
+        override = self._store.get(key)
+        target = override.spec.target
+        target_key = Key(target.kind, target.namespace or CLUSTER, target.name)
+        base = self._store.get(target_key)
+        stored = to_stored(base)
+        stored.spec = merge_patch(stored.spec, override.spec.patch)
+        await self._write(from_stored(stored), target_key, base.revision, "admin")
+        await self._write(None, key, override.revision, "admin")
+        return json(self._store.get(target_key).document(show_secrets=False))
+
+    # -- nodes' answers --------------------------------------------------------------------------------------------
+
+    def _nodes_of(self, app: Resource, wanted: str) -> list[str]:
+        nodes = sorted({i.get("node", "") for i in app.status.get("instances", [])} - {""})
+        if wanted and wanted not in nodes:
+            raise NotFound(
+                f"has no instance on node {wanted!r}",
+                resource=str(app.key),
+                remedy=f"it runs on: {', '.join(nodes) or 'no node'}",
+            )
+        return [wanted] if wanted else nodes
+
+    async def logs(self, request: Request) -> Response:
+        app = self._store.get(Key("App", request.path_params["ns"], request.path_params["name"]))
+        nodes = self._nodes_of(app, request.query_params.get("node", ""))
+        args = {
+            "namespace": app.metadata.namespace,
+            "name": app.metadata.name,
+            "tail": number(request, "tail", 200, high=100_000),
+            "follow": flag(request, "follow"),
+            "since": request.query_params.get("since", ""),
+            "instance": request.query_params.get("instance", ""),
+        }
+        if not nodes:
+            raise NotFound(
+                "runs nowhere yet, so it has no logs", resource=str(app.key), remedy="see: edgeward describe"
+            )
+        return StreamingResponse(self._merge(nodes, args), media_type="text/plain; charset=utf-8")
+
+    async def _merge(self, nodes: list[str], args: dict[str, Any]) -> AsyncIterator[bytes]:
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue(64)
+        several = len(nodes) > 1
+
+        async def one(node: str) -> None:
+            try:
+                if not self._nodes.is_online(node):
+                    raise Unreachable(f"node {node} is not connected; its logs are on it")
+                mark = f"[{node}] ".encode() if several else b""
+                async for piece in call(self._nc, node, "logs", args):
+                    await queue.put(b"".join(mark + line for line in piece.splitlines(keepends=True)))
+            except EdgewardError as e:
+                await queue.put(f"edgeward: {e}\n".encode())
+            finally:
+                await queue.put(None)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(n)) for n in nodes]
+            open_ = len(tasks)
+            try:
+                while open_:
+                    piece = await queue.get()
+                    if piece is None:
+                        open_ -= 1
+                    else:
+                        yield piece
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    async def top(self, request: Request) -> Response:
+        """Present use of processor and memory, asked of every node that is there."""
+        nodes = [n.metadata.name for n in self._store.items("Node")]
+
+        async def one(node: str) -> dict[str, Any]:
+            with contextlib.suppress(EdgewardError, msgspec.DecodeError):
+                if self._nodes.is_online(node):
+                    data = b"".join([p async for p in call(self._nc, node, "usage", {}, timeout=3.0)])
+                    usage: dict[str, Any] = msgspec.json.decode(data)
+                    return usage
+            return {"nodes": [{"name": node, "online": False}], "apps": []}
+
+        answers = await asyncio.gather(*(one(n) for n in nodes))
+        return json(
+            {"nodes": [n for a in answers for n in a["nodes"]], "apps": [x for a in answers for x in a["apps"]]}
+        )
+
+    # -- streams ------------------------------------------------------------------------------------------
+
+    async def streams(self, request: Request) -> Response:
+        return json({"items": await self._streams.list()})
+
+    async def stream(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        limit = number(request, "limit", 0)
+        items = await self._streams.reader(name, number(request, "from", 0), follow=flag(request, "follow"))
+        return ndjson(_limited(items, limit) if limit else items)
+
+
+async def _limited(items: AsyncIterator[dict[str, Any]], limit: int) -> AsyncIterator[dict[str, Any]]:
+    n = 0
+    async for item in items:
+        yield item
+        n += 1
+        if n >= limit:
+            return

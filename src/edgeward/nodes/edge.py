@@ -1,0 +1,299 @@
+"""The node's side of the link: beats, sync, local changes up, reports up.
+
+Everything is a request over the local nats-server, whose leaf connection carries it when the link is there; without it
+the server answers "no responders" at once, so trying costs nothing. The four tasks are level-triggered: each knows what
+it still owes (a revision, undecided changes, unreported state) and pays when the hub answers again, at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+from nats.aio.msg import Msg
+
+from edgeward.core import clock
+from edgeward.core.bus import Bus
+from edgeward.core.errors import EdgewardError, Unreachable
+from edgeward.core.records import SqliteRecords
+from edgeward.core.resource import Key
+from edgeward.nodes.liveness import BEAT, Liveness
+from edgeward.nodes.wire import (
+    BeatAnswer,
+    BeatAsk,
+    HubObject,
+    LocalChange,
+    Ok,
+    PushAnswer,
+    PushAsk,
+    ReportAsk,
+    Status,
+    SyncAnswer,
+    SyncAsk,
+)
+
+log = logging.getLogger("edgeward.nodes")
+
+T = TypeVar("T")
+_TIMEOUT = 10.0
+_PUSH = 50
+_EVENTS = 200
+
+
+class ReplicaLike(Protocol):
+    """What the link needs of the replica."""
+
+    hub_revision: int
+    epoch: str
+    store_id: str
+
+    def pending(self) -> list[LocalChange]: ...
+    def hub_view(self) -> str: ...
+    def apply_sync(self, objects: list[HubObject], *, revision: int, epoch: str, full: bool) -> None: ...
+    def resolve(self, seq: int, now: HubObject) -> None: ...
+    def meta(self, name: str) -> str: ...
+    def set_meta(self, name: str, value: str) -> str: ...
+
+
+class NodeEdge:
+    """One node's conversation with its hub."""
+
+    def __init__(
+        self, node: str, replica: ReplicaLike, records: SqliteRecords, on_flip: Callable[[bool], None] | None = None
+    ) -> None:
+        self.node = node
+        self._replica = replica
+        self._records = records
+        self._on_flip = on_flip
+        self._bus: Bus | None = None
+        self._live = Liveness()
+        self._run = clock.new_id(12)
+        self._hub = ""
+        self._sync_wanted = asyncio.Event()
+        self._push_wanted = asyncio.Event()
+        self._report_wanted = asyncio.Event()
+        self._beat_now = asyncio.Event()
+        #: True once a sync succeeded in this run, or there was one in an earlier run.
+        self.synced = asyncio.Event()
+        if replica.epoch:
+            self.synced.set()
+        self._statuses: dict[Key, dict[str, Any]] = {}
+        self._dirty: set[Key] = set()
+        self._full = True
+        self._node_status: dict[str, Any] = {}
+        self._node_dirty = False
+        self.counters = {"beats": 0, "syncs": 0, "full_syncs": 0, "pushed": 0, "reports": 0}
+
+    @property
+    def online(self) -> bool:
+        return self._live.online
+
+    # -- what the rooms say -------------------------------------------------------------------------------------------
+
+    def report(self, key: Key, status: dict[str, Any] | None) -> None:
+        """The present status of an object on this node; None when it is gone from here."""
+        if status is None:
+            if self._statuses.pop(key, None) is None:
+                return
+        elif self._statuses.get(key) == status:
+            return
+        else:
+            self._statuses[key] = status
+        self._dirty.add(key)
+        self._report_wanted.set()
+
+    def report_node(self, status: dict[str, Any]) -> None:
+        if status != self._node_status:
+            self._node_status, self._node_dirty = status, True
+            self._report_wanted.set()
+
+    def statuses(self) -> dict[Key, dict[str, Any]]:
+        return dict(self._statuses)
+
+    def wake_push(self) -> None:
+        """There is a local change to send."""
+        self._push_wanted.set()
+
+    def wake_events(self) -> None:
+        self._report_wanted.set()
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def run(self, bus: Bus) -> None:
+        """Runs until cancelled. ``bus``: the connection to the local server."""
+        self._bus = bus
+
+        async def poked(_: Msg) -> None:
+            self._sync_wanted.set()
+
+        await bus.subscribe(f"ew.node.{self.node}.poke", poked)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._beats())
+            group.create_task(self._owed(self._sync_wanted, self._sync, "sync"))
+            group.create_task(self._owed(self._push_wanted, self._push, "push"))
+            group.create_task(self._owed(self._report_wanted, self._send_reports, "report"))
+
+    async def _request(self, verb: str, ask: Any, answer: type[T], timeout: float = _TIMEOUT) -> T:
+        if self._bus is None:
+            raise Unreachable("the link is not started")
+        subject = f"ew.hub.{verb}.{self.node}"
+        msg = await self._bus.request(subject, msgspec.msgpack.encode(ask), timeout=timeout)
+        try:
+            got = msgspec.msgpack.decode(msg.data, type=answer)
+        except msgspec.DecodeError as e:
+            raise EdgewardError(f"the hub's answer to {verb} is not understood: {e}") from e
+        error = getattr(got, "error", "")
+        if error:
+            raise EdgewardError(f"the hub refused {verb}: {error}")
+        return got
+
+    async def _beats(self) -> None:
+        """One small request each period tells both sides that the other is there, and what is new."""
+        n = 0
+        while True:
+            n += 1
+            try:
+                answer = await self._request("beat", BeatAsk(n, self._run), BeatAnswer, timeout=BEAT)
+            except Unreachable:
+                pass
+            except EdgewardError as e:
+                log.warning("%s", e)
+            else:
+                self.counters["beats"] += 1
+                if self._live.beat(clock.monotonic(), certain=not self.synced.is_set() or n <= 2):
+                    self._flipped()
+                if answer.hub != self._hub:
+                    self._hub, self._full = answer.hub, True
+                    self._report_wanted.set()
+                if answer.epoch != self._replica.epoch or answer.revision > self._replica.hub_revision:
+                    self._sync_wanted.set()
+                if self._replica.pending():
+                    self._push_wanted.set()
+            if self._live.tick(clock.monotonic()):
+                self._flipped()
+            pause = BEAT if self.online else BEAT / 8
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause * random.uniform(0.9, 1.1)):  # noqa: S311 - jitter
+                    await self._beat_now.wait()
+            self._beat_now.clear()
+
+    def _flipped(self) -> None:
+        log.info("link %s", "up" if self.online else "down")
+        if self.online:
+            for event in (self._sync_wanted, self._push_wanted, self._report_wanted):
+                event.set()
+        if self._on_flip is not None:
+            self._on_flip(self.online)
+
+    async def _owed(self, wanted: asyncio.Event, pay: Callable[[], Any], what: str) -> None:
+        """Pays a debt whenever it is due; what failed stays due."""
+        delay = 0.0
+        while True:
+            await wanted.wait()
+            if delay:
+                await asyncio.sleep(delay)  # the back-off between two tries
+            wanted.clear()
+            try:
+                await pay()
+                delay = 0.0
+            except (EdgewardError, OSError) as e:
+                delay = min(5.0, delay * 2 or 0.25) * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
+                if not isinstance(e, Unreachable):
+                    log.warning("%s: %s", what, e)
+                wanted.set()
+                if isinstance(e, Unreachable):
+                    delay = min(delay, 1.0)
+
+    # -- sync ----------------------------------------------------------------------------------------------------
+
+    async def _sync(self) -> None:
+        for attempt in range(3):
+            since = self._replica.hub_revision if attempt == 0 else 0
+            ask = SyncAsk(since, self._replica.epoch)
+            objects: list[HubObject] = []
+            pages = 0
+            while True:
+                answer = await self._request("sync", ask, SyncAnswer)
+                objects += answer.objects
+                pages += 1
+                if not answer.more:
+                    break
+                last = answer.objects[-1].key
+                ask.after = (last.kind, last.namespace, last.name)
+            self._replica.apply_sync(objects, revision=answer.revision, epoch=answer.epoch, full=answer.full)
+            self.counters["syncs"] += 1
+            self.counters["full_syncs"] += answer.full
+            self.synced.set()
+            if not answer.view or answer.view == self._replica.hub_view():
+                return
+            log.info("the replica differs from the hub's view, asking for all of it")
+        if pages == 1:
+            raise EdgewardError("the replica differs from the hub's view after a full sync")
+
+    # -- local changes up ------------------------------------------------------------------------------------------
+
+    async def _push(self) -> None:
+        while changes := self._replica.pending()[:_PUSH]:
+            if not self.online:
+                return
+            answer = await self._request("push", PushAsk(self._replica.store_id, changes), PushAnswer, timeout=30)
+            by_seq = {c.seq: c for c in changes}
+            for decided in answer.decided:
+                change = by_seq.pop(decided.seq, None)
+                if change is None:
+                    continue
+                if decided.journal is not None and decided.outcome != "same":
+                    await self._records.append("journal", decided.journal)
+                    lost = decided.journal.get("loser") == "edge"
+                    await self._records.append(
+                        "events",
+                        {
+                            "type": "Warning" if lost else "Normal",
+                            "reason": "LocalChangeLost" if lost else "LocalChangeTakenOver",
+                            "resource": str(change.key),
+                            "message": f"{decided.outcome}: {decided.why}",
+                        },
+                    )
+                    self.wake_events()
+                self._replica.resolve(decided.seq, decided.now)
+                self.counters["pushed"] += 1
+            if by_seq:
+                raise EdgewardError(f"the hub left {len(by_seq)} local changes undecided")
+
+    # -- reports up ---------------------------------------------------------------------------------------------------
+
+    async def _send_reports(self) -> None:
+        if not self.online:
+            return
+        full, self._full = self._full, False
+        dirty = set(self._statuses) if full else set(self._dirty)
+        self._dirty -= dirty
+        node_status = self._node_status if self._node_dirty or full else None
+        self._node_dirty = False
+        sent = int(self._replica.meta("events_sent") or 0)
+        events = self._records.first_after("events", sent, _EVENTS)
+        if not dirty and not full and node_status is None and not events:
+            return
+        ask = ReportAsk(
+            [Status(k.kind, k.namespace, k.name, self._statuses.get(k)) for k in sorted(dirty)],
+            full,
+            node_status,
+            [{**e, "store": self._replica.store_id} for e in events],
+        )
+        try:
+            await self._request("report", ask, Ok)
+        except EdgewardError:
+            self._dirty |= dirty
+            self._full |= full
+            self._node_dirty = self._node_dirty or node_status is not None
+            raise
+        self.counters["reports"] += 1
+        if events:
+            self._replica.set_meta("events_sent", str(events[-1]["seq"]))
+        if len(events) == _EVENTS:
+            self._report_wanted.set()

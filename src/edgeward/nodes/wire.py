@@ -1,0 +1,112 @@
+"""What hub and node say to one another over the link (msgpack; subjects in docs/architecture.md). Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from edgeward.core.resource import Key, Stored
+
+
+class HubObject(msgspec.Struct, omit_defaults=True):
+    """The hub's side of an object in a sync; ``stored`` None says that it is gone for this node."""
+
+    kind: str
+    namespace: str
+    name: str
+    revision: int
+    stored: Stored | None = None
+    status: dict[str, Any] | None = None
+
+    @property
+    def key(self) -> Key:
+        return Key(self.kind, self.namespace, self.name)
+
+
+class LocalChange(msgspec.Struct, omit_defaults=True):
+    """A change made at the node that the hub has not decided yet. ``op``: put or delete."""
+
+    seq: int
+    kind: str
+    namespace: str
+    name: str
+    op: str
+    base: int
+    time: float
+    actor: str
+    stored: Stored | None = None
+
+    @property
+    def key(self) -> Key:
+        return Key(self.kind, self.namespace, self.name)
+
+
+class SyncAsk(msgspec.Struct, omit_defaults=True):
+    """``since``/``epoch``: what the node has. ``after``: continue a paged answer behind this key."""
+
+    since: int
+    epoch: str
+    after: tuple[str, str, str] | None = None
+
+
+class SyncAnswer(msgspec.Struct, omit_defaults=True):
+    """``view`` is the fingerprint of all the node should hold after applying this (last page only)."""
+
+    epoch: str = ""
+    revision: int = 0
+    full: bool = False
+    objects: list[HubObject] = []
+    more: bool = False
+    view: str = ""
+    error: str = ""
+
+
+class PushAsk(msgspec.Struct, omit_defaults=True):
+    store: str  #: id of the node's replica, so that a wiped node's sequence numbers mean nothing
+    changes: list[LocalChange]
+
+
+class Decided(msgspec.Struct, omit_defaults=True):
+    seq: int
+    outcome: str  #: accept | override | same | reject | invalid
+    why: str
+    now: HubObject
+    journal: dict[str, Any] | None = None
+
+
+class PushAnswer(msgspec.Struct, omit_defaults=True):
+    decided: list[Decided] = []
+    error: str = ""
+
+
+class Status(msgspec.Struct, omit_defaults=True):
+    kind: str
+    namespace: str
+    name: str
+    status: dict[str, Any] | None
+
+
+class ReportAsk(msgspec.Struct, omit_defaults=True):
+    """Reported state: deltas, or all of it (``full``). ``events``: records with the node's own ``seq``."""
+
+    statuses: list[Status]
+    full: bool = False
+    node: dict[str, Any] | None = None
+    events: list[dict[str, Any]] = []
+
+
+class BeatAsk(msgspec.Struct, omit_defaults=True):
+    n: int
+    start: str = ""  #: id of this run of the agent
+
+
+class BeatAnswer(msgspec.Struct, omit_defaults=True):
+    revision: int = 0
+    hub: str = ""  #: id of this run of the hub: a new one wants a full report
+    epoch: str = ""
+    error: str = ""
+
+
+class Ok(msgspec.Struct, omit_defaults=True):
+    error: str = ""

@@ -1,0 +1,549 @@
+"""Real servers on loopback: a hub, nodes behind a TLS-terminating splice, cuts, kills and forgeries."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nats.aio.msg import Msg
+from nats.js.api import StreamConfig
+from paho.mqtt import client as mqtt
+
+from edgeward.core import proc
+from edgeward.core.bus import Bus
+from edgeward.core.errors import Conflict, Refused, Unreachable
+from edgeward.core.identity import HubIdentity, NodeIdentity, inbox_prefix
+from edgeward.core.natsserver import AGENT_USER, HubSpec, NatsServer, NodeSpec
+from edgeward.core.nkeys import NatsUser, claims_of
+
+MQTT_PASSWORD = "device"
+
+
+class Splice:
+    """Terminates TLS and forwards the bytes to the WebSocket port, as the hub process does. ``cut`` is a dead WAN."""
+
+    def __init__(self, identity: HubIdentity, target: int) -> None:
+        self.identity, self.target, self.port = identity, target, 0
+        self.paths: list[bytes] = []
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_server(
+            self._serve, "127.0.0.1", self.port, ssl=self.identity.server_context()
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def cut(self) -> None:
+        assert self._server
+        self._server.close()
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        out: asyncio.StreamWriter | None = None
+        try:
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            self.paths.append(head.split(b" ")[1])
+            back, out = await asyncio.open_connection("127.0.0.1", self.target)
+            out.write(head)
+            one = asyncio.create_task(self._pump(reader, out))
+            two = asyncio.create_task(self._pump(back, writer))
+            try:
+                await asyncio.wait({one, two}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                one.cancel()
+                two.cancel()
+        except (OSError, asyncio.IncompleteReadError, TimeoutError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.transport.abort()
+            if out is not None:
+                out.close()
+
+    @staticmethod
+    async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+
+
+@dataclasses.dataclass
+class Node:
+    name: str
+    identity: NodeIdentity
+    server: NatsServer
+    bus: Bus
+
+    def mqtt(self, *, subscribe: str = "") -> tuple[mqtt.Client, list[tuple[str, bytes]]]:
+        """A connected client in its own thread, and what it received."""
+        got: list[tuple[str, bytes]] = []
+        ready = threading.Event()
+        client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=f"{self.name}-{os.urandom(4).hex()}")
+        client.username_pw_set("device", MQTT_PASSWORD)
+        client.on_message = lambda c, u, m: got.append((m.topic, bytes(m.payload)))
+        client.on_subscribe = lambda *a: ready.set()
+        client.on_connect = lambda *a: ready.set() if not subscribe else None
+        client.connect("127.0.0.1", self.server.ports["mqtt"])
+        if subscribe:
+            client.subscribe(subscribe, 1)
+        client.loop_start()
+        assert ready.wait(5)
+        return client, got
+
+
+class World:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.identity = HubIdentity.open(root / "hub" / "identity")
+        self.hub_server = NatsServer(root / "hub" / "nats", self.hub_spec())
+        self.hub: Bus
+        self.splice: Splice
+        self.nodes: list[Node] = []
+
+    def hub_spec(self) -> HubSpec:
+        i = self.identity
+        return HubSpec(i.operator_jwt, i.system_account, i.accounts)
+
+    def node_spec(self, name: str, identity: NodeIdentity) -> NodeSpec:
+        return NodeSpec(
+            name,
+            f"wss://127.0.0.1:{self.splice.port}",
+            identity.creds_file,
+            identity.ca_file,
+            mqtt_users={"device": MQTT_PASSWORD},
+            max_file_store=64 << 20,
+        )
+
+    async def node(self, name: str) -> Node:
+        directory = self.root / "nodes" / name
+        identity = NodeIdentity.open(directory / "identity")
+        identity.accept(self.identity.issue_node(name, identity.public_key), self.identity.ca_pem)
+        server = NatsServer(directory / "nats", self.node_spec(name, identity))
+        await server.start()
+        bus = await node_bus(server, name)
+        node = Node(name, identity, server, bus)
+        self.nodes.append(node)
+        return node
+
+    async def linked(self, node: Node, timeout: float = 10) -> None:
+        """Until the node's requests reach the hub (which must serve ``ew.hub.sync.*``)."""
+        await until(lambda: answered(node.bus, f"ew.hub.sync.{node.name}"), timeout)
+
+
+async def node_bus(server: NatsServer, name: str) -> Bus:
+    return await Bus.connect(
+        server.url, name=name, username=AGENT_USER, password=server.secret, inbox=inbox_prefix(name)
+    )
+
+
+async def answered(bus: Bus, subject: str) -> bool:
+    try:
+        await bus.request(subject, b"", timeout=1)
+    except Unreachable:
+        return False
+    return True
+
+
+async def until(check: Callable[[], Awaitable[bool] | bool], timeout: float = 10) -> None:
+    async with asyncio.timeout(timeout):
+        while True:
+            value = check()
+            if not isinstance(value, bool):
+                value = await value
+            if value:
+                return
+            await asyncio.sleep(0.05)
+
+
+@contextlib.asynccontextmanager
+async def world(root: Path) -> AsyncIterator[World]:
+    w = World(root)
+    try:
+        assert await w.hub_server.start()
+        w.splice = Splice(w.identity, w.hub_server.ports["websocket"])
+        await w.splice.open()
+        w.hub = await Bus.connect(w.hub_server.url, name="hub", user=w.identity.user)
+
+        async def sync(msg: Msg) -> bytes:
+            return b"hub:" + msg.subject.encode()
+
+        await w.hub.serve("ew.hub.sync.*", sync, node_token=3)
+        yield w
+    finally:
+        for node in w.nodes:
+            await node.bus.close()
+            await node.server.stop()
+        if hasattr(w, "hub"):
+            await w.hub.close()
+        if hasattr(w, "splice"):
+            await w.splice.cut()
+        await w.hub_server.stop()
+
+
+async def data_stream(w: World) -> None:
+    js = w.hub.jetstream()
+    await js.add_stream(StreamConfig(name="DATA_x", subjects=["ew.data.x.>"], allow_direct=True))
+
+
+def test_one_port_link(tmp_path: Path) -> None:
+    """Requests both ways, acknowledged data, the cursor: all over WSS through a TLS terminator."""
+
+    async def main() -> None:
+        async with world(tmp_path) as w:
+            await data_stream(w)
+            a = await w.node("a")
+            await w.linked(a)
+            assert w.splice.paths[0] == b"/leafnode"
+            assert (await a.bus.request("ew.hub.sync.a", b"hi")).data == b"hub:ew.hub.sync.a"
+
+            async def logs(msg: Msg) -> bytes:
+                assert msg.reply.startswith("ew.hub.reply.a.")
+                return b"log of a"
+
+            await a.bus.serve("ew.node.a.call.logs", logs)
+            await a.bus.flush()
+            await until(lambda: called(w.hub, "a"))
+            with pytest.raises(Unreachable, match="nobody answers"):
+                await w.hub.request_via("ew.node.a.call.nothing", b"", "ew.hub.reply.a.77")
+
+            subject = "ew.data.x.a.q"
+            assert await a.bus.last_message("DATA_x", subject, domain="hub") is None
+            one = await a.bus.publish_acked(subject, b"1", expect_last=0, headers={"Ew-Src": "l:1:2"})
+            assert (one.stream, one.seq) == ("DATA_x", 1)
+            with pytest.raises(Conflict):
+                await a.bus.publish_acked(subject, b"again", expect_last=0)
+            two = await a.bus.publish_acked(subject, bytes(1 << 20), expect_last=one.seq, headers={"Ew-Src": "l:3:4"})
+            last = await a.bus.last_message("DATA_x", subject, domain="hub")
+            assert last is not None
+            assert (last.seq, last.subject, last.headers["Ew-Src"], len(last.data)) == (
+                two.seq,
+                subject,
+                "l:3:4",
+                1 << 20,
+            )
+
+    asyncio.run(main())
+
+
+async def called(hub: Bus, node: str) -> bool:
+    try:
+        msg = await hub.request_via(
+            f"ew.node.{node}.call.logs", b"", f"ew.hub.reply.{node}.{os.urandom(6).hex()}", timeout=1
+        )
+    except Unreachable:
+        return False
+    return bool(msg.data == f"log of {node}".encode())
+
+
+def test_nodes_are_apart(tmp_path: Path) -> None:
+    """Through its own server, and as a forger that speaks the leaf protocol itself, a node is confined to its name."""
+
+    async def main() -> None:
+        async with world(tmp_path) as w:
+            await data_stream(w)
+            a, b = await w.node("a"), await w.node("b")
+            await w.linked(a)
+            await w.linked(b)
+            seen: list[str] = []
+            heard: list[str] = []
+
+            async def see(msg: Msg) -> None:
+                if not msg.subject.startswith(("$SYS", "_INBOX", "$JS")):
+                    seen.append(msg.subject)
+
+            async def hear(msg: Msg) -> None:
+                heard.append(msg.subject)
+
+            await w.hub.subscribe(">", see)
+            await w.hub.flush()
+            for subject in ("ew.node.b.>", "_INBOX_b.>", "ew.data.>", "ew.hub.>", "$MQTT.>", "site.>"):
+                await b.bus.client.flush()
+                await a.bus.subscribe(subject, hear)
+            await a.bus.flush()
+            await asyncio.sleep(0.3)
+            heard.clear()
+
+            # a tries to be b; b talks; the hub talks to b
+            for subject in (
+                "ew.hub.beat.b",
+                "ew.data.x.b.q",
+                "ew.hub.reply.b.1",
+                "ew.node.b.poke",
+                "_INBOX_b.x",
+                "site.t",
+            ):
+                await a.bus.publish(subject, b"forged")
+            await a.bus.flush()
+            own = list(heard)  # what a hears of itself on its own server is its own affair
+            await b.bus.publish("ew.hub.beat.b", b"true")
+            await b.bus.publish("site.b", b"")
+            await b.bus.publish_acked("ew.data.x.b.q", b"true")
+            await w.hub.publish("ew.node.b.poke", b"")
+            with pytest.raises(Unreachable):
+                await a.bus.publish_acked("ew.data.x.b.q", b"forged", timeout=1)
+            with pytest.raises(Unreachable):
+                await a.bus.last_message("DATA_x", "ew.data.x.b.q", domain="hub", timeout=1)
+            for request in ("STREAM.INFO.DATA_x", "STREAM.PURGE.DATA_x", "STREAM.MSG.GET.DATA_x"):
+                with pytest.raises(Unreachable):
+                    await a.bus.request(f"$JS.hub.API.{request}", b"{}", timeout=1)
+            await a.bus.publish("ew.hub.beat.a", b"last")
+            await until(lambda: "ew.hub.beat.a" in seen)
+            assert sorted(seen) == ["ew.data.x.b.q", "ew.hub.beat.a", "ew.hub.beat.b", "ew.node.b.poke"]
+            assert set(heard) <= {*own, "ew.hub.beat.a", "ew.data.x.b.q"}
+            assert (await w.hub.jetstream().stream_info("DATA_x")).state.messages == 1
+
+            # a reply subject of a's choice does not make the hub speak to b
+            seen.clear()
+            await a.bus.publish("ew.hub.sync.a", b"", reply="ew.node.b.poke")
+            await asyncio.sleep(0.3)
+            assert "ew.node.b.poke" not in seen
+
+            # a forger without our server
+            seen.clear()
+            said = await forge_leaf(w, a, ["ew.hub.beat.b", "ew.data.x.b.q", "ew.hub.beat.a"], "ew.node.b.>")
+            await until(lambda: "ew.hub.beat.a" in seen)
+            assert sorted(seen) == ["ew.hub.beat.a"], said
+            assert b"Permissions Violation" in said
+            assert b"ew.node.b.poke" not in said
+
+            # the same key is no client's
+            key = a.identity._key
+            jwt = a.identity.creds_file.read_text().splitlines()[1]
+            assert claims_of(jwt)["sub"] == key.public
+            with pytest.raises(Unreachable):
+                await Bus.connect(w.hub_server.url, name="forger", user=NatsUser(jwt, key), timeout=1)
+
+    asyncio.run(main())
+
+
+async def forge_leaf(w: World, node: Node, publish: list[str], subscribe: str) -> bytes:
+    """Speaks the leaf protocol with the node's credentials and says what it pleases; returns what the hub said."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", w.hub_server.ports["leaf"])
+    info = json.loads((await asyncio.wait_for(reader.readline(), 5))[5:])
+    key = node.identity._key
+    jwt = node.identity.creds_file.read_text().splitlines()[1]
+    sig = base64.urlsafe_b64encode(key.sign(info["nonce"].encode())).decode().rstrip("=")
+    connect = {"jwt": jwt, "sig": sig, "name": "forger", "server_id": "FORGER", "headers": True, "version": "2.15.1"}
+    writer.write(b"CONNECT " + json.dumps(connect).encode() + b"\r\nPING\r\n")
+    writer.write(f"LS+ {subscribe}\r\n".encode())
+    for subject in publish:
+        writer.write(f"LMSG {subject} 6\r\nforged\r\n".encode())
+    writer.write(b"PING\r\n")
+    await writer.drain()
+    said = b""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(1):
+            await asyncio.sleep(0.3)
+            await w.hub.publish("ew.node.b.poke", b"secret")
+            while data := await reader.read(65536):
+                said += data
+    writer.close()
+    return said
+
+
+def test_kills_and_cut(tmp_path: Path) -> None:
+    """kill -9 of both servers; while cut, the site's MQTT and JetStream work and keep; MQTT of two sites never meets."""
+
+    async def main() -> None:
+        async with world(tmp_path) as w:
+            await data_stream(w)
+            a, b = await w.node("a"), await w.node("b")
+            await w.linked(a)
+            restarts: list[int] = []
+            w.hub_server.on_restart = lambda: restarts.append(1)
+            keepers = [asyncio.create_task(s.run()) for s in (w.hub_server, a.server)]
+            try:
+                one = await a.bus.publish_acked("ew.data.x.a.q", b"1", expect_last=0)
+                ports = w.hub_server.ports
+                assert w.hub_server.pid and a.server.pid
+                os.kill(w.hub_server.pid, signal.SIGKILL)
+                await until(lambda: bool(restarts))
+                assert w.hub_server.ports == ports
+                loop = asyncio.get_running_loop()
+                began = loop.time()
+                await w.linked(a)
+                assert loop.time() - began < 6
+                last = await a.bus.last_message("DATA_x", "ew.data.x.a.q", domain="hub")
+                assert last is not None and last.seq == one.seq
+
+                os.kill(a.server.pid, signal.SIGKILL)
+                await until(lambda: a.server.restarts == 1)
+                await a.bus.wait_connected(5)
+                await w.linked(a)
+                await w.linked(b)
+
+                await w.splice.cut()
+                await until(lambda: unanswered(a))
+                js = a.bus.jetstream()
+                await js.add_stream(StreamConfig(name="OUT_q", subjects=["ew.out.q"], allow_direct=True))
+                await a.bus.publish_acked("ew.out.q", b"kept")
+                assert (await a.bus.last_message("OUT_q", "ew.out.q")).data == b"kept"  # type: ignore[union-attr]
+
+                sub_a, got_a = await asyncio.to_thread(a.mqtt, subscribe="#")
+                sub_b, got_b = await asyncio.to_thread(b.mqtt, subscribe="#")
+                pub, _ = await asyncio.to_thread(a.mqtt)
+                sent = pub.publish("line/1/temp", b"21.5", 1)
+                await asyncio.to_thread(sent.wait_for_publish, 5)
+                for forged in ("ew/hub/beat/a", "_INBOX_a/x/y", "$JS/API/STREAM/DELETE/OUT_q"):
+                    pub.publish(forged, b"not for devices", 1)
+                pub.publish("line/2/temp", b"22", 1)
+                await until(lambda: ("line/2/temp", b"22") in got_a)
+                assert (await js.stream_info("$MQTT_msgs")).state.messages >= 0
+
+                await w.splice.open()
+                await w.linked(a)
+                await w.linked(b)
+                pub.publish("line/3/temp", b"23", 1)
+                pub.publish("line/3/temp", b"retained", 1, retain=True)
+                await until(lambda: ("line/3/temp", b"retained") in got_a)
+                assert {t for t, _ in got_a} == {"line/1/temp", "line/2/temp", "line/3/temp"}
+                assert (await js.stream_info("OUT_q")).state.messages == 1
+                assert got_b == []
+                late, got_late = await asyncio.to_thread(b.mqtt, subscribe="line/#")
+                await asyncio.sleep(0.3)
+                assert got_late == []
+                names = {s.config.name for s in await w.hub.jetstream().streams_info()}
+                assert names == {"DATA_x"}
+                for client in (sub_a, sub_b, pub, late):
+                    client.disconnect()
+                    await asyncio.to_thread(client.loop_stop)
+            finally:
+                for keeper in keepers:
+                    keeper.cancel()
+                await asyncio.gather(*keepers, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+async def unanswered(node: Node) -> bool:
+    return not await answered(node.bus, f"ew.hub.sync.{node.name}")
+
+
+def test_revoked_node_is_cut(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(tmp_path) as w:
+            a, b = await w.node("a"), await w.node("b")
+            await w.linked(a)
+            await w.linked(b)
+            w.identity.revoke_node(a.identity.public_key)
+            pid = w.hub_server.pid
+            assert await w.hub_server.apply(w.hub_spec()) == "reloaded"
+            assert await w.hub_server.apply(w.hub_spec()) == "unchanged"
+            assert w.hub_server.pid == pid
+            await until(lambda: unanswered(a), 3)
+            await asyncio.sleep(2.5)  # it would be back by now
+            assert await unanswered(a)
+            assert await answered(b.bus, "ew.hub.sync.b")
+
+    asyncio.run(main())
+
+
+def test_mqtt_bounds(tmp_path: Path) -> None:
+    """A message over the limit is refused and the server goes on; a wrong password too."""
+
+    async def main() -> None:
+        server = NatsServer(tmp_path, NodeSpec("solo", mqtt_users={"device": MQTT_PASSWORD}))
+        await server.start()
+        try:
+            bus = await node_bus(server, "solo")
+            node = Node("solo", NodeIdentity.open(tmp_path / "id"), server, bus)
+            big, _ = await asyncio.to_thread(node.mqtt)
+            gone = threading.Event()
+            big.on_disconnect = lambda *a: gone.set()
+            big.publish("big", bytes(64 << 20), 1)
+            assert await asyncio.to_thread(gone.wait, 20)
+            big.loop_stop()
+            good, got = await asyncio.to_thread(node.mqtt, subscribe="ok")
+            good.publish("ok", b"1", 1)
+            await until(lambda: got == [("ok", b"1")])
+            good.disconnect()
+            good.loop_stop()
+
+            codes: list[Any] = []
+            bad = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+            bad.username_pw_set("device", "wrong")
+            bad.on_connect = lambda c, u, f, reason, p: codes.append(reason)
+            bad.connect("127.0.0.1", server.ports["mqtt"])
+            bad.loop_start()
+            await until(lambda: bool(codes))
+            assert codes[0].is_failure
+            bad.loop_stop()
+            await bus.close()
+        finally:
+            await server.stop()
+
+    asyncio.run(main())
+
+
+def test_adoption(tmp_path: Path) -> None:
+    """A live server of a dead parent is adopted if it runs the same configuration, replaced if not, never doubled."""
+
+    async def main() -> None:
+        spec = NodeSpec("solo", mqtt_users={"device": MQTT_PASSWORD})
+        first = NatsServer(tmp_path, spec)
+        assert await first.start()
+        pid, ports = first.pid, first.ports
+        second = NatsServer(tmp_path, spec)
+        try:
+            assert not await second.start()
+            assert (second.pid, second.ports) == (pid, ports)
+
+            (tmp_path / "server.json").unlink()  # killed between starting and recording
+            third = NatsServer(tmp_path, spec)
+            assert await third.start()
+            assert third.pid != pid
+            assert third.ports == ports
+            assert len(proc.find_by_env("EDGEWARD_NATS_DIR", str(tmp_path))) == 1
+
+            fourth = NatsServer(tmp_path, dataclasses.replace(spec, mqtt_users={"other": "x"}))
+            assert await fourth.start()
+            assert fourth.pid != third.pid
+            assert fourth.ports == ports
+            assert await fourth.apply(dataclasses.replace(spec, mqtt_users={"more": "x"})) == "reloaded"
+            assert await fourth.apply(dataclasses.replace(spec, sync_interval="always")) in ("reloaded", "restarted")
+            assert not await NatsServer(tmp_path, fourth.spec).start()
+            assert (tmp_path / "nats.conf").stat().st_mode & 0o777 == 0o600
+            await fourth.stop()
+            assert second.pid is None and fourth.pid is None
+            await fourth.stop()
+
+            with socket.socket() as taken:  # the kept port is somebody else's now
+                taken.bind(("127.0.0.1", ports["mqtt"]))
+                taken.listen()
+                assert await fourth.start()
+                assert fourth.ports["mqtt"] != ports["mqtt"]
+                assert fourth.ports["client"] == ports["client"]
+                with pytest.raises(Refused, match="in use"):
+                    await NatsServer(tmp_path / "b", dataclasses.replace(spec, mqtt_port=ports["mqtt"])).start()
+        finally:
+            await second.stop()
+
+    asyncio.run(main())
+
+
+def test_a_bad_configuration_says_why(tmp_path: Path) -> None:
+    async def main() -> None:
+        server = NatsServer(tmp_path, NodeSpec("solo", sync_interval="sometimes"))
+        with pytest.raises(Unreachable, match="sometimes"):
+            await server.start()
+        await server.stop()
+
+    asyncio.run(main())
