@@ -56,7 +56,8 @@ class FakeHub:
         self.extra: dict[str, Any] = {}
         #: path -> chunks of a streamed answer; None ends it
         self.streams: dict[str, list[bytes]] = {}
-        self.refuse: dict[str, Problem] = {}
+        #: name -> the problem document that a write of it gets
+        self.refuse: dict[str, Doc] = {}
         self.before_put: Callable[[Doc], None] | None = None
         self.watchers: list[queue.Queue[tuple[str, Doc]]] = []
         self.history: list[tuple[int, str, Doc]] = []
@@ -177,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
     def _write(self, kind: str, body: Doc, query: dict[str, str]) -> None:
         name = body["metadata"]["name"]
         if name in self.hub.refuse:
-            raise self.hub.refuse[name]
+            raise Problem(**self.hub.refuse[name])
         dry = query.get("dryRun") == "true"
         self._answer(201 if self.command == "POST" else 200, {**body, "kind": kind} if dry else self.hub.put(body))
 
@@ -313,17 +314,13 @@ def _certificate(folder: Path) -> tuple[Path, Path]:
         .not_valid_before(now - datetime.timedelta(hours=1))
         .not_valid_after(now + datetime.timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
-        )
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
         .sign(key, hashes.SHA256())
     )
     cert_file, key_file = folder / "ca.pem", folder / "key.pem"
     cert_file.write_bytes(cert.public_bytes(serialization.Encoding.PEM))
     key_file.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return cert_file, key_file
 

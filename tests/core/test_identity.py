@@ -13,7 +13,7 @@ import pytest
 from cryptography import x509
 
 from edgeward.core import identity as module
-from edgeward.core.errors import Invalid, Refused
+from edgeward.core.errors import Invalid, NotFound, Refused
 from edgeward.core.files import read_json, remove, write_atomic, write_json
 from edgeward.core.identity import HubIdentity, NodeIdentity, Tokens, node_permissions
 from edgeward.core.nkeys import KeyPair, claims_of, creds_text, mint, public_raw
@@ -122,7 +122,8 @@ def test_enrolment(tmp_path: Path) -> None:
     assert "BEGIN NATS USER JWT" in node.creds_file.read_text()
     assert isinstance(node.client_context(), ssl.SSLContext)
     claims = claims_of(jwt)
-    assert claims["iss"] == hub.account
+    assert claims["iss"] in hub.accounts
+    assert claims["iss"] not in (hub.account, hub.system_account)
     assert claims["nats"]["allowed_connection_types"] == ["LEAFNODE", "LEAFNODE_WS"]
     assert all("pump-1" in s for s in claims["nats"]["pub"]["allow"] + claims["nats"]["sub"]["allow"])
 
@@ -141,15 +142,19 @@ def test_a_node_name_cannot_widen_its_subjects(name: str) -> None:
 def test_revocation_is_kept(tmp_path: Path) -> None:
     hub = HubIdentity.open(tmp_path)
     key = KeyPair.create("user")
-    hub.issue_node("a", key.public)
-    before = hub.accounts[hub.account]
-    assert hub.revoke_node(key.public)
-    assert not hub.revoke_node(key.public)
-    assert hub.accounts[hub.account] != before
+    account = claims_of(hub.issue_node("a", key.public))["iss"]
+    before = hub.accounts[account]
+    assert hub.revoke_node("a", key.public)
+    assert not hub.revoke_node("a", key.public)
+    with pytest.raises(NotFound):
+        hub.revoke_node("b", key.public)
+    assert hub.accounts[account] != before
     again = HubIdentity.open(tmp_path)
-    assert key.public in claims_of(again.accounts[again.account])["nats"]["revocations"]
+    assert again.accounts == hub.accounts
+    assert key.public in claims_of(again.accounts[account])["nats"]["revocations"]
     with pytest.raises(Refused, match="revoked"):
         again.issue_node("a", key.public)
+    assert claims_of(again.issue_node("a", KeyPair.create("user").public))["iss"] == account
 
 
 def test_tokens(tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ class World:
         directory = self.root / "nodes" / name
         identity = NodeIdentity.open(directory / "identity")
         identity.accept(self.identity.issue_node(name, identity.public_key), self.identity.ca_pem)
+        assert await self.hub_server.apply(self.hub_spec()) == "reloaded"
         server = NatsServer(directory / "nats", self.node_spec(name, identity))
         await server.start()
         bus = await node_bus(server, name)
@@ -259,27 +260,32 @@ def test_nodes_are_apart(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
             await data_stream(w)
+            js = w.hub.jetstream()
+            await js.add_stream(StreamConfig(name="KV_resources", subjects=["$KV.resources.>"], allow_direct=True))
             a, b = await w.node("a"), await w.node("b")
             await w.linked(a)
             await w.linked(b)
-            seen: list[str] = []
-            heard: list[str] = []
+            seen: list[tuple[str, bytes]] = []
+            heard: dict[str, list[tuple[str, bytes]]] = {"a": [], "b": []}
 
             async def see(msg: Msg) -> None:
-                if not msg.subject.startswith(("$SYS", "_INBOX", "$JS")):
-                    seen.append(msg.subject)
+                if not msg.subject.startswith(("$SYS", "_INBOX", "$JS", "_R_")):
+                    seen.append((msg.subject, msg.data))
 
-            async def hear(msg: Msg) -> None:
-                heard.append(msg.subject)
+            def hear(name: str) -> Callable[[Msg], Awaitable[None]]:
+                async def handler(msg: Msg) -> None:
+                    heard[name].append((msg.subject, msg.data))
+
+                return handler
 
             await w.hub.subscribe(">", see)
             await w.hub.flush()
-            for subject in ("ew.node.b.>", "_INBOX_b.>", "ew.data.>", "ew.hub.>", "$MQTT.>", "site.>"):
-                await b.bus.client.flush()
-                await a.bus.subscribe(subject, hear)
+            for subject in ("ew.node.>", "_INBOX_b.>", "ew.data.>", "ew.hub.>", "$MQTT.>", "site.>"):
+                await a.bus.subscribe(subject, hear("a"))
+            await b.bus.subscribe("ew.node.b.>", hear("b"))
             await a.bus.flush()
+            await b.bus.flush()
             await asyncio.sleep(0.3)
-            heard.clear()
 
             # a tries to be b; b talks; the hub talks to b
             for subject in (
@@ -292,44 +298,55 @@ def test_nodes_are_apart(tmp_path: Path) -> None:
             ):
                 await a.bus.publish(subject, b"forged")
             await a.bus.flush()
-            own = list(heard)  # what a hears of itself on its own server is its own affair
             await b.bus.publish("ew.hub.beat.b", b"true")
-            await b.bus.publish("site.b", b"")
+            await b.bus.publish("site.b", b"true")
             await b.bus.publish_acked("ew.data.x.b.q", b"true")
-            await w.hub.publish("ew.node.b.poke", b"")
+            await w.hub.publish("ew.node.b.poke", b"true")
+            await until(lambda: bool(heard["b"]))
             with pytest.raises(Unreachable):
-                await a.bus.publish_acked("ew.data.x.b.q", b"forged", timeout=1)
+                await a.bus.publish_acked("ew.data.x.b.q", b"forged", timeout=0.5)
             with pytest.raises(Unreachable):
-                await a.bus.last_message("DATA_x", "ew.data.x.b.q", domain="hub", timeout=1)
+                await a.bus.last_message("DATA_x", "ew.data.x.b.q", domain="hub", timeout=0.5)
             for request in ("STREAM.INFO.DATA_x", "STREAM.PURGE.DATA_x", "STREAM.MSG.GET.DATA_x"):
                 with pytest.raises(Unreachable):
-                    await a.bus.request(f"$JS.hub.API.{request}", b"{}", timeout=1)
+                    await a.bus.request(f"$JS.hub.API.{request}", b"{}", timeout=0.5)
             await a.bus.publish("ew.hub.beat.a", b"last")
-            await until(lambda: "ew.hub.beat.a" in seen)
-            assert sorted(seen) == ["ew.data.x.b.q", "ew.hub.beat.a", "ew.hub.beat.b", "ew.node.b.poke"]
-            assert set(heard) <= {*own, "ew.hub.beat.a", "ew.data.x.b.q"}
-            assert (await w.hub.jetstream().stream_info("DATA_x")).state.messages == 1
+            await until(lambda: ("ew.hub.beat.a", b"last") in seen)
+            assert [m for m in seen if m[1] == b"forged"] == []
+            assert [m for m in heard["a"] if m[1] == b"true"] == []
+            assert heard["b"] == [("ew.node.b.poke", b"true")]
+            assert (await js.stream_info("DATA_x")).state.messages == 1
 
-            # a reply subject of a's choice does not make the hub speak to b
-            seen.clear()
-            await a.bus.publish("ew.hub.sync.a", b"", reply="ew.node.b.poke")
-            await asyncio.sleep(0.3)
-            assert "ew.node.b.poke" not in seen
+            # The reply subject is the asker's choice and what answers at the hub has the hub's rights: an answer must
+            # still not become b's data, b's orders, desired state or a request to JetStream.
+            before = len(seen)
+            victims = ["ew.node.b.call.x", "ew.data.x.b.q", "$KV.resources.r.App.default.x", "_INBOX_b.x"]
+            victims += [f"$JS.API.STREAM.{verb}.KV_resources" for verb in ("DELETE", "PURGE")]
+            for victim in victims:
+                await a.bus.publish("ew.data.x.a.q", b"", reply=victim)
+                await a.bus.publish("$JS.hub.API.DIRECT.GET.DATA_x.ew.data.x.a.q", b"", reply=victim)
+                await a.bus.publish("ew.hub.sync.a", b"", reply=victim)
+            await a.bus.request("ew.hub.sync.a")
+            await asyncio.sleep(0.5)
+            assert {subject for subject, _ in seen[before:]} == {"ew.data.x.a.q", "ew.hub.sync.a"}
+            assert len(heard["b"]) == 1
+            assert (await js.stream_info("KV_resources")).state.messages == 0
+            state = (await js.stream_info("DATA_x", subjects_filter=">")).state
+            assert state.subjects == {"ew.data.x.a.q": len(victims), "ew.data.x.b.q": 1}
 
             # a forger without our server
-            seen.clear()
+            before = len(seen)
             said = await forge_leaf(w, a, ["ew.hub.beat.b", "ew.data.x.b.q", "ew.hub.beat.a"], "ew.node.b.>")
-            await until(lambda: "ew.hub.beat.a" in seen)
-            assert sorted(seen) == ["ew.hub.beat.a"], said
+            await until(lambda: ("ew.hub.beat.a", b"forged") in seen)
+            assert [m[0] for m in seen[before:] if m[1] == b"forged"] == ["ew.hub.beat.a"]
             assert b"Permissions Violation" in said
             assert b"ew.node.b.poke" not in said
 
-            # the same key is no client's
-            key = a.identity._key
+            # the same key opens no client connection
             jwt = a.identity.creds_file.read_text().splitlines()[1]
-            assert claims_of(jwt)["sub"] == key.public
+            assert claims_of(jwt)["sub"] == a.identity.public_key
             with pytest.raises(Unreachable):
-                await Bus.connect(w.hub_server.url, name="forger", user=NatsUser(jwt, key), timeout=1)
+                await Bus.connect(w.hub_server.url, name="forger", user=NatsUser(jwt, a.identity._key), timeout=1)
 
     asyncio.run(main())
 
@@ -360,7 +377,7 @@ async def forge_leaf(w: World, node: Node, publish: list[str], subscribe: str) -
 
 
 def test_kills_and_cut(tmp_path: Path) -> None:
-    """kill -9 of both servers; while cut, the site's MQTT and JetStream work and keep; MQTT of two sites never meets."""
+    """kill -9 of both servers; cut off, a site's MQTT and JetStream go on; the MQTT of two sites never meets."""
 
     async def main() -> None:
         async with world(tmp_path) as w:
@@ -443,7 +460,7 @@ def test_revoked_node_is_cut(tmp_path: Path) -> None:
             a, b = await w.node("a"), await w.node("b")
             await w.linked(a)
             await w.linked(b)
-            w.identity.revoke_node(a.identity.public_key)
+            w.identity.revoke_node(a.name, a.identity.public_key)
             pid = w.hub_server.pid
             assert await w.hub_server.apply(w.hub_spec()) == "reloaded"
             assert await w.hub_server.apply(w.hub_spec()) == "unchanged"
@@ -460,7 +477,8 @@ def test_mqtt_bounds(tmp_path: Path) -> None:
     """A message over the limit is refused and the server goes on; a wrong password too."""
 
     async def main() -> None:
-        server = NatsServer(tmp_path, NodeSpec("solo", mqtt_users={"device": MQTT_PASSWORD}))
+        spec = NodeSpec("solo", mqtt_users={"device": MQTT_PASSWORD})
+        server = NatsServer(tmp_path, spec)
         await server.start()
         try:
             bus = await node_bus(server, "solo")
@@ -486,6 +504,16 @@ def test_mqtt_bounds(tmp_path: Path) -> None:
             await until(lambda: bool(codes))
             assert codes[0].is_failure
             bad.loop_stop()
+
+            await server.apply(dataclasses.replace(spec, mqtt_anonymous="device"))
+            codes.clear()
+            nameless = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+            nameless.on_connect = lambda c, u, f, reason, p: codes.append(reason)
+            nameless.connect("127.0.0.1", server.ports["mqtt"])
+            nameless.loop_start()
+            await until(lambda: bool(codes))
+            assert not codes[0].is_failure
+            nameless.loop_stop()
             await bus.close()
         finally:
             await server.stop()
@@ -512,10 +540,15 @@ def test_adoption(tmp_path: Path) -> None:
             assert third.pid != pid
             assert third.ports == ports
             assert len(proc.find_by_env("EDGEWARD_NATS_DIR", str(tmp_path))) == 1
+            frozen = third.pid
+            assert frozen
+            os.kill(frozen, signal.SIGSTOP)  # alive and deaf
+            assert await second.start(timeout=0.5)
+            assert second.pid not in (None, frozen)
 
             fourth = NatsServer(tmp_path, dataclasses.replace(spec, mqtt_users={"other": "x"}))
             assert await fourth.start()
-            assert fourth.pid != third.pid
+            assert fourth.pid != second.pid
             assert fourth.ports == ports
             assert await fourth.apply(dataclasses.replace(spec, mqtt_users={"more": "x"})) == "reloaded"
             assert await fourth.apply(dataclasses.replace(spec, sync_interval="always")) in ("reloaded", "restarted")

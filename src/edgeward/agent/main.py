@@ -136,11 +136,10 @@ class Agent:
             password=nats.secret,
             inbox=inbox_prefix(self.node),
         )
-        self.outbox = Outbox(bus.client, node=self.node)
+        self.outbox = Outbox(bus, node=self.node)
         exports = ExportsEdge(
-            bus.client,
+            bus,
             self.outbox,
-            node=self.node,
             mqtt=(self.bind, nats.ports["mqtt"], MQTT_USER, self._mqtt_password()),
             report=self._export_status,
         )
@@ -238,6 +237,8 @@ class Agent:
         self._spawn(keep())
 
     def _flipped(self, online: bool) -> None:
+        if online and self.outbox is not None:
+            self.outbox.kick()
         self._event(
             "Normal" if online else "Warning",
             "LinkUp" if online else "LinkDown",

@@ -1,0 +1,1 @@
+"""The program `edgeward`: commands by module, `main.py` has the table of them."""

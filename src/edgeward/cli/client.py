@@ -189,6 +189,9 @@ class Api:
         error = from_problem(problem, response.status)
         if isinstance(error, Unreachable):
             error.message = f"{self.who} at {self.url} answers, but: {error.message}"
+        if response.status >= 500 and not problem:
+            error.message = f"{self.who} at {self.url} failed with HTTP status {response.status}"
+            error.remedy = "its log says why"
         if response.status == 401 and not error.remedy:
             error.remedy = "is the context file of this system? it carries the token"
         return error

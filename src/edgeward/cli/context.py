@@ -98,7 +98,8 @@ def parse_context(doc: object, path: Path) -> Context:
     """The context of a parsed file. Unknown members are allowed: a newer `up` may have written it."""
     if not isinstance(doc, Mapping):
         raise Invalid("a context is a JSON object", file=str(path), remedy="start the system again, it writes the file")
-    entries = doc.get("nodes") or []
+    entries = doc.get("nodes")
+    entries = [] if entries is None else entries
     if not isinstance(entries, list):
         raise Invalid("expected an array", file=str(path), field="$.nodes", remedy="start the system again")
     nodes = []

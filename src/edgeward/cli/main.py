@@ -192,6 +192,10 @@ def main(argv: list[str] | None = None) -> NoReturn:
         code = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except OSError as e:
+        # a file of the user that cannot be read, a disk that is full
+        say(f"error: {e.filename or 'input/output'}: {e.strerror or e}")
+        code = 1
     _leave(code)
 
 

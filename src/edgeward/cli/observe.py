@@ -27,7 +27,7 @@ Limit = Annotated[str, typer.Option("--limit", metavar="N", help="At most the la
 
 EVENT_COLUMNS = ("time", "type", "node", "resource", "reason", "message")
 JOURNAL_COLUMNS = ("time", "resource", "site", "node", "rule", "outcome", "loser", "why")
-AUDIT_COLUMNS = ("time", "actor", "verb", "op", "resource", "revision", "outcome", "status", "from")
+AUDIT_COLUMNS = ("time", "actor", "verb", "kind", "namespace", "name", "revision", "outcome", "source")
 NODE_COLUMNS = ("name", "node", "site", "online", "cpuPercent", "memoryBytes", "diskBytes", "apps")
 APP_COLUMNS = ("namespace", "name", "app", "node", "instance", "instances", "phase", "cpuPercent", "memoryBytes")
 

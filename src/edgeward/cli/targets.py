@@ -36,7 +36,7 @@ def parse_targets(words: Sequence[str]) -> list[Target]:
     if names and len(found) > 1:
         raise UsageError("names go with one kind; for several write KIND/NAME KIND/NAME")
     if not names:
-        return [Target(k) for k in dict.fromkeys(found)]
+        return [Target(k) for k in {k.name: k for k in found}.values()]
     return [Target(found[0], _name(found[0], n)) for n in names]
 
 

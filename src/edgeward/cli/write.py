@@ -73,7 +73,8 @@ def apply(
             try:
                 verb, doc = apply_one(api, d, dry_run=dry_run, new=new)
             except EdgewardError as e:
-                e.file, e.line = e.file or d.manifest.file, e.line or d.manifest.line
+                if e.resource:
+                    e.file, e.line = e.file or d.manifest.file, e.line or d.manifest.line
                 failures.add(e)
                 continue
             if verb == "created":

@@ -77,11 +77,11 @@ class _PersistentClient(Client):
                 log.exception("reconnecting failed, trying on")
                 await asyncio.sleep(1)
 
-    async def _select_next_server(self) -> None:
-        # Whoever sent what is buffered here was told that it timed out, or will be.
+    async def _process_connect_init(self) -> None:
+        await super()._process_connect_init()
+        # Whoever sent what was buffered meanwhile was told that it timed out, or will be. Subscriptions are replayed.
         self._pending = []
         self._pending_data_size = 0
-        await super()._select_next_server()
 
 
 class Bus:
@@ -261,7 +261,7 @@ class Bus:
         async def spawn(msg: Msg) -> None:
             if node_token is not None:
                 asker = msg.subject.split(".")[node_token]
-                if msg.reply and not msg.reply.startswith(f"_INBOX_{asker}."):
+                if msg.reply and not msg.reply.startswith((f"_INBOX_{asker}.", "_R_.")):
                     log.warning("request on %s refused: its answer would go to %s", msg.subject, msg.reply)
                     return
             await limit.acquire()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import ctypes
 import logging
 import os
@@ -23,10 +22,8 @@ import msgspec
 import uvicorn
 
 from edgeward.core import clock, proc
+from edgeward.core.context import correlation
 from edgeward.core.files import write_json
-
-#: The request or job that a log line belongs to.
-correlation: contextvars.ContextVar[str] = contextvars.ContextVar("correlation", default="")
 
 
 class JsonLines(logging.Formatter):

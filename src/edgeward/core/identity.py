@@ -16,7 +16,7 @@ import re
 import secrets
 import ssl
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from edgeward.core.errors import Invalid, Refused
+from edgeward.core.errors import Invalid, NotFound, Refused
 from edgeward.core.files import ensure_dir, read_json, write_atomic, write_json
 from edgeward.core.nkeys import KeyPair, NatsUser, claims_of, creds_text, mint, public_raw
 
@@ -60,12 +60,37 @@ def node_permissions(node: str) -> dict[str, Any]:
     return {"pub": {"allow": publish}, "sub": {"allow": [f"ew.node.{node}.>", f"{inbox_prefix(node)}.>"]}}
 
 
+# A server answers to whatever reply subject a request names, with its own rights. So a node in the same account as the
+# streams could have an acknowledgement or a stored message of its own written anywhere: another node's data, desired
+# state, JetStream's API. Each node therefore has an account of its own that holds nothing, and imports from FLEET just
+# what it may use; an answer comes back into the node's account and can reach no further than that node's own subjects.
+_EXPORTS = [
+    {"name": "hub", "subject": "ew.hub.>", "type": "service"},
+    {"name": "data", "subject": "ew.data.>", "type": "service"},
+    {"name": "last", "subject": "$JS.API.DIRECT.GET.>", "type": "service"},
+    {"name": "node", "subject": "ew.node.>", "type": "stream"},
+]
+
+
+def _imports(node: str, fleet: str) -> list[dict[str, str]]:
+    last = f"*.ew.data.*.{node}.>"
+    service = {"account": fleet, "type": "service"}
+    return [
+        {**service, "name": "hub", "subject": f"ew.hub.*.{node}"},
+        {**service, "name": "reply", "subject": f"ew.hub.reply.{node}.>"},
+        {**service, "name": "data", "subject": f"ew.data.*.{node}.>"},
+        {
+            **service,
+            "name": "last",
+            "subject": f"$JS.API.DIRECT.GET.{last}",
+        },
+        {"account": fleet, "type": "stream", "name": "node", "subject": f"ew.node.{node}.>"},
+    ]
+
+
 _NO_LIMIT = {"subs": -1, "data": -1, "payload": -1}
 _ACCOUNT_LIMITS = {**_NO_LIMIT, "imports": -1, "exports": -1, "wildcards": True, "conn": -1, "leaf": -1}
 _JETSTREAM_LIMITS = {"mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1, "max_ack_pending": -1}
-
-
-# --- the hub ---------------------------------------------------------------------------------------------------------
 
 
 class HubIdentity:
@@ -78,6 +103,10 @@ class HubIdentity:
         self.tls_file = directory / "tls.pem"
         self.tokens = Tokens(directory / "tokens.json")
         self._keys = keys
+        #: Node to its account's seed, JWT and revoked keys; a file each, so that enrolling one of many stays cheap.
+        self._nodes: dict[str, dict[str, Any]] = {
+            path.stem: read_json(path) for path in sorted((directory / "nodes").glob("[!.]*.json"))
+        }
         self._operator, self._system, self._account = (
             KeyPair.from_seed(keys[f"{who}_seed"]) for who in ("operator", "system", "account")
         )
@@ -104,7 +133,8 @@ class HubIdentity:
     @property
     def accounts(self) -> dict[str, str]:
         """Account public key to account JWT: what nats-server's resolver is loaded with."""
-        return {self.system_account: self._keys["system_jwt"], self.account: self._keys["account_jwt"]}
+        fixed = {self.system_account: self._keys["system_jwt"], self.account: self._keys["account_jwt"]}
+        return fixed | {KeyPair.from_seed(n["seed"]).public: n["jwt"] for n in self._nodes.values()}
 
     @property
     def ca_pem(self) -> str:
@@ -150,24 +180,45 @@ class HubIdentity:
         return context
 
     def issue_node(self, name: str, public_key: str, *, expires: int = 0) -> str:
-        """The user JWT for a node's public key. It opens leaf connections only, on that node's subjects only."""
+        """The user JWT for a node's public key. It opens leaf connections only, on that node's subjects only.
+
+        A new node brings a new entry in ``accounts``: apply it to nats-server, or the node is not let in.
+        """
         permissions = node_permissions(name)
         public_raw(public_key, "user")
-        if public_key in self._keys["revocations"]:
+        entry = self._nodes.get(name)
+        if entry is None:
+            entry = {"seed": KeyPair.create("account").seed, "revocations": {}}
+        if public_key in entry["revocations"]:
             raise Refused("this key was revoked", resource=f"Node {name}", remedy="make a new key on the node")
+        if name not in self._nodes:
+            self._save_node(name, entry)
+        account = KeyPair.from_seed(entry["seed"])
         nats = {**permissions, **_NO_LIMIT, "type": "user"}
         nats["allowed_connection_types"] = ["LEAFNODE", "LEAFNODE_WS"]
-        return mint(self._account, public_key, name, nats, expires=expires)
+        return mint(account, public_key, name, nats, expires=expires)
 
-    def revoke_node(self, public_key: str) -> bool:
+    def revoke_node(self, name: str, public_key: str) -> bool:
         """Refuse that key from now on. False when it already was. Then apply the new ``accounts`` to nats-server."""
         public_raw(public_key, "user")
-        if public_key in self._keys["revocations"]:
+        entry = self._nodes.get(name)
+        if entry is None:
+            raise NotFound("was never enrolled", resource=f"Node {name}")
+        if public_key in entry["revocations"]:
             return False
-        self._keys["revocations"][public_key] = int(time.time())
-        self._keys["account_jwt"] = _account_jwt(self._operator, self._account.public, self._keys["revocations"])
-        write_json(self.directory / "nats.json", self._keys)
+        self._save_node(name, {**entry, "revocations": {**entry["revocations"], public_key: int(time.time())}})
         return True
+
+    def _save_node(self, name: str, entry: dict[str, Any]) -> None:
+        claims = {
+            "type": "account",
+            "limits": _ACCOUNT_LIMITS,
+            "imports": _imports(name, self.account),
+            "revocations": entry["revocations"],
+        }
+        entry["jwt"] = mint(self._operator, KeyPair.from_seed(entry["seed"]).public, f"NODE {name}", claims)
+        write_json(ensure_dir(self.directory / "nodes") / f"{name}.json", entry)
+        self._nodes[name] = entry
 
     def admin_token(self) -> str:
         """The administrator's token, made once; the hub keeps its hash, this file (0600) is for the local context."""
@@ -179,14 +230,10 @@ class HubIdentity:
         return token
 
 
-def _account_jwt(operator: KeyPair, account: str, revocations: Mapping[str, int]) -> str:
-    limits = {**_ACCOUNT_LIMITS, **_JETSTREAM_LIMITS}
-    return mint(operator, account, "FLEET", {"type": "account", "limits": limits, "revocations": dict(revocations)})
-
-
 def _new_hub_keys() -> dict[str, Any]:
     operator, system, account = KeyPair.create("operator"), KeyPair.create("account"), KeyPair.create("account")
     user, system_user = KeyPair.create("user"), KeyPair.create("user")
+    fleet = {"type": "account", "limits": {**_ACCOUNT_LIMITS, **_JETSTREAM_LIMITS}, "exports": _EXPORTS}
     everything = {"pub": {}, "sub": {}, **_NO_LIMIT, "type": "user"}
     return {
         "operator_seed": operator.seed,
@@ -198,10 +245,9 @@ def _new_hub_keys() -> dict[str, Any]:
             operator, operator.public, "edgeward", {"type": "operator", "system_account": system.public}
         ),
         "system_jwt": mint(operator, system.public, "SYS", {"type": "account", "limits": _ACCOUNT_LIMITS}),
-        "account_jwt": _account_jwt(operator, account.public, {}),
+        "account_jwt": mint(operator, account.public, "FLEET", fleet),
         "user_jwt": mint(account, user.public, "hub", everything),
         "system_user_jwt": mint(system, system_user.public, "hub", everything),
-        "revocations": {},
     }
 
 
@@ -271,9 +317,6 @@ def _load_server(path: Path, ca: x509.Certificate) -> x509.Certificate | None:
     except (FileNotFoundError, ValueError, TypeError, InvalidSignature):
         return None
     return cert
-
-
-# --- the node --------------------------------------------------------------------------------------------------------
 
 
 class NodeIdentity:

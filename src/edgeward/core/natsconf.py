@@ -1,9 +1,9 @@
 """What nats-server is told: a spec and the chosen ports in, the text of a configuration file out. No I/O.
 
 Two shapes. The hub's server runs with an operator and JWTs, listens on loopback only, and takes leaf connections
-through its WebSocket port, to which the hub process splices what it receives as ``wss://host:port/leafnode``. A node's server
-has two local accounts, EDGE for everything that lives at the node and SYS, speaks MQTT, keeps its own JetStream domain
-and dials the hub as a leaf of EDGE. Which subjects cross the leaf is decided by the hub in the node's JWT
+through its WebSocket port, to which the hub process splices what comes for ``wss://host:port/leafnode``. A node's
+server has two local accounts, EDGE for everything that lives at the node and SYS, speaks MQTT, keeps its own JetStream
+domain and dials the hub as a leaf of EDGE. Which subjects cross the leaf is decided by the hub in the node's JWT
 (:func:`edgeward.core.identity.node_permissions`); what is denied here as well is only a second lock.
 """
 

@@ -138,25 +138,23 @@ class NatsServer:
                 since = loop.time()
                 await proc.wait_exit(current)
                 self._reap()
-                if self._stopping:
-                    return
+                if self._stopping or self.pid is not None:  # stop() or apply() ended it
+                    continue
+                log.error("%s: nats-server ended: %s", self.spec.server_name, self._last_words())
                 if loop.time() - since > _STEADY:
                     pause = _BACKOFF_FIRST
+            if current is not None:
+                await asyncio.sleep(pause)  # not under the lock: stop() shall not wait for it
+                pause = min(pause * 2, _BACKOFF_MOST)
             async with self._busy:
-                if self._stopping:
-                    return
-                if self.pid is not None:  # apply() restarted it
+                if self._stopping or self.pid is not None:
                     continue
-                if current is not None:
-                    log.error("%s: nats-server ended: %s", self.spec.server_name, self._last_words())
-                    await asyncio.sleep(pause)
-                    pause = min(pause * 2, _BACKOFF_MOST)
                 try:
                     await self._start(60.0)
                 except (Unreachable, Refused, OSError) as exc:
                     log.error("%s: cannot start nats-server: %s", self.spec.server_name, exc)
-                    await asyncio.sleep(pause)
-                    pause = min(pause * 2, _BACKOFF_MOST)
+                    if current is None:
+                        await asyncio.sleep(pause)
                     continue
             if current is not None:
                 self.restarts += 1
@@ -179,11 +177,11 @@ class NatsServer:
         """Run ``spec`` from now on: ``unchanged``, ``reloaded`` (connections stay) or ``restarted``."""
         async with self._busy:
             self.spec = spec
-            text = render(spec, self.directory, self._ports, self.secret)
             if self.pid is None or any(p and p != self._ports.get(k) for k, (_, p) in spec.ports.items()):
                 await self._stop(timeout)
                 await self._start(timeout)
                 return "restarted"
+            text = render(spec, self.directory, self._ports, self.secret)
             if self._digest(text) == self._recorded_digest(self._proc):
                 return "unchanged"
             log_file = self.directory / "nats.log"
@@ -208,13 +206,19 @@ class NatsServer:
         if lock is None:
             self._ports = {name: port or kept.get(name, 0) for name, (_, port) in self.spec.ports.items()}
             live = await self._find_live()
+            grace = 10.0
             text = render(self.spec, self.directory, self._ports, secret)
             if self._digest(text) == self._recorded_digest(live):
                 self._proc = live
-                await self.wait_ready(timeout)
-                return False
-            log.info("%s: nats-server runs another configuration, replacing it", self.spec.server_name)
-            await proc.terminate(live)
+                try:
+                    await self.wait_ready(min(timeout, 10.0))
+                    return False
+                except Unreachable as exc:
+                    log.warning("%s: the running nats-server does not answer, replacing it: %s", live, exc)
+                    grace = 0.5
+            else:
+                log.info("%s: nats-server runs another configuration, replacing it", self.spec.server_name)
+            await proc.terminate(live, grace=grace)
             self._reap()
             lock = await self._lock_soon()
         with lock:

@@ -66,6 +66,11 @@ class Hub:
         self.nodes = NodesCloud(self.store, self.bus, self.records, self._write)
         await self.nodes.open()
         self.streams = StreamsCloud(self.bus.client)
+
+        async def admit() -> None:
+            """Lets nats-server know of nodes that were enrolled."""
+            await self.nats.apply(HubSpec(identity.operator_jwt, identity.system_account, identity.accounts))
+
         routes = HubRoutes(
             store=self.store,
             client=self.bus.client,
@@ -74,6 +79,7 @@ class Hub:
             streams=self.streams,
             records=self.records,
             write=self._write,
+            admit=admit,
         )
 
         def auth(token: str | None, client: Any) -> Principal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -35,9 +35,11 @@ class HubRoutes:
         streams: StreamsCloud,
         records: Records,
         write: Any,
+        admit: Callable[[], Awaitable[None]],
     ) -> None:
         self._store, self._nc, self._identity = store, client, identity
         self._nodes, self._streams, self._records, self._write = nodes, streams, records, write
+        self._admit = admit
 
     def routes(self) -> list[Route]:
         base = "/api/v1"
@@ -61,6 +63,7 @@ class HubRoutes:
         except (msgspec.DecodeError, KeyError, TypeError):
             raise Invalid("is required", resource=f"Node/{name}", field="$.publicKey", remedy="send the key") from None
         jwt = self._identity.issue_node(name, str(key))
+        await self._admit()
         return json({"jwt": jwt, "ca": self._identity.ca_pem})
 
     async def promote(self, request: Request) -> Response:

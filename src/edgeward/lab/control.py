@@ -35,7 +35,9 @@ async def serve(directory: Path, verbs: dict[str, Verb]) -> AsyncIterator[None]:
                     ask = json.loads(line)
                     verb = verbs.get(ask["verb"])
                     if verb is None:
-                        raise Invalid(f"the lab knows no {ask['verb']!r}", remedy=f"it knows: {', '.join(sorted(verbs))}")
+                        raise Invalid(
+                            f"the lab knows no {ask['verb']!r}", remedy=f"it knows: {', '.join(sorted(verbs))}"
+                        )
                     answer = {"result": await verb(ask.get("args", {}))}
                 except EdgewardError as e:
                     answer = {"error": e.problem()}

@@ -32,6 +32,12 @@ Direction = Literal["up", "down"]
 Drop = Literal["", "loss", "queue", "cut"]
 
 
+def _finite(**values: float) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; it must be a finite number")
+
+
 class Stall(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The link stands still now and then, as a DSL modem does that retrains; each direction by itself."""
 
@@ -264,9 +270,3 @@ class Counters(Struct):
 
     nodes: dict[str, NodeCounters]
     pairs: dict[str, Counts]
-
-
-def _finite(**values: float) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}; it must be a finite number")

@@ -71,7 +71,9 @@ class Topology(Struct, frozen=True, forbid_unknown_fields=True):
             if site.name == name:
                 return site
         raise Invalid(
-            f"there is no site {name!r} in this lab", field="site", remedy=f"sites: {_listed(s.name for s in self.sites)}"
+            f"there is no site {name!r} in this lab",
+            field="site",
+            remedy=f"sites: {_listed(s.name for s in self.sites)}",
         )
 
     def site_of(self, node: str) -> SiteSpec:

@@ -1,0 +1,89 @@
+"""Exactly once without a window: the decisions of a mover between two streams. Pure.
+
+A mover reads a source stream in order and writes batches to a destination. Every batch carries the *cursor*: the
+source's lineage, and sequence and time stamp of the last source message in it. The destination's last message of a
+subject therefore says what was taken over, atomically with the data itself, however long ago that was. After any doubt
+the mover reads it and goes on behind it. These functions say where that is, also when a power cut took the source's
+tail and its numbers were given out again, or when the source was made anew.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SRC = "Ew-Src"
+COUNT = "Ew-Count"
+TOTAL = "Ew-Total"
+#: Readings in one batch at most; a reading's public number is ``sequence * SPAN + index``.
+SPAN = 4096
+
+
+class Cursor(NamedTuple):
+    """The last source message that a destination took over. ``stamp`` is nanoseconds of the source's clock."""
+
+    lineage: str
+    seq: int
+    stamp: int
+
+    def __str__(self) -> str:
+        return f"{self.lineage}:{self.seq}:{self.stamp}"
+
+    @classmethod
+    def parse(cls, text: str) -> Cursor | None:
+        """None for what is no cursor (a message of somebody else's)."""
+        parts = text.split(":")
+        if len(parts) != 3 or not parts[1].isdigit() or not parts[2].isdigit():
+            return None
+        return cls(parts[0], int(parts[1]), int(parts[2]))
+
+
+def taken_over(cursor: Cursor | None, lineage: str, seq: int, stamp: int) -> bool:
+    """Whether the destination has this source message already.
+
+    The number alone is not enough: after a power cut a new message may carry a number that was given out before; its
+    time stamp is then later than the cursor's. The time stamp alone is not enough: a clock may be set back.
+    """
+    return cursor is not None and cursor.lineage == lineage and seq <= cursor.seq and stamp <= cursor.stamp
+
+
+def start_at(cursor: Cursor | None, lineage: str, first: int, last: int, stamp_at_cursor: int | None) -> int:
+    """The source sequence to read from. ``stamp_at_cursor``: the time stamp of the source's message with the cursor's
+    number, None when there is none. What is read must still pass :func:`taken_over`."""
+    if cursor is None or cursor.lineage != lineage:
+        return first
+    if cursor.seq < first:
+        return first
+    if cursor.seq <= last and stamp_at_cursor == cursor.stamp:
+        return cursor.seq + 1
+    # the tail was lost: what is there with the cursor's numbers may be new
+    return first
+
+
+def batch_size(now: int, seconds: float, sent: int, *, low: int = 16 * 1024, high: int = 1024 * 1024) -> int:
+    """The next batch's size in bytes, so that one takes about half a second on the link, given the last one's."""
+    if seconds <= 0:
+        return high
+    ideal = int(sent / seconds * 0.5)
+    grown = min(ideal, now * 2)
+    return max(low, min(high, grown if ideal > now else ideal))
+
+
+def ack_timeout(size: int) -> float:
+    """Seconds to wait for the hub's acknowledgement of ``size`` bytes: a satellite's round trip and 8 kB/s fit in."""
+    return 5.0 + size / 8192
+
+
+class Bucket:
+    """A token bucket over bytes; time is an argument."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self._free_at = 0.0
+
+    def delay(self, now: float, size: int) -> float:
+        """Seconds to wait before ``size`` bytes may go; books them."""
+        if self.rate <= 0:
+            return 0.0
+        start = max(now, self._free_at)
+        self._free_at = start + size / self.rate
+        return start - now

@@ -1,0 +1,218 @@
+"""The write path that hub and agent share: what a person asks for becomes a checked, audited write of the store.
+
+In: a typed resource, who asks, on which revision. Out: the stored resource, or an error that names resource, field and
+remedy. Here are the rules that span resources: references must exist, owners take their dependents along, a Namespace
+takes everything in it along, a Site with nodes stays. Storing is the store's business, authorisation the API's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import msgspec
+
+from edgeward.core import clock
+from edgeward.core.audit import Audit
+from edgeward.core.context import correlation
+from edgeward.core.errors import Conflict, EdgewardError, Invalid, NotFound
+from edgeward.core.registry import kinds
+from edgeward.core.resource import CLUSTER, Key, Resource, encode_stored
+from edgeward.core.store import Store
+
+log = logging.getLogger("edgeward.resources")
+
+#: Fields of the spec that never change after creation.
+_FIXED = {"Node": ("site",), "Override": ("target", "site")}
+_SYSTEM = ("uid", "creationTimestamp", "updateTimestamp", "deletionTimestamp", "generation")
+
+
+def dependents(everything: Iterable[Resource], gone: Resource | Key) -> list[Resource]:
+    """What goes with ``gone``: all that it owns, and all in it when it is a Namespace. Pure."""
+    key = gone if isinstance(gone, Key) else gone.key
+    found = []
+    for r in everything:
+        if key.kind == "Namespace" and r.metadata.namespace == key.name:
+            found.append(r)
+            continue
+        for owner in r.metadata.ownerReferences:
+            if owner.kind == key.kind and owner.name == key.name and (owner.namespace or CLUSTER) == key.namespace:
+                found.append(r)
+                break
+    return found
+
+
+class Resources:
+    def __init__(self, store: Store, audit: Audit) -> None:
+        self.store = store
+        self.audit = audit
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def _check(self, resource: Resource, old: Resource | None) -> None:
+        kind = kinds.get(resource.kind)
+        what = str(resource.key)
+        namespace = resource.metadata.namespace
+        if kind.namespaced and namespace != "default":
+            home = self.store.find(Key("Namespace", CLUSTER, namespace))
+            if home is None or home.metadata.deletionTimestamp:
+                raise Invalid(
+                    f"namespace {namespace!r} does not exist" if home is None else f"namespace {namespace!r} is going",
+                    resource=what,
+                    field="$.metadata.namespace",
+                    remedy=f"create it first: kind Namespace, name {namespace}",
+                )
+        for ref in kind.refs(resource):
+            if self.store.find(Key(ref.kind, ref.namespace, ref.name)) is None:
+                raise Invalid(
+                    f"there is no {ref.kind} {ref.name!r}",
+                    resource=what,
+                    field=ref.path,
+                    remedy=f"create the {ref.kind} first, or correct the name",
+                )
+        if old is None:
+            return
+        before, after = msgspec.to_builtins(old.spec), msgspec.to_builtins(resource.spec)
+        for field in _FIXED.get(resource.kind, ()):
+            if before.get(field) != after.get(field):
+                raise Invalid(
+                    "cannot be changed", resource=what, field=f"$.spec.{field}", remedy="delete it and create it anew"
+                )
+        for name in _SYSTEM:
+            given, is_ = getattr(resource.metadata, name), getattr(old.metadata, name)
+            if given and given != is_:
+                raise Invalid(
+                    "is written by the system", resource=what, field=f"$.metadata.{name}", remedy="leave it out"
+                )
+
+    @staticmethod
+    def _expected(resource: Resource, expect: int | None) -> int | None:
+        text = resource.metadata.resourceVersion
+        if not text:
+            return expect
+        if not text.isdigit():
+            raise Invalid(
+                f"{text[:40]!r} is no revision",
+                resource=str(resource.key),
+                field="$.metadata.resourceVersion",
+                remedy="send back what you read, or leave it out",
+            )
+        if expect is not None and expect != int(text):
+            raise Invalid(
+                "If-Match and the document name different revisions",
+                resource=str(resource.key),
+                field="$.metadata.resourceVersion",
+                remedy="send one of them",
+            )
+        return int(text)
+
+    async def _audited(
+        self, verb: str, key: Key, actor: str, source: str, before: Resource | None, after: Resource | None, why: str
+    ) -> None:
+        await self.audit.write(
+            verb, key, actor=actor, source=source, request=correlation.get(), before=before, after=after, outcome=why
+        )
+
+    # -- writes ----------------------------------------------------------------------------------------------------
+
+    async def create(self, resource: Resource, *, actor: str, source: str = "", dry_run: bool = False) -> Resource:
+        """Raises ``Conflict`` when it exists."""
+        return await self._write("create", resource, 0, actor, source, dry_run)
+
+    async def replace(
+        self, resource: Resource, *, expect: int | None = None, actor: str, source: str = "", dry_run: bool = False
+    ) -> Resource:
+        """Raises ``NotFound``, and ``Conflict`` on a stale revision."""
+        return await self._write("replace", resource, expect, actor, source, dry_run)
+
+    async def _write(
+        self, verb: str, resource: Resource, expect: int | None, actor: str, source: str, dry_run: bool
+    ) -> Resource:
+        key = resource.key
+        old = self.store.find(key)
+        try:
+            if verb != "create":
+                if old is None:
+                    raise NotFound("not found", resource=str(key), remedy="create it with POST, or by `edgeward apply`")
+                expect = self._expected(resource, expect)
+                if old.metadata.deletionTimestamp and set(resource.metadata.finalizers) - set(old.metadata.finalizers):
+                    raise Conflict("is being deleted", resource=str(key), remedy="wait, then create it anew")
+            self._check(resource, old if verb != "create" else None)
+            encode_stored(resource)
+            if dry_run:
+                self.store.check_expected(key, self.store.entry(key), 0 if verb == "create" else expect)
+                return resource
+            stored = await self.store.put(resource, expect=expect)
+        except EdgewardError as e:
+            e.resource = e.resource or str(key)
+            if not dry_run:
+                await self._audited(verb, key, actor, source, old, None, f"{e.reason}: {e.message}")
+            raise
+        await self._audited(verb, key, actor, source, old, stored, "done")
+        if stored.metadata.deletionTimestamp and not stored.metadata.finalizers:
+            await self._remove(key, actor, source)
+        return stored
+
+    async def delete(
+        self, key: Key, *, expect: int | None = None, actor: str, source: str = "", dry_run: bool = False
+    ) -> Resource:
+        """Marks it for deletion; it goes at once unless it has finalizers. Dependents go with it."""
+        old = self.store.get(key)
+        try:
+            self.store.check_expected(key, self.store.entry(key), expect)
+            if key == Key("Namespace", CLUSTER, "default"):
+                raise Conflict("the namespace default stays", resource=str(key))
+            if key.kind == "Site":
+                nodes = [n.metadata.name for n in self.store.items("Node") if n.spec.site == key.name]
+                if nodes:
+                    raise Conflict(
+                        f"has nodes: {', '.join(nodes[:10])}", resource=str(key), remedy="delete its nodes first"
+                    )
+            if dry_run:
+                return old
+            if old.metadata.finalizers or key.kind == "Namespace":
+                if not old.metadata.deletionTimestamp:
+                    meta = msgspec.structs.replace(old.metadata, deletionTimestamp=clock.timestamp())
+                    old = await self.store.put(msgspec.structs.replace(old, metadata=meta), expect=expect)
+                await self._audited("delete", key, actor, source, old, None, "done")
+                await self.collect()
+                return old
+            await self._remove(key, actor, source, expect=expect)
+        except EdgewardError as e:
+            if not dry_run:
+                await self._audited("delete", key, actor, source, old, None, f"{e.reason}: {e.message}")
+            raise
+        await self._audited("delete", key, actor, source, old, None, "done")
+        return old
+
+    async def _remove(self, key: Key, actor: str, source: str, *, expect: int | None = None) -> None:
+        await self.store.remove(key, expect=expect)
+        for r in dependents(self.store.all(), key):
+            await self.delete(r.key, actor=f"{actor} (with {key})", source=source)
+
+    async def collect(self) -> None:
+        """Finishes what a killed process left half done: namespaces that are going, dependents without their owner."""
+        for namespace in self.store.items("Namespace"):
+            if not namespace.metadata.deletionTimestamp:
+                continue
+            for r in dependents(self.store.all(), namespace):
+                if not r.metadata.deletionTimestamp:
+                    await self.delete(r.key, actor=f"system (with {namespace.key})")
+            if not dependents(self.store.all(), namespace) and not namespace.metadata.finalizers:
+                await self.store.remove(namespace.key)
+        for r in self.store.all():
+            owners = r.metadata.ownerReferences
+            if not owners or r.metadata.deletionTimestamp:
+                continue
+            alive = []
+            for o in owners:
+                owner = self.store.find(Key(o.kind, o.namespace or CLUSTER, o.name))
+                if owner is not None and (not o.uid or o.uid == owner.metadata.uid):
+                    alive.append(o)
+            if not alive and self.store.find(r.key) is not None:
+                await self.delete(r.key, actor="system (its owner is gone)")
+
+    async def status(self, key: Key, status: dict[str, object], *, actor: str, source: str = "") -> Resource:
+        """Replaces the status: for controllers, not for people."""
+        await self.store.put_status(key, status)
+        return self.store.get(key)

@@ -1,0 +1,123 @@
+"""Kind Export: readings of a node that are delivered to a stream of the hub. Pure."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from edgeward.core.errors import Invalid
+from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
+from edgeward.core.registry import Column, Kind, Ref, kinds
+from edgeward.core.resource import Resource
+from edgeward.streams.topics import check_filter
+
+_PATH = re.compile(r"^\$(\.[A-Za-z_][A-Za-z0-9_-]*)+$")
+
+
+class _Struct(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    pass
+
+
+class ExportPlacement(_Struct):
+    site: Annotated[str, Meta(description="Only at this site")] = ""
+    nodeSelector: Annotated[dict[str, str], Meta(description="Only on nodes with these labels")] = {}
+
+
+class From(_Struct):
+    mqtt: Annotated[str, Meta(description="MQTT topic filter (+ and # allowed)", min_length=1, max_length=1024)]
+
+
+class HubTarget(_Struct):
+    stream: Annotated[str, Meta(description="The hub's stream", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+
+
+class To(_Struct):
+    hub: Annotated[HubTarget, Meta(description="A stream at the hub")]
+
+
+class Bounds(_Struct):
+    """What the node keeps while the link is down."""
+
+    bytes: Annotated[Annotated[str, Meta(pattern=BYTES_PATTERN)] | int, Meta(description="On disk, e.g. 64Mi")] = "64Mi"
+    age: Annotated[
+        Annotated[str, Meta(pattern=DURATION_PATTERN)] | float | int,
+        Meta(description="Older readings are dropped; 0: none"),
+    ] = 0
+    onFull: Annotated[
+        Literal["dropOldest", "dropNewest", "refuse"],
+        Meta(description="refuse: readings are no longer acknowledged to their publisher"),
+    ] = "dropOldest"
+
+
+class ExportSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, rename={"source": "from"}):
+    """Readings from the node's broker, delivered to the hub: ordered, and exactly once where they have an identity."""
+
+    source: Annotated[From, Meta(description="What is exported")]
+    to: Annotated[To, Meta(description="Where to")]
+    identity: Annotated[
+        str, Meta(description="JSON path of what makes a reading itself, e.g. $.id: a publisher's repeats are dropped")
+    ] = ""
+    identityWindow: Annotated[int, Meta(description="How many readings back a repeat is known", ge=1, le=1_000_000)] = (
+        10_000
+    )
+    priority: Annotated[int, Meta(description="9 goes first, 0 last", ge=0, le=9)] = 5
+    rate: Annotated[
+        Annotated[str, Meta(pattern=BYTES_PATTERN)] | int, Meta(description="Bytes per second on the link; 0: no limit")
+    ] = 0
+    bounds: Annotated[Bounds, Meta(description="What is kept while cut off")] = msgspec.field(default_factory=Bounds)
+    placement: Annotated[ExportPlacement, Meta(description="Which nodes export; empty: all")] = msgspec.field(
+        default_factory=ExportPlacement
+    )
+
+
+def _check(r: Resource) -> None:
+    spec: ExportSpec = r.spec
+    check_filter(spec.source.mqtt, "$.spec.from.mqtt")
+    if spec.identity and not _PATH.match(spec.identity):
+        raise Invalid(
+            f"{spec.identity[:60]!r} is no path", field="$.spec.identity", remedy="write it as $.id or $.meta.id"
+        )
+    try:
+        size = parse_bytes(spec.bounds.bytes)
+        parse_duration(spec.bounds.age)
+        parse_bytes(spec.rate)
+    except ValueError as e:
+        raise Invalid(str(e), field="$.spec.bounds") from None
+    if size < 64 * 1024:
+        raise Invalid(f"{size} bytes are too few", field="$.spec.bounds.bytes", remedy="at least 64Ki")
+
+
+def _refs(r: Resource) -> list[Ref]:
+    site = r.spec.placement.site
+    return [Ref("Site", "_", site, "$.spec.placement.site")] if site else []
+
+
+def _pending(d: dict[str, Any]) -> int:
+    return sum(int(n.get("pending", 0)) for n in d.get("status", {}).get("nodes", {}).values())
+
+
+kinds.add(
+    Kind(
+        "Export",
+        "exports",
+        ExportSpec,
+        doc="Readings of nodes, delivered to a stream of the hub.",
+        scope="placed",
+        check=_check,
+        refs=_refs,
+        columns=(
+            Column("FROM", lambda d: d["spec"]["from"]["mqtt"]),
+            Column("STREAM", lambda d: d["spec"]["to"]["hub"]["stream"]),
+            Column("PRIORITY", lambda d: d["spec"].get("priority", 5), wide=True),
+            Column("NODES", lambda d: len(d.get("status", {}).get("nodes", {}))),
+            Column("PENDING", _pending),
+        ),
+        example=(
+            "apiVersion: edgeward/v1\nkind: Export\nmetadata: {name: line1}\nspec:\n  from: {mqtt: sensors/#}\n"
+            "  to: {hub: {stream: line1}}\n  identity: $.id\n"
+        ),
+    )
+)

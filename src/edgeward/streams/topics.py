@@ -1,0 +1,53 @@
+"""MQTT topics and NATS subjects, as nats-server maps them. Pure.
+
+``/`` separates levels and becomes ``.``; a dot inside a level becomes ``//``; an empty level becomes ``/`` (at either
+end or between two slashes). ``+`` is ``*`` and ``#`` is ``>``; ``a/#`` also takes ``a`` itself.
+"""
+
+from __future__ import annotations
+
+from edgeward.core.errors import Invalid
+
+
+def check_filter(topic: str, field: str) -> None:
+    """Refuses what is no topic filter of MQTT 3.1.1, and topics that are the system's own."""
+    if not topic or "\0" in topic or any(c in topic for c in " \t\r\n"):
+        raise Invalid(f"{topic[:60]!r} is no topic filter", field=field, remedy="no spaces, not empty")
+    levels = topic.split("/")
+    for n, level in enumerate(levels):
+        if "#" in level and (level != "#" or n != len(levels) - 1):
+            raise Invalid(f"{topic[:60]!r}: # stands alone, as the last level", field=field, remedy="e.g. sensors/#")
+        if "+" in level and level != "+":
+            raise Invalid(f"{topic[:60]!r}: + stands alone in its level", field=field, remedy="e.g. sensors/+/temp")
+    if levels[0].startswith("$") or levels[0] == "ew":
+        raise Invalid(f"{topic[:60]!r} is the system's own", field=field, remedy="export topics of devices")
+    if topic == "#":
+        raise Invalid("# would export everything", field=field, remedy="name a first level, e.g. sensors/#")
+
+
+def to_subject(topic: str) -> str:
+    """The NATS subject of a topic or filter."""
+    out: list[str] = []
+    levels = topic.split("/")
+    for n, level in enumerate(levels):
+        if level == "":
+            # an empty level is a single slash token
+            out.append("/")
+        elif level == "+":
+            out.append("*")
+        elif level == "#" and n == len(levels) - 1:
+            out.append(">")
+        else:
+            out.append(level.replace(".", "//"))
+    return ".".join(out)
+
+
+def to_topic(subject: str) -> str:
+    """The MQTT topic of a subject (no wildcards)."""
+    return "/".join("" if part == "/" else part.replace("//", ".") for part in subject.split("."))
+
+
+def filters(topic: str) -> list[str]:
+    """The subjects that a topic filter takes."""
+    subject = to_subject(topic)
+    return [subject, subject[:-2]] if subject.endswith(".>") else [subject]

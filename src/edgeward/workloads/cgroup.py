@@ -1,0 +1,166 @@
+"""Limits by cgroups, v1 and v2, set and read back: what is reported as enforced was verified.
+
+Every instance has a group of its own below ``edgeward/<node>``. On hosts where groups cannot be made (no root, no
+cgroups, another system) nothing is enforced, and the reason is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+_ROOT = Path("/sys/fs/cgroup")
+_PERIOD = 100_000
+
+
+class Limits(NamedTuple):
+    memory: int | None = None
+    cpu: float | None = None
+    pids: int | None = None
+
+
+class Verdict(NamedTuple):
+    enforced: list[str]
+    #: what -> why not
+    refused: dict[str, str]
+
+
+class _Host(NamedTuple):
+    version: int
+    #: controller -> directory under which groups are made
+    roots: dict[str, Path]
+    why: str
+
+
+def _own_path(controller: str) -> str:
+    """The path of our own group in a v1 hierarchy (or in v2 for ``""``), e.g. inside a container."""
+    try:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            if controller in names.split(",") if controller else names == "":
+                return path
+    except OSError:
+        pass
+    return "/"
+
+
+@functools.cache
+def host() -> _Host:
+    """What this host can do; probed once by making a group."""
+    if not sys.platform.startswith("linux"):
+        return _Host(0, {}, "this system has no cgroups")
+    if (_ROOT / "cgroup.controllers").exists():
+        return _probe_v2()
+    roots: dict[str, Path] = {}
+    why = "cgroup v1 controllers are not mounted"
+    controllers: tuple[str, ...] = ("memory", "cpu", "pids")
+    for controller in controllers:
+        base = _ROOT / controller
+        if not base.is_dir():
+            continue
+        probe = base / "edgeward"
+        try:
+            probe.mkdir(exist_ok=True)
+            roots[controller] = probe
+        except OSError as e:
+            why = f"cannot make a cgroup: {e.strerror} (needs root)"
+    return _Host(1, roots, why if not roots else "")
+
+
+def _probe_v2() -> _Host:
+    base = _ROOT / "edgeward"
+    try:
+        base.mkdir(exist_ok=True)
+        have = (_ROOT / "cgroup.controllers").read_text().split()
+        wanted: list[str] = [c for c in ("memory", "cpu", "pids") if c in have]
+        for group in (_ROOT, base):
+            for c in wanted:
+                with contextlib.suppress(OSError):
+                    (group / "cgroup.subtree_control").write_text(f"+{c}")
+        enabled = (base / "cgroup.subtree_control").read_text().split()
+        roots = {c: base for c in wanted if c in enabled}
+        return _Host(2, roots, "" if roots else "the cgroup v2 controllers cannot be delegated here")
+    except OSError as e:
+        return _Host(2, {}, f"cannot make a cgroup: {e.strerror} (needs root)")
+
+
+def available() -> list[str]:
+    """The limits that this node can enforce."""
+    return sorted(host().roots)
+
+
+def _dirs(node: str, instance: str) -> set[Path]:
+    return {root / node / instance for root in host().roots.values()}
+
+
+def _settings(limits: Limits) -> dict[str, list[tuple[str, str]]]:
+    """controller -> (file, value), in order."""
+    v2 = host().version == 2
+    found: dict[str, list[tuple[str, str]]] = {}
+    if limits.memory is not None:
+        value = str(limits.memory)
+        # without a swap limit a program over its memory would be slow instead of ended
+        found["memory"] = (
+            [("memory.max", value), ("memory.swap.max", "0")]
+            if v2
+            else [("memory.limit_in_bytes", value), ("memory.memsw.limit_in_bytes", value)]
+        )
+    if limits.cpu is not None:
+        quota = max(1000, int(limits.cpu * _PERIOD))
+        found["cpu"] = (
+            [("cpu.max", f"{quota} {_PERIOD}")]
+            if v2
+            else [("cpu.cfs_period_us", str(_PERIOD)), ("cpu.cfs_quota_us", str(quota))]
+        )
+    if limits.pids is not None:
+        found["pids"] = [("pids.max", str(limits.pids))]
+    return found
+
+
+def prepare(node: str, instance: str, limits: Limits) -> Verdict:
+    """Makes the instance's group with its limits, each read back."""
+    enforced, refused = [], {}
+    for controller, files in _settings(limits).items():
+        root = host().roots.get(controller)
+        if root is None:
+            refused[controller] = host().why or f"the {controller} controller is not there"
+            continue
+        group = root / node / instance
+        try:
+            group.mkdir(parents=True, exist_ok=True)
+            if host().version == 2:
+                with contextlib.suppress(OSError):
+                    (root / node / "cgroup.subtree_control").write_text(f"+{controller}")
+            for n, (name, value) in enumerate(files):
+                try:
+                    (group / name).write_text(value)
+                except OSError:
+                    if n == 0 or ("swap" not in name and "memsw" not in name):
+                        raise  # swap accounting may be off; the limit itself must hold
+            name, value = files[0]
+            got = (group / name).read_text().split()
+            if controller == "memory" and abs(int(got[0]) - int(value)) > os.sysconf("SC_PAGE_SIZE"):
+                refused[controller] = f"set to {value}, reads {got[0]}"
+            else:
+                enforced.append(controller)
+        except (OSError, ValueError) as e:
+            refused[controller] = str(e)
+    return Verdict(enforced, refused)
+
+
+def enter(node: str, instance: str, pid: int) -> None:
+    """Moves a process into its groups (it was just started; children made before this moment are moved by theirs)."""
+    for group in _dirs(node, instance):
+        if group.is_dir():
+            (group / "cgroup.procs").write_text(str(pid))
+
+
+def remove(node: str, instance: str) -> None:
+    """Takes the empty groups away."""
+    for group in _dirs(node, instance):
+        with contextlib.suppress(OSError):
+            group.rmdir()

@@ -1,0 +1,70 @@
+"""The hub's view of apps and services: nodes' reports folded into one status. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgeward.core.resource import Resource
+from edgeward.workloads.placement import share
+
+
+def phase_of(wanted: int, instances: list[dict[str, Any]], phases: list[str]) -> str:
+    """One phase for many instances: what a person would say of the whole."""
+    running = sum(i.get("phase") == "Running" for i in instances)
+    if wanted == 0 and not instances:
+        return "Stopped"
+    if "Failed" in phases and not running:
+        return "Failed"
+    if running and running >= wanted:
+        return "Degraded" if "Degraded" in phases else "Running"
+    if running:
+        return "Degraded"
+    if phases and all(p == "Stopped" for p in phases):
+        return "Stopped"
+    return "Starting" if instances or phases else "Pending"
+
+
+def fold(app: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """An App's status from what its nodes report."""
+    by_site: dict[str, list[Resource]] = {}
+    for node in nodes:
+        by_site.setdefault(node.spec.site, []).append(node)
+    expected = {n.metadata.name: share(app, by_site[n.spec.site], n.metadata.name) for n in nodes}
+    wanted = sum(expected.values())
+    instances: list[dict[str, Any]] = []
+    online = {n.metadata.name: bool(n.status.get("online")) for n in nodes}
+    messages: list[str] = []
+    for name in sorted(reports):
+        for i in reports[name].get("instances", []):
+            instances.append(i if online.get(name) else {**i, "stale": True})
+        if reports[name].get("message"):
+            messages.append(f"{name}: {reports[name]['message']}")
+    status: dict[str, Any] = {
+        "phase": phase_of(wanted, instances, [str(r.get("phase", "")) for r in reports.values()]),
+        "instances": instances,
+        "version": ",".join(sorted({str(r.get("version", "")) for r in reports.values()} - {""})),
+        "nodes": {n: {k: v for k, v in r.items() if k != "instances"} for n, r in sorted(reports.items())},
+    }
+    if app.spec.replicas and not wanted:
+        status["phase"] = "Pending"
+        where = f"site {app.spec.placement.site}" if app.spec.placement.site else "any site"
+        messages.insert(0, f"no node of {where} matches the placement")
+    silent = [n for n, count in expected.items() if count and n not in reports]
+    if silent and wanted:
+        messages.append(f"not heard from: {', '.join(silent)}")
+    if messages:
+        status["message"] = "; ".join(messages)
+    return status
+
+
+def fold_service(service: Resource, nodes: list[Resource], apps: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """A Service's endpoints: running instances of its app, by site."""
+    sites = {n.metadata.name: n.spec.site for n in nodes}
+    endpoints = []
+    for i in apps.get(service.spec.app, {}).get("instances", []):
+        port = i.get("ports", {}).get(service.spec.port)
+        if port and i.get("phase") == "Running":
+            node = i.get("node", "")
+            endpoints.append({"node": node, "site": sites.get(node, ""), "address": i.get("address", ""), "port": port})
+    return {"endpoints": endpoints}

@@ -1,0 +1,74 @@
+"""One health check: http, tcp or exec, each bounded in time; True or the reason why not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+async def http(host: str, port: int, path: str, timeout: float) -> str:
+    """GET; "" when the status is 200 to 399, else why not."""
+    try:
+        async with asyncio.timeout(timeout):
+            reader, writer = await asyncio.open_connection(host, port, limit=65536)
+            try:
+                ask = f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nUser-Agent: edgeward\r\nConnection: close\r\n\r\n"
+                writer.write(ask.encode("ascii", "replace"))
+                await writer.drain()
+                line = await reader.readline()
+            finally:
+                writer.close()
+    except TimeoutError:
+        return f"no answer within {timeout:g} s"
+    except (OSError, ValueError) as e:
+        return f"no answer: {e}"
+    parts = line.split(None, 2)
+    if len(parts) < 2 or not parts[0].startswith(b"HTTP/") or not parts[1].isdigit():
+        return "the answer is no HTTP"
+    status = int(parts[1])
+    return "" if 200 <= status < 400 else f"status {status}"
+
+
+async def tcp(host: str, port: int, timeout: float) -> str:
+    """ "" when a connection opens, else why not."""
+    try:
+        async with asyncio.timeout(timeout):
+            _, writer = await asyncio.open_connection(host, port)
+            writer.close()
+    except TimeoutError:
+        return f"no connection within {timeout:g} s"
+    except OSError as e:
+        return f"no connection: {e}"
+    return ""
+
+
+async def command(argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float) -> str:
+    """ "" when the command ends with status 0 in time, else why not."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            env=dict(env),
+            cwd=cwd,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError as e:
+        return f"cannot be run: {e.strerror}"
+    try:
+        async with asyncio.timeout(timeout):
+            status = await process.wait()
+    except TimeoutError:
+        status = -1
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+            await process.wait()
+    if status == -1:
+        return f"did not end within {timeout:g} s"
+    return "" if status == 0 else f"ended with status {status}"

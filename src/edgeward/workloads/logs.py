@@ -1,0 +1,94 @@
+"""What instances wrote: files with a hard cap, read from the end, followed as they grow.
+
+A process appends to its own file directly, so it needs nobody to go on writing while the agent is away. When a file
+passes half of its cap it is copied to ``.1`` and cut to nothing in place (the writer appends on). Between copy and cut
+a line may be lost, and between two looks (a second) a very fast writer may pass the cap by what it writes in that time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+_CHUNK = 64 * 1024
+_LOOK = 0.2
+
+
+def rotate(path: Path, cap: int) -> bool:
+    """Keeps file and predecessor together within ``cap`` bytes. True when it cut."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return False
+    if size <= cap // 2:
+        return False
+    old = path.with_name(path.name + ".1")
+    keep = min(size, cap // 2)
+    try:
+        with path.open("rb") as source, old.open("wb") as target:
+            source.seek(size - keep)
+            shutil.copyfileobj(source, target, _CHUNK)
+    except OSError:
+        # a full disk: what is cut is lost, but the app and the node live on
+        old.unlink(missing_ok=True)
+    os.truncate(path, 0)
+    return True
+
+
+def tail(path: Path, lines: int) -> bytes:
+    """The last ``lines`` lines of a file and its predecessor; reads from the end, in pieces."""
+    data = _last(path, lines)
+    missing = lines - data.count(b"\n")
+    if missing > 0:
+        data = _last(path.with_name(path.name + ".1"), missing) + data
+    return data
+
+
+def _last(path: Path, lines: int) -> bytes:
+    if lines <= 0:
+        return b""
+    try:
+        with path.open("rb") as f:
+            at = f.seek(0, os.SEEK_END)
+            data = b""
+            while at > 0 and data.count(b"\n") <= lines:
+                step = min(_CHUNK, at)
+                at -= step
+                f.seek(at)
+                data = f.read(step) + data
+            return b"".join(data.splitlines(keepends=True)[-lines:])
+    except OSError:
+        return b""
+
+
+async def follow(path: Path, start: int) -> AsyncIterator[bytes]:
+    """What is appended behind byte ``start``, without end; a cut file is read from its beginning."""
+    at = start
+    while True:
+        try:
+            size = path.stat().st_size
+            if size < at:
+                at = 0
+            if size > at:
+                with path.open("rb") as f:
+                    f.seek(at)
+                    piece = f.read(min(_CHUNK, size - at))
+                at += len(piece)
+                if piece:
+                    yield piece
+                    continue
+        except FileNotFoundError:
+            return
+        await asyncio.sleep(_LOOK)  # the period of looking at a growing file
+
+
+def changed_since(path: Path, seconds: float) -> bool:
+    """Whether the file was written to in the last ``seconds``."""
+    try:
+        return time.time() - path.stat().st_mtime <= seconds
+    except OSError:
+        return False

@@ -1,0 +1,32 @@
+"""How many instances of an app belong on a node: pure, and the same answer on every node without asking anybody."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from edgeward.core.resource import Resource
+
+
+def takes(app: Resource, node: Resource) -> bool:
+    """Whether the app's placement takes the node."""
+    placement = app.spec.placement
+    if placement.site and placement.site != node.spec.site:
+        return False
+    return all(node.metadata.labels.get(k) == v for k, v in placement.nodeSelector.items())
+
+
+def _rank(app: Resource, node: Resource) -> bytes:
+    # rendezvous hashing: a node that comes or goes moves only its own share
+    text = f"{app.metadata.namespace}/{app.metadata.name}\0{node.metadata.name}"
+    return hashlib.sha256(text.encode()).digest()
+
+
+def share(app: Resource, nodes_of_site: Sequence[Resource], node: str) -> int:
+    """Instances of ``app`` that ``node`` runs. ``replicas`` counts per site and is spread over its matching nodes."""
+    matching = sorted((n for n in nodes_of_site if takes(app, n)), key=lambda n: _rank(app, n))
+    names = [n.metadata.name for n in matching]
+    if node not in names:
+        return 0
+    each, rest = divmod(app.spec.replicas, len(names))
+    return int(each) + (1 if names.index(node) < rest else 0)

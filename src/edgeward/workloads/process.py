@@ -1,0 +1,207 @@
+"""The process runtime: a version's snapshot becomes a process of the node, in its own session, folder and limits.
+
+A runtime is an extension (``runtime/process``); container, wasm and Kubernetes join by the same face: ``start`` starts
+an instance, ``stop`` ends it, ``find`` finds one again, ``clean`` leaves nothing of it behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from edgeward.core import proc
+from edgeward.core.errors import EdgewardError, Invalid
+from edgeward.core.files import ensure_dir
+from edgeward.core.quantity import parse_bytes, parse_duration
+from edgeward.core.registry import extensions
+from edgeward.workloads import cgroup
+from edgeward.workloads.spec import AppSpec, check_path, substitute
+from edgeward.workloads.state import InstanceRow, Snapshot
+
+MARK = "EDGEWARD_INSTANCE"
+#: Passed on from the agent; everything else of its environment stays with it.
+_INHERIT = ("LANG", "LC_ALL", "TZ", "HOME", "TMPDIR")
+
+
+class Started(msgspec.Struct):
+    process: proc.ProcId
+    enforced: list[str]
+    not_enforced: list[dict[str, str]]
+
+
+class Runtime(Protocol):
+    def start(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> Started: ...
+    async def stop(self, row: InstanceRow, spec: AppSpec) -> bool: ...
+    def find(self, row: InstanceRow) -> proc.ProcId | None: ...
+    def clean(self, row: InstanceRow) -> None: ...
+
+
+class ProcessRuntime:
+    def __init__(self, *, node: str, site: str, data_dir: Path) -> None:
+        self.node, self.site = node, site
+        self.apps = data_dir / "apps"
+        self.logs = data_dir / "logs"
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    def folder(self, row: InstanceRow) -> Path:
+        return self.apps / row.namespace / row.name / row.id
+
+    def log_file(self, row: InstanceRow) -> Path:
+        return self.logs / row.namespace / row.name / f"{row.id}.log"
+
+    def environment(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> dict[str, str]:
+        """The instance's whole environment: nothing of the agent's leaks but a few harmless names."""
+        spec = msgspec.convert(snapshot.spec, AppSpec)
+        env = {k: os.environ[k] for k in _INHERIT if k in os.environ}
+        if spec.process is not None and spec.process.inheritPath:
+            env["PATH"] = os.environ.get("PATH", os.defpath)
+        env |= extra
+        env |= snapshot.env
+        env |= {
+            "EDGEWARD_APP": row.name,
+            "EDGEWARD_NAMESPACE": row.namespace,
+            "EDGEWARD_NODE": self.node,
+            "EDGEWARD_SITE": self.site,
+            "EDGEWARD_VERSION": row.version[:12],
+            MARK: row.id,
+        }
+        for port in spec.ports:
+            if port.env:
+                env[port.env] = str(row.ports[port.name])
+        if "EDGEWARD_DATA" in os.environ:
+            env["EDGEWARD_DATA"] = os.environ["EDGEWARD_DATA"]
+        if spec.process is not None:
+            base = dict(env)
+            for name, value in spec.process.env.items():
+                env[name] = substitute(value, base, f"$.spec.process.env.{name}")
+        return env
+
+    def start(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> Started:
+        """Raises ``EdgewardError`` (or ``Invalid``) with the reason when the program cannot be started."""
+        spec = msgspec.convert(snapshot.spec, AppSpec)
+        if spec.process is None:
+            raise Invalid("no process is declared", resource=f"App/{row.name}", field="$.spec.process")
+        env = self.environment(row, snapshot, extra)
+        argv = [substitute(t, env, f"$.spec.process.command[{n}]") for n, t in enumerate(spec.process.command)]
+        argv += [substitute(t, env, f"$.spec.process.args[{n}]") for n, t in enumerate(spec.process.args)]
+        uid, gid, groups, refused = self._user(spec.process.user)
+        folder = ensure_dir(self.folder(row))
+        owned = [folder]
+        for path, text in snapshot.files.items():
+            owned += self._write_file(folder, path, text)
+        if uid is not None:
+            for p in owned:
+                os.chown(p, uid, gid if gid is not None else -1)
+        self._open_to(folder, uid)
+        log_file = self.log_file(row)
+        ensure_dir(log_file.parent)
+        limits = cgroup.Limits(
+            parse_bytes(spec.limits.memory) if spec.limits.memory is not None else None,
+            spec.limits.cpu,
+            spec.limits.pids,
+        )
+        verdict = cgroup.prepare(self.node, row.id, limits)
+        try:
+            process, popen = proc.spawn_detached(
+                argv, env, folder, log_file, user=uid, group=gid, extra_groups=groups, umask=0o077
+            )
+        except (OSError, subprocess.SubprocessError) as e:
+            cgroup.remove(self.node, row.id)
+            reason = getattr(e, "strerror", None) or str(e)
+            raise EdgewardError(
+                f"{argv[0]!r} cannot be started: {reason}",
+                resource=f"App/{row.name}",
+                field="$.spec.process.command",
+                remedy="check the program's name, the files and the user",
+            ) from None
+        self._children[process.pid] = popen
+        refused = {**verdict.refused, **refused}
+        enforced = list(verdict.enforced)
+        if enforced:
+            try:
+                for pid in proc.group_pids(process):
+                    cgroup.enter(self.node, row.id, pid)
+            except OSError as e:
+                if proc.alive(process):
+                    refused |= dict.fromkeys(enforced, f"the process cannot be moved into its group: {e.strerror}")
+                    enforced = []
+        if uid is not None:
+            enforced.append("user")
+        return Started(process, enforced, [{"what": k, "why": v} for k, v in refused.items()])
+
+    @staticmethod
+    def _user(name: str) -> tuple[int | None, int | None, list[int] | None, dict[str, str]]:
+        if not name:
+            return None, None, None, {}
+        try:
+            entry = pwd.getpwnam(name)
+        except KeyError:
+            raise Invalid(
+                f"there is no user {name!r} on this node",
+                field="$.spec.process.user",
+                remedy="create it, or leave it out",
+            ) from None
+        if os.geteuid() != 0:
+            if entry.pw_uid == os.geteuid():
+                return None, None, None, {}
+            return None, None, None, {"user": "the agent does not run as root"}
+        return entry.pw_uid, entry.pw_gid, os.getgrouplist(name, entry.pw_gid), {}
+
+    def _open_to(self, folder: Path, uid: int | None) -> None:
+        """Lets another user walk to its own folder, and see nothing on the way."""
+        if uid is None:
+            return
+        for parent in (folder.parent, folder.parent.parent, self.apps, self.apps.parent):
+            with contextlib.suppress(OSError):
+                parent.chmod(parent.stat().st_mode | 0o001)
+
+    @staticmethod
+    def _write_file(folder: Path, path: str, text: str) -> list[Path]:
+        check_path(path, "$.spec.files")
+        target = folder / path
+        made = []
+        for parent in reversed([p for p in target.parents if folder in p.parents]):
+            parent.mkdir(mode=0o700, exist_ok=True)
+            made.append(parent)
+        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w", encoding="utf-8") as f:
+            f.write(text)
+        return [*made, target]
+
+    def exit_code(self, process: proc.ProcId) -> int | None:
+        """The status of a child of ours that ended; None for an adopted one (its parent is not us)."""
+        popen = self._children.pop(process.pid, None)
+        return popen.wait(5) if popen is not None else None
+
+    async def stop(self, row: InstanceRow, spec: AppSpec) -> bool:
+        if not row.process:
+            return True
+        process = proc.ProcId.parse(row.process)
+        sig = getattr(signal, f"SIG{spec.stop.signal}")
+        return await proc.terminate(process, sig=sig, grace=parse_duration(spec.stop.grace))
+
+    def find(self, row: InstanceRow) -> proc.ProcId | None:
+        """The process of a row that was being started when the agent was killed."""
+        found = proc.find_by_env(MARK, row.id)
+        return min(found, key=lambda p: p.pid) if found else None
+
+    def clean(self, row: InstanceRow) -> None:
+        """Ends what an instance left of its group, and takes its folder and limits away. Its log stays."""
+        if row.process:
+            with contextlib.suppress(OSError):
+                proc.kill_group(proc.ProcId.parse(row.process), signal.SIGKILL)
+        shutil.rmtree(self.folder(row), ignore_errors=True)
+        cgroup.remove(self.node, row.id)
+
+
+if "process" not in extensions.names("runtime"):
+    extensions.add("runtime", "process", ProcessRuntime)

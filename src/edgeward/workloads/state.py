@@ -1,0 +1,102 @@
+"""What the agent must remember of apps across a SIGKILL: versions, instances, decisions. One SQLite file, FULL sync.
+
+An instance's row is written before its process is started and completed after, so a kill in between leaves a row whose
+process is found by its marker in the environment, or was never started. A version's snapshot (spec, settings, files) is
+kept with it, so that a roll-back needs nobody.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgeward.core.store_sqlite import open_database
+from edgeward.workloads.plan import State
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS apps(namespace TEXT, name TEXT, doc BLOB, PRIMARY KEY(namespace, name)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS versions(namespace TEXT, name TEXT, digest TEXT, doc BLOB,
+  PRIMARY KEY(namespace, name, digest)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS instances(id TEXT PRIMARY KEY, namespace TEXT, name TEXT, doc BLOB) WITHOUT ROWID;
+"""
+#: Versions kept beside the one that serves.
+KEEP = 3
+
+
+class Snapshot(msgspec.Struct):
+    """Everything a version needs to be started, whatever happens to what it was made of."""
+
+    spec: dict[str, Any]
+    env: dict[str, str] = {}
+    files: dict[str, str] = {}
+
+
+class InstanceRow(msgspec.Struct):
+    id: str
+    namespace: str
+    name: str
+    version: str
+    slot: int
+    #: ``pid/start`` of :class:`edgeward.core.proc.ProcId`; empty while it is being started.
+    process: str = ""
+    ports: dict[str, int] = {}
+    started_at: float = 0.0
+    enforced: list[str] = []
+    not_enforced: list[dict[str, str]] = []
+
+
+class WorkloadState:
+    def __init__(self, path: Path | str) -> None:
+        self._db = open_database(path)
+        self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def apps(self) -> dict[tuple[str, str], State]:
+        rows = self._db.execute("SELECT namespace, name, doc FROM apps")
+        return {(ns, name): msgspec.json.decode(doc, type=State) for ns, name, doc in rows}
+
+    def save_app(self, namespace: str, name: str, state: State) -> None:
+        self._db.execute("INSERT OR REPLACE INTO apps VALUES(?,?,?)", (namespace, name, msgspec.json.encode(state)))
+
+    def remove_app(self, namespace: str, name: str) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+        for table in ("apps", "versions", "instances"):
+            self._db.execute(f"DELETE FROM {table} WHERE namespace=? AND name=?", (namespace, name))  # noqa: S608
+        self._db.execute("COMMIT")
+
+    def save_version(self, namespace: str, name: str, digest: str, snapshot: Snapshot) -> None:
+        self._db.execute(
+            "INSERT OR IGNORE INTO versions VALUES(?,?,?,?)", (namespace, name, digest, msgspec.json.encode(snapshot))
+        )
+
+    def version(self, namespace: str, name: str, digest: str) -> Snapshot | None:
+        row = self._db.execute(
+            "SELECT doc FROM versions WHERE namespace=? AND name=? AND digest=?", (namespace, name, digest)
+        ).fetchone()
+        return msgspec.json.decode(row[0], type=Snapshot) if row else None
+
+    def trim_versions(self, namespace: str, name: str, keep: set[str]) -> None:
+        rows = self._db.execute(
+            "SELECT digest FROM versions WHERE namespace=? AND name=?", (namespace, name)
+        ).fetchall()
+        for (digest,) in rows:
+            if digest not in keep:
+                self._db.execute(
+                    "DELETE FROM versions WHERE namespace=? AND name=? AND digest=?", (namespace, name, digest)
+                )
+
+    def instances(self) -> list[InstanceRow]:
+        return [msgspec.json.decode(doc, type=InstanceRow) for (doc,) in self._db.execute("SELECT doc FROM instances")]
+
+    def save_instance(self, row: InstanceRow) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO instances VALUES(?,?,?,?)",
+            (row.id, row.namespace, row.name, msgspec.json.encode(row)),
+        )
+
+    def remove_instance(self, instance: str) -> None:
+        self._db.execute("DELETE FROM instances WHERE id=?", (instance,))
