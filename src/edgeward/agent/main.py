@@ -109,6 +109,7 @@ class Agent:
             os.umask(old_umask)
             self._ready = False
             await self.apps.shutdown(leave=not self.stop_apps)
+            await self.link.flush()
             if self.bus is not None:
                 await self.bus.close()
             if self.nats is not None and self.stop_apps:

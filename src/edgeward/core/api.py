@@ -442,7 +442,9 @@ def build_app(
             Route(prefix, api.collection, methods=[*reading, "POST"]),
         ]
     # /api/v1/namespaces/default is the kind Namespace, not a list of kinds in it: two parts behind namespaces decide
-    app = Starlette(routes=_ordered(routes), exception_handlers={EdgewardError: _refused, 404: _not_found, 405: _not_allowed})
+    app = Starlette(
+        routes=_ordered(routes), exception_handlers={EdgewardError: _refused, 404: _not_found, 405: _not_allowed}
+    )
     return _Gate(app, auth, open_metrics=True)
 
 

@@ -117,14 +117,14 @@ class Asker(threading.Thread):
     def __init__(self, port: Callable[[], int]) -> None:
         super().__init__(daemon=True)
         self._port = port
-        self._stop = threading.Event()
+        self._halt = threading.Event()
         self.requests = self.failures = 0
         self.greetings: list[str] = []
         self.errors: list[str] = []
 
     def run(self) -> None:
         client, at = None, 0
-        while not self._stop.wait(0.03):
+        while not self._halt.wait(0.03):
             try:
                 port = self._port()
                 if client is None or port != at:
@@ -138,7 +138,7 @@ class Asker(threading.Thread):
                 self.errors.append(f"{type(e).__name__}: {e}")
 
     def end(self) -> None:
-        self._stop.set()
+        self._halt.set()
         self.join(5)
 
 
@@ -148,7 +148,7 @@ class Reader:
     def __init__(self, url: str, ca_file: str, token: str, stream: str) -> None:
         self._args = (url, ca_file, token, stream)
         self.arrived: dict[int, float] = {}
-        self._stop = threading.Event()
+        self._halt = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
@@ -156,18 +156,18 @@ class Reader:
 
     def _run(self) -> None:
         at = 0
-        while not self._stop.is_set():
+        while not self._halt.is_set():
             try:
                 for doc in read_stream(*self._args, start=at, follow=True, timeout=2.0):
                     at = doc["seq"] + 1
                     self.arrived.setdefault(int(doc["payload"]["id"]), time.monotonic())
-                    if self._stop.is_set():
+                    if self._halt.is_set():
                         return
             except (OSError, http.client.HTTPException, ValueError, EdgewardError):
-                self._stop.wait(0.1)
+                self._halt.wait(0.1)
 
     def end(self) -> None:
-        self._stop.set()
+        self._halt.set()
         self._thread.join(5)
 
 
@@ -236,7 +236,7 @@ class Demo:
     async def running_port(self, *at: str) -> int:
         for instance in (await self.app(*at))["status"].get("instances", []):
             port = instance.get("ports", {}).get("http")
-            if instance.get("phase") == "Running" and port:
+            if instance.get("phase") == "Running" and port and not instance.get("stale"):
                 return int(port)
         return 0
 

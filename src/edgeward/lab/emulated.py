@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from edgeward.core.errors import Invalid, Unreachable, from_problem
-from edgeward.lab.backing import Backing, NetnsBacking, RelayBacking
+from edgeward.lab.backing import Backing, RelayBacking
 from edgeward.lab.cluster import Cluster, Say
-from edgeward.lab.control import serve
+from edgeward.lab.control import Verb, serve
 from edgeward.lab.links import BUILTIN, Profile
 from edgeward.lab.relay import Relay
 from edgeward.lab.topology import Topology
@@ -125,7 +125,7 @@ class Lab:
         """A port at the site from which ``port`` beside the hub is reached over the site's emulated link."""
         relay = Relay(("127.0.0.1", port), self._profile[site])
         await relay.open()
-        self._relays.append((site, relay))
+        self._relays.append((self._site(site), relay))
         return relay.port
 
     async def close(self) -> None:
@@ -172,7 +172,11 @@ def choose(topology: Topology, wanted: str = "", seed: int = 1) -> Backing:
     name = wanted or topology.backing
     if name not in ("auto", "relays", "namespaces"):
         raise Invalid(f"there is no backing {name!r}", field="backing", remedy="relays, namespaces or auto")
-    return NetnsBacking(seed=seed) if name == "namespaces" else RelayBacking(seed=seed)
+    if name == "namespaces":
+        raise Invalid(
+            "network namespaces are not built into the lab yet", field="backing", remedy="use relays (the default)"
+        )
+    return RelayBacking(seed=seed)
 
 
 @contextlib.asynccontextmanager
@@ -195,7 +199,7 @@ async def open_lab(
         async def status(_: dict[str, Any]) -> Any:
             return lab.status()
 
-        verbs = {
+        verbs: dict[str, Verb] = {
             "status": status,
             "cut": lambda a: lab.cut(str(a["site"])),
             "heal": lambda a: lab.heal(str(a["site"])),

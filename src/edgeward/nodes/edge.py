@@ -267,6 +267,12 @@ class NodeEdge:
 
     # -- reports up ---------------------------------------------------------------------------------------------------
 
+    async def flush(self, timeout: float = 2.0) -> None:
+        """Sends what is unreported, once, if the link is there: before an orderly end."""
+        with contextlib.suppress(EdgewardError, TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._send_reports()
+
     async def _send_reports(self) -> None:
         if not self.online:
             return

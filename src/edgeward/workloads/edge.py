@@ -142,6 +142,9 @@ class AppsEdge:
                 self._db.remove_instance(live.row.id)
 
             await asyncio.gather(*(stop(i) for all_ in self._live.values() for i in all_.values() if i.alive))
+            for key, state in self._states.items():
+                stopped = {"phase": "Stopped", "instances": [], "version": state.current[:12]}
+                self._report(*key, {**stopped, "message": "the node's agent was stopped"})
         self._db.close()
 
     def enforced(self) -> list[str]:
