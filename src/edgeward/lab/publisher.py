@@ -13,8 +13,11 @@ from urllib.parse import urlsplit
 
 import paho.mqtt.client as mqtt
 
-#: Unacknowledged readings at a time; beyond, the publisher waits.
+#: Readings that wait for their acknowledgement; beyond, the publisher waits.
 WINDOW = 200
+#: Sent and unacknowledged at a time. With more than one, a client that reconnects may itself send a later reading before
+#: it repeats an earlier one (MQTT 3.1.1, 4.6); whoever needs order asks for one.
+IN_FLIGHT = 1
 
 
 class Publisher:
@@ -32,7 +35,7 @@ class Publisher:
         self._client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="foreign-publisher", clean_session=False)
         self._client.username_pw_set(user, password)
         self._client.reconnect_delay_set(min_delay=1, max_delay=1)
-        self._client.max_inflight_messages_set(WINDOW)
+        self._client.max_inflight_messages_set(IN_FLIGHT)
         self._client.on_publish = self._published
 
     def _published(self, client: Any, userdata: Any, mid: int, *_: Any) -> None:

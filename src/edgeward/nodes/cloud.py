@@ -291,6 +291,7 @@ class NodesCloud:
             local = from_stored(change.stored) if change.stored is not None else None
             if local is not None:
                 self._check_reach(local, site)
+                _as_new(local, hub)
             merged = decide(
                 rule=(hub or local).metadata.conflict if (hub or local) else "cloud",  # type: ignore[union-attr]
                 base=change.base,
@@ -473,6 +474,15 @@ class NodesCloud:
         }
         await self._store.set_fact(f"report.{node}", msgspec.json.encode(doc))
         return None
+
+
+def _as_new(local: Resource, hub: Resource | None) -> None:
+    """Takes the site's bookkeeping off its document: the hub stamps its own."""
+    meta = local.metadata
+    meta.resourceVersion = meta.updateTimestamp = meta.deletionTimestamp = ""
+    meta.generation = 0
+    if hub is not None:
+        meta.uid, meta.creationTimestamp = hub.metadata.uid, hub.metadata.creationTimestamp
 
 
 def _updated(resource: Resource | None) -> float:
