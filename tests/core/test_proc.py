@@ -122,7 +122,7 @@ def test_detached_has_own_session_log_and_no_descriptors(tmp_path: Path) -> None
     os.set_inheritable(secret, True)
     log = tmp_path / "log"
     log.write_text("before\n")
-    code = "import os, sys; print(os.getsid(0) == os.getpid(), sorted(os.listdir('/proc/self/fd'))[:4]); print('e', file=sys.stderr)"
+    code = "import os, sys; print(os.getsid(0) == os.getpid(), sorted(os.listdir('/proc/self/fd'))[:4]); print('e', file=sys.stderr)"  # noqa: E501
     _, popen = spawn_detached([sys.executable, "-c", code], {"A": "b"}, tmp_path, log)
     assert popen.wait(10) == 0
     os.close(secret)

@@ -8,6 +8,7 @@ import pytest
 
 from edgeward.nodes.merge import Decision, Side, decide
 
+HUB, EDGE = Side(True, 5, 100.0), Side(True, 5, 200.0)
 RULES = ("cloud", "edge", "newest")
 
 
@@ -15,8 +16,8 @@ def ask(
     rule: str = "cloud",
     *,
     base: int = 5,
-    hub: Side = Side(True, 5, 100.0),
-    edge: Side = Side(True, 5, 200.0),
+    hub: Side = HUB,
+    edge: Side = EDGE,
     same: bool = False,
     shared: bool = False,
 ) -> Decision:

@@ -97,7 +97,7 @@ class _Builder:
         text: str = node.value
         if node.tag.startswith("!") or not node.tag.startswith("tag:yaml.org,2002:"):
             raise self.fail(f"the tag {node.tag!r} is not taken", node, path, "remove it")
-        if getattr(node, "style", None) is not None or node.tag == "tag:yaml.org,2002:str":
+        if getattr(node, "style", None) in ("'", '"', "|", ">"):
             return text
         # YAML 1.2 core schema: `no`, `on` and 12:30 are strings
         if text in ("", "~", "null", "Null", "NULL"):

@@ -33,8 +33,12 @@ def _schema_name(kind: Kind) -> str:
 
 def _parameter(name: str, where: str, text: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
-        "name": name, "in": where, "description": text, "required": where == "path", "schema": schema or {"type": "string"},
-    }  # fmt: skip
+        "name": name,
+        "in": where,
+        "description": text,
+        "required": where == "path",
+        "schema": schema or {"type": "string"},
+    }
 
 
 _LIST = [

@@ -64,7 +64,7 @@ def _boot() -> str:
 
 def _stat(pid: int) -> _Stat | None:
     try:
-        with open(f"/proc/{pid}/stat", "rb") as f:
+        with Path(f"/proc/{pid}/stat").open("rb") as f:
             data = f.read()
     except OSError:
         return None
@@ -215,7 +215,8 @@ def group_pids(proc: ProcId) -> list[int]:
         return []
     if not _LINUX:
         try:
-            done = subprocess.run(["ps", "-ax", "-o", "pid=,pgid=,stat="], capture_output=True, text=True, timeout=5)
+            argv = ["ps", "-ax", "-o", "pid=,pgid=,stat="]
+            done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=5)
         except (OSError, subprocess.TimeoutExpired):
             return []
         rows = [line.split() for line in done.stdout.splitlines()]
@@ -236,7 +237,7 @@ def find_by_env(name: str, value: str) -> list[ProcId]:
     found = []
     for pid in _pids():
         try:
-            with open(f"/proc/{pid}/environ", "rb") as f:
+            with Path(f"/proc/{pid}/environ").open("rb") as f:
                 environ = f.read()
         except OSError:
             continue

@@ -1,7 +1,7 @@
 """How a lab's links are made: one face, two backings.
 
-*Relays* (no root, any system): every node dials a relay on loopback. *Namespaces* (root on Linux): every node has its own
-network stack and addresses. Which one is used, and what it cannot do, is said by ``describe``.
+*Relays* (no root, any system): every node dials a relay on loopback. *Namespaces* (root on Linux), where each node has
+a network stack and addresses of its own, join by the same face. ``describe`` says which one is used.
 """
 
 from __future__ import annotations

@@ -12,11 +12,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
 
 #: Readings that wait for their acknowledgement; beyond, the publisher waits.
 WINDOW = 200
-#: Sent and unacknowledged at a time. With more than one, a client that reconnects may itself send a later reading before
-#: it repeats an earlier one (MQTT 3.1.1, 4.6); whoever needs order asks for one.
+#: Sent and unacknowledged at a time. With more than one, a client that reconnects may itself send a later reading
+#: before it repeats an earlier one (MQTT 3.1.1, 4.6); whoever needs order asks for one.
 IN_FLIGHT = 1
 
 
@@ -32,7 +33,7 @@ class Publisher:
         self._stop = threading.Event()
         self.next_id = 1
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="foreign-publisher", clean_session=False)
+        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="foreign-publisher", clean_session=False)
         self._client.username_pw_set(user, password)
         self._client.reconnect_delay_set(min_delay=1, max_delay=1)
         self._client.max_inflight_messages_set(IN_FLIGHT)

@@ -1,9 +1,9 @@
 """A TCP relay that behaves like a WAN link: no root, any system.
 
 A connection comes in on loopback, the target is dialled, and every byte between them pays the link's delay, jitter,
-bandwidth and losses (a lost segment is a retransmission's wait, since TCP hides it). What the link is like is decided by
-:class:`edgeward.lab.links.Shaper`; all connections of a site share one. A cut holds bytes back and answers nobody, as a
-cut does: nothing is reset, and after the heal what was held goes on.
+bandwidth and losses (a lost segment is a retransmission's wait, since TCP hides it). What the link is like is decided
+in :class:`edgeward.lab.links.Shaper`; all connections of a site share one. A cut holds bytes back and answers nobody,
+as a cut does: nothing is reset, and after the heal what was held goes on.
 """
 
 from __future__ import annotations

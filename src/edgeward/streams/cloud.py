@@ -142,7 +142,7 @@ class StreamsCloud:
                     await sub.unsubscribe()
 
     async def trim(self, name: str, keep_bytes: int) -> int:
-        """Takes the oldest away until ``keep_bytes`` are left; each queue's last batch stays. Returns batches removed."""
+        """Takes the oldest away until ``keep_bytes`` are left; each queue's last batch stays. Gives how many went."""
         info = await self._js.stream_info(f"DATA_{name}", subjects_filter=f"ew.data.{name}.>")
         if info.state.bytes <= keep_bytes or not info.state.messages:
             return 0

@@ -1,0 +1,162 @@
+"""Two sides of every object, and what survives."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeward.agent.replica import Replica
+from edgeward.core.errors import Conflict
+from edgeward.core.resource import Key, Stored, decode, to_stored
+from edgeward.core.scope import fingerprint
+from edgeward.hub.kinds import load
+from edgeward.nodes.wire import HubObject
+
+load()
+
+
+def config(name: str, value: str) -> Any:
+    doc = {"apiVersion": "edgeward/v1", "kind": "Config", "metadata": {"name": name}, "spec": {"data": {"k": value}}}
+    return decode(doc)
+
+
+def from_hub(name: str, value: str | None, revision: int) -> HubObject:
+    stored: Stored | None = to_stored(config(name, value)) if value is not None else None
+    return HubObject("Config", "default", name, revision, stored)
+
+
+def key(name: str) -> Key:
+    return Key("Config", "default", name)
+
+
+def value(replica: Replica, name: str) -> str | None:
+    found = replica.find(key(name))
+    return found.spec.data["k"] if found else None
+
+
+def test_a_sync_is_seen_and_survives(tmp_path: Path) -> None:
+    r = Replica(tmp_path / "r.db", site="plant")
+    r.apply_sync([from_hub("a", "1", 7)], revision=7, epoch="e", full=True)
+    assert value(r, "a") == "1"
+    r.close()
+    again = Replica(tmp_path / "r.db", site="plant")
+    assert value(again, "a") == "1"
+    assert (again.hub_revision, again.epoch, again.store_id) == (7, "e", r.store_id)
+    assert again.hub_view() == fingerprint([(key("a"), 7)])
+
+
+def test_a_local_change_wins_here_until_the_hub_decides(tmp_path: Path) -> None:
+    async def body() -> None:
+        r = Replica(tmp_path / "r.db", site="plant")
+        r.apply_sync([from_hub("a", "1", 7)], revision=7, epoch="e", full=True)
+        await r.put(config("a", "mine"))
+        r.apply_sync([from_hub("a", "cloud", 9)], revision=9, epoch="e", full=False)
+        assert value(r, "a") == "mine"
+        (change,) = r.pending()
+        assert (change.base, change.op) == (7, "put")
+        r.close()
+        r = Replica(tmp_path / "r.db", site="plant")
+        assert value(r, "a") == "mine", "not forgotten by a restart"
+        r.resolve(change.seq, from_hub("a", "cloud", 9))
+        assert value(r, "a") == "cloud"
+        assert not r.pending()
+
+    asyncio.run(body())
+
+
+def test_a_change_made_while_the_hub_decided_stays_and_is_rebased() -> None:
+    async def body() -> None:
+        r = Replica(":memory:", site="plant")
+        r.apply_sync([from_hub("a", "1", 7)], revision=7, epoch="e", full=True)
+        await r.put(config("a", "first"))
+        (first,) = r.pending()
+        await r.put(config("a", "second"))
+        r.resolve(first.seq, from_hub("a", "first", 9))
+        (second,) = r.pending()
+        assert value(r, "a") == "second"
+        assert second.base == 9
+
+    asyncio.run(body())
+
+
+def test_deletes_do_not_resurrect() -> None:
+    async def body() -> None:
+        r = Replica(":memory:", site="plant")
+        r.apply_sync([from_hub("a", "1", 7), from_hub("b", "1", 8)], revision=8, epoch="e", full=True)
+        await r.remove(key("a"))
+        assert value(r, "a") is None
+        r.apply_sync([from_hub("a", "1", 7)], revision=8, epoch="e", full=False)
+        assert value(r, "a") is None, "a sync does not undo a local delete"
+        r.apply_sync([], revision=9, epoch="e", full=True)
+        assert value(r, "b") is None
+        await r.put(config("new", "x"))
+        await r.remove(key("new"))
+        assert [c.name for c in r.pending()] == ["a"], "what the hub never knew does not travel"
+
+    asyncio.run(body())
+
+
+def test_stale_writes_are_refused() -> None:
+    async def body() -> None:
+        r = Replica(":memory:", site="plant")
+        got = await r.put(config("a", "1"), expect=0)
+        await r.put(config("a", "2"), expect=got.revision)
+        with pytest.raises(Conflict):
+            await r.put(config("a", "3"), expect=got.revision)
+        with pytest.raises(Conflict):
+            await r.put(config("a", "3"), expect=0)
+
+    asyncio.run(body())
+
+
+def test_an_override_changes_the_target_and_goes_away_with_its_deletion() -> None:
+    async def body() -> None:
+        r = Replica(":memory:", site="plant")
+        doc = {
+            "apiVersion": "edgeward/v1",
+            "kind": "Override",
+            "metadata": {"name": "o"},
+            "spec": {
+                "target": {"kind": "Config", "name": "a", "namespace": "default"},
+                "site": "plant",
+                "patch": {"data": {"k": "ours"}},
+            },
+        }
+        override = HubObject("Override", "default", "o", 9, to_stored(decode(doc)))
+        with r.watch() as changes:
+            r.apply_sync([from_hub("a", "1", 7), override], revision=9, epoch="e", full=True)
+            assert value(r, "a") == "ours"
+            gone = HubObject("Override", "default", "o", 10)
+            r.apply_sync([gone], revision=10, epoch="e", full=False)
+            assert value(r, "a") == "1"
+            names = [c.key.kind for c in [await anext(aiter(changes)) for _ in range(1)]]
+            assert names
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_torn_log_loses_the_last_write_or_nothing(tmp_path: Path, seed: int) -> None:
+    """The database after a power cut: the write-ahead log is cut at any byte; what is left is a state that was."""
+
+    async def body() -> None:
+        rng = random.Random(seed)
+        r = Replica(tmp_path / "r.db", site="plant")
+        states = [{}]
+        for n in range(12):
+            await r.put(config(f"c{n % 4}", str(n)))
+            states.append({k.name: e.resource.spec.data["k"] for k, e in r._entries.items()})  # type: ignore[arg-type]
+        wal = (tmp_path / "r.db-wal").read_bytes()
+        main = (tmp_path / "r.db").read_bytes()
+        torn = tmp_path / "torn.db"
+        torn.write_bytes(main)
+        (tmp_path / "torn.db-wal").write_bytes(wal[: rng.randint(0, len(wal))])
+        again = Replica(torn, site="plant")
+        assert {k.name: e.resource.spec.data["k"] for k, e in again._entries.items()} in states
+        r.close()
+
+    asyncio.run(body())
