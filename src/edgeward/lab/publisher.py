@@ -14,10 +14,8 @@ from urllib.parse import urlsplit
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
-#: Readings that wait for their acknowledgement; beyond, the publisher waits.
-WINDOW = 200
-#: Sent and unacknowledged at a time. With more than one, a client that reconnects may itself send a later reading
-#: before it repeats an earlier one (MQTT 3.1.1, 4.6); whoever needs order asks for one.
+#: Readings under way at a time. With more than one, a client that reconnects may itself send a later reading before it
+#: repeats an earlier one (MQTT 3.1.1, 4.6; paho does); whoever needs order sends the next after the acknowledgement.
 IN_FLIGHT = 1
 
 
@@ -61,7 +59,7 @@ class Publisher:
     def _run(self) -> None:
         while not self._stop.wait(1 / self._rate):
             with self._lock:
-                if len(self._mids) >= WINDOW:
+                if len(self._mids) >= IN_FLIGHT:
                     continue
                 doc = {"id": self.next_id, "celsius": 20 + self.next_id % 7, "at": round(time.time(), 3)}
                 info = self._client.publish(self._topic, json.dumps(doc), qos=1)

@@ -22,7 +22,8 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from edgeward.core.bus import Bus
 from edgeward.core.delivery import Cursor, taken_over
 from edgeward.core.errors import Conflict, EdgewardError, Refused, Unreachable
-from edgeward.core.outbox import Queue, Reading
+from edgeward.core.jsread import Message, read_batch
+from edgeward.core.outbox import Queue, Reading, stamp_of
 from edgeward.streams.dedupe import Window, identity_of
 from edgeward.streams.topics import filters, to_topic
 
@@ -31,7 +32,7 @@ log = logging.getLogger("edgeward.capture")
 STREAM = "$MQTT_msgs"
 _PREFIX = "$MQTT.msgs."
 _BATCH = 500
-#: After a kill, what was given out and not acknowledged comes again after this long; before it, nothing newer is asked.
+#: What was given out and not acknowledged is given out again after this long.
 _ACK_WAIT = 2.0
 _SOFT = 5000
 
@@ -75,13 +76,21 @@ class Capture:
         self._window = Window(window)
         self._lineage = ""
         self._soft: list[Reading] = []
+        self._doubt = False
+        bus.on_reconnect(self._reconnected)
         self._subscriptions: list[Any] = []
         self.durable = f"ew-{queue.spec.name}"
+
+    def _reconnected(self) -> None:
+        self._doubt = True
 
     async def open(self) -> None:
         """Makes the durable consumer: from here on nothing that is acknowledged is missed."""
         try:
             info = await self._js.stream_info(STREAM)
+            if not info.config.allow_direct:
+                info.config.allow_direct = True  # the ordered catch-up after a kill reads it directly
+                await self._js.update_stream(info.config)
             created = getattr(info, "created", None)
             self._lineage = f"mqtt{created}".translate(str.maketrans("", "", " :.+")) if created else "mqtt"
             config = ConsumerConfig(
@@ -135,9 +144,30 @@ class Capture:
                     if identity is not None:
                         fresh.add(identity)
             self._window = fresh
-        info = await self._js.consumer_info(STREAM, self.durable)
-        if info.num_ack_pending:
-            await asyncio.sleep(_ACK_WAIT + 0.1)  # until the broker gives it out again, first and in order
+        await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        """Takes over all that waits, in the stream's order.
+
+        After a kill the broker gives out again what was not acknowledged, but maybe after newer messages. So what is
+        there now is read from the stream itself; when the consumer gives it out again it is known by the cursor.
+        """
+        self._doubt = False
+        state = (await self._js.stream_info(STREAM)).state
+        at = self._cursor.seq + 1 if self._cursor and self._cursor.lineage == self._lineage else 1
+        if self._cursor and self._cursor.seq > state.last_seq:
+            at = 1  # the broker's store lost its tail or was made anew
+        while at <= state.last_seq:
+            found: list[Message] = []
+            end = int(state.last_seq)
+            for subject in self._subjects:
+                got = await read_batch(self._bus.client, "$JS.API", STREAM, at, _PREFIX + subject, _BATCH)
+                found += got
+                if len(got) == _BATCH:
+                    end = min(end, got[-1][0])
+            found = sorted(m for m in found if m[0] <= end)
+            await self._take([(m[0], stamp_of(m[2]), m[1], m[3]) for m in found])
+            at = end + 1
 
     async def _pump(self) -> None:
         subscription = await self._js.pull_subscribe_bind(consumer=self.durable, stream=STREAM)
@@ -151,37 +181,41 @@ class Capture:
                         raise Unreachable("the node's nats-server is away") from None
                 if self._soft:
                     await self._take_soft()
+                if self._doubt:
+                    raise Unreachable("the node's nats-server was away")
                 if msgs:
-                    await self._take(msgs)
+                    await self._take([_consumed(m) for m in msgs])
+                    await self._acknowledge(msgs[-1])
         finally:
             with contextlib.suppress(nats.errors.Error):
                 await subscription.unsubscribe()
 
-    async def _take(self, msgs: list[Msg]) -> None:
+    async def _take(self, msgs: list[tuple[int, int, str, bytes]]) -> None:
+        """Appends what is new of (sequence, time stamp, subject, payload)."""
         readings: list[Reading] = []
         cursor = self._cursor
         fresh: list[str] = []
-        last = msgs[-1]
         size = 0
-        for msg in msgs:
-            meta = msg.metadata
-            seq = meta.sequence.stream
-            stamp = _stamp(meta.timestamp)
+        previous = cursor
+        for seq, stamp, subject, payload in msgs:
             if taken_over(self._cursor, self._lineage, seq, stamp):
                 continue
-            cursor = Cursor(self._lineage, seq, stamp)
-            identity = self._accept(msg.data, fresh)
+            previous, cursor = cursor, Cursor(self._lineage, seq, stamp)
+            identity = self._accept(payload, fresh)
             if identity is None:
                 continue
-            if size + len(msg.data) > 512 * 1024 and readings:
-                await self._append(readings, Cursor(self._lineage, seq - 1, stamp - 1))
+            if size + len(payload) > 512 * 1024 and readings:
+                await self._append(readings, previous)
                 readings, size = [], 0
-            readings.append((to_topic(msg.subject.removeprefix(_PREFIX)), msg.data, stamp // 1_000_000))
-            size += len(msg.data)
+            readings.append((to_topic(subject.removeprefix(_PREFIX)), payload, stamp // 1_000_000))
+            size += len(payload)
         if readings:
             await self._append(readings, cursor)
         for identity in fresh:
             self._window.add(identity)
+
+    @staticmethod
+    async def _acknowledge(last: Msg) -> None:
         try:
             await last.ack_sync(timeout=2.0)
         except (nats.errors.Error, TimeoutError) as e:
@@ -236,6 +270,10 @@ class Capture:
             self._window.add(identity)
 
 
-def _stamp(at: Any) -> int:
-    """Nanoseconds (to the microsecond that nats-py keeps) of a message's time stamp."""
-    return int(at.timestamp() * 1_000_000) * 1000
+def _consumed(msg: Msg) -> tuple[int, int, str, bytes]:
+    """(sequence, time stamp in ns, subject, payload) of a message that the consumer gave out."""
+    # $JS.ACK.<domain>.<hash>.<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<ns>.<pending>.<token>, or
+    # the older form without domain, hash and token; nats-py's own parser keeps microseconds only
+    parts = msg.reply.split(".")
+    seq, stamp = (parts[7], parts[9]) if len(parts) >= 11 else (parts[5], parts[7])
+    return int(seq), int(stamp), msg.subject, msg.data

@@ -1,0 +1,145 @@
+"""`edgeward up`: the everyday form."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WEB = """\
+apiVersion: edgeward/v1
+kind: App
+metadata: {name: web}
+spec:
+  placement: {site: plant}
+  process: {command: [python3, -m, http.server, "${PORT}", --bind, 127.0.0.1]}
+  ports: [{name: http, env: PORT}]
+  health: {http: {port: http, path: /}}
+"""
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2) as got:
+            return bool(got.status == 200)
+    except OSError:
+        return False
+
+
+def test_up_runs_restarts_its_children_and_keeps_its_state(systems: Callable[..., Any], tmp_path: Path) -> None:
+    up = systems("a", "up", "--port", "0")
+    assert (up.data / "context.json").stat().st_mode & 0o777 == 0o600
+    assert up.get("node", "plant-1")["spec"] == {"site": "plant"}
+    up.run("apply", "-f", "-", "--wait", stdin=WEB)
+    app = up.get("app", "web")
+    (instance,) = app["status"]["instances"]
+    assert app["status"]["phase"] == "Running"
+    assert instance["node"] == "plant-1"
+    assert answers(instance["ports"]["http"])
+    assert "serving" in up.run("logs", "web").lower() or "GET" in up.run("logs", "web")
+
+    # a child that dies is started again, and the ready file tells; the app outlives its agent
+    before = up.context["nodes"][0]["pids"]["agent"]
+    os.kill(before, signal.SIGKILL)
+    up.wait("a new agent", lambda: up.context["nodes"][0]["pids"]["agent"] not in (None, before))
+    assert answers(instance["ports"]["http"])
+    up.wait("adopted", lambda: up.get("app", "web")["status"]["instances"][0]["pid"] == instance["pid"])
+    hub = up.context["pids"]["hub"]
+    os.kill(hub, signal.SIGKILL)
+    up.wait("a new hub", lambda: up.context["pids"]["hub"] not in (None, hub))
+
+    # two systems side by side share nothing
+    other = systems("b", "up", "--port", "0")
+    assert other.context["hub_url"] != up.context["hub_url"]
+    assert other.run("get", "apps", "-o", "name") == ""
+
+    # Ctrl-C leaves no process behind, and the next start has everything
+    assert up.stop(signal.SIGINT) == 0
+    assert up.processes() == []
+    assert not answers(instance["ports"]["http"])
+    up.ready_file.unlink()
+    again = systems("a", "up", "--port", "0")
+    again.wait(
+        "the app runs again",
+        lambda: (
+            (s := again.get("app", "web")["status"]).get("phase") == "Running"
+            and answers(s["instances"][0]["ports"]["http"])
+        ),
+    )
+    assert again.get("app", "web")["metadata"]["uid"] == app["metadata"]["uid"]
+
+
+def test_a_second_up_of_one_directory_is_refused(systems: Callable[..., Any]) -> None:
+    up = systems("a", "up")
+    done = subprocess.run(up.process.args, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 3
+    assert "--data" in done.stderr
+
+
+def test_refusals_say_why_and_what_to_do(systems: Callable[..., Any], tmp_path: Path) -> None:
+    up = systems("a", "up")
+    up.apply({"kind": "Config", "metadata": {"name": "a"}, "spec": {"data": {"k": "v"}}})
+    up.run("get", "app", "nothing", code=5)
+    up.run("get", "nokind", code=5)
+    up.apply({"kind": "App", "metadata": {"name": "x"}, "spec": {"proces": {"command": ["a"]}}}, code=3)
+    assert "did you mean 'process'?" in up.stderr
+    up.apply({"kind": "App", "metadata": {"name": "../../etc"}, "spec": {}}, code=3)
+    assert "$.metadata.name" in up.stderr
+    bad_file = {"process": {"command": ["a"]}, "files": [{"path": "../x", "config": "a", "key": "k"}]}
+    up.apply({"kind": "App", "metadata": {"name": "x"}, "spec": bad_file}, code=3)
+    assert "working folder" in up.stderr
+    missing = {"process": {"command": ["a"]}, "files": [{"path": "x", "config": "nope", "key": "k"}]}
+    up.apply({"kind": "App", "metadata": {"name": "x"}, "spec": missing}, code=3)
+    assert "there is no Config 'nope'" in up.stderr
+    stale = {"kind": "Config", "metadata": {"name": "a", "resourceVersion": "1"}, "spec": {"data": {"k": "w"}}}
+    up.apply(stale, code=4)
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{c}: &{c} [{','.join(['*' + p] * 10)}]\n" for p, c in zip("abcdef", "bcdefg", strict=True)
+    )
+    up.run("apply", "-f", "-", stdin=bomb, code=3)
+    assert "aliases" in up.stderr
+    up.run("apply", "-f", "-", stdin="kind: App\nkind: App\n", code=3)
+    assert ":2:" in up.stderr and "twice" in up.stderr
+    big = {"kind": "Config", "metadata": {"name": "big"}, "spec": {"data": {"k": "x" * 1_100_000}}}
+    up.apply(big, code=3)
+    context = up.context | {"token": "ew_wrong"}
+    import json
+
+    (tmp_path / "wrong.json").write_text(json.dumps(context))
+    up.run("get", "apps", "--context", str(tmp_path / "wrong.json"), code=3)
+    assert "token" in up.stderr
+    (tmp_path / "away.json").write_text(json.dumps(context | {"hub_url": "https://127.0.0.1:1"}))
+    up.run("get", "apps", "--context", str(tmp_path / "away.json"), code=6)
+
+
+def test_a_secret_is_nowhere_but_where_it_is_used(systems: Callable[..., Any]) -> None:
+    up = systems("a", "up")
+    value = "s3cr3t-Zw9kPq71"
+    up.apply({"kind": "Secret", "metadata": {"name": "db"}, "spec": {"data": {"password": value}}})
+    app = {
+        "process": {"command": ["python3", "-c", "import time; print('up', flush=True); time.sleep(600)"]},
+        "files": [{"path": "pw", "secret": "db", "key": "password"}],
+    }
+    up.apply({"kind": "App", "metadata": {"name": "user"}, "spec": app}, "--wait")
+    files = list((up.data / "nodes" / "plant-1" / "apps").rglob("pw"))
+    assert [f.read_text() for f in files] == [value]
+    assert files[0].stat().st_mode & 0o777 == 0o600
+    for shown in (
+        up.run("get", "secret", "db", "-o", "json"),
+        up.run("get", "secret", "db", "-o", "yaml"),
+        up.run("describe", "secret", "db"),
+        up.run("describe", "app", "user"),
+        up.run("events"),
+        up.run("audit", "-o", "json"),
+        up.run("get", "apps", "-o", "json"),
+    ):
+        assert value not in shown
+    allowed = ("workloads.db", "replica.db", "jetstream", "apps")
+    for path in up.data.rglob("*"):
+        if path.is_file() and not any(part.startswith(allowed) for part in path.parts):
+            assert value.encode() not in path.read_bytes(), path
+    assert value not in up.log.read_text()
