@@ -22,7 +22,7 @@ def test_logs_are_passed_on_byte_by_byte(edgeward: Program, hub: Any) -> None:
     hub.streams["/api/v1/namespaces/default/apps/web/logs"] = [b"plant-1: one\n", "plant-1: zwölf".encode(), b"\n"]
     assert edgeward("logs", "web", "--tail", "5", "--since", "1m30s", "-f").stdout == "plant-1: one\nplant-1: zwölf\n"
     path = hub.requests[-1][1]
-    assert "tail=5" in path and "since=90" in path and "follow=true" in path
+    assert "tail=5" in path and "since=1m30s" in path and "follow=true" in path
     edgeward("logs", "other", code=5)
 
 
@@ -45,12 +45,13 @@ def test_events_follow(edgeward: Program, hub: Any) -> None:
 
 def test_top_journal_audit(edgeward: Program, hub: Any) -> None:
     hub.extra["/api/v1/top"] = {
-        "nodes": [{"name": "plant-1", "cpuPercent": 12.345, "memoryBytes": 5 * 2**20, "temperature": 40}],
-        "apps": [{"namespace": "default", "name": "web"}, {"namespace": "other", "name": "far"}],
+        "nodes": [{"name": "plant-1", "agentMB": 31.5, "temperature": 40}],
+        "apps": [{"namespace": "default", "name": "web", "memory": 5 * 2**20}, {"namespace": "other", "name": "far"}],
     }
     out = edgeward("top").stdout
-    assert "12.3%" in out and "5.0 MiB" in out and "TEMPERATURE" in out
-    assert "far" not in edgeward("top", "apps").stdout
+    assert "AGENT MB" in out and "31.5" in out and "TEMPERATURE" in out
+    out = edgeward("top", "apps").stdout
+    assert "5.0 MiB" in out and "far" not in out
     assert "far" in edgeward("top", "apps", "-A").stdout
     hub.extra["/api/v1/journal"] = {
         "items": [{"resource": "App/web", "loser": "edge", "why": "changed at the hub too"}]

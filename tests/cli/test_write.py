@@ -141,6 +141,21 @@ def test_wait_until_running_or_failed(edgeward: Program, hub: Any) -> None:
     assert "in time" in err and "edgeward describe app web" in err
 
 
+def test_wait_of_an_update_does_not_believe_the_old_status(edgeward: Program, hub: Any) -> None:
+    file = edgeward.home / "web.yaml"
+    file.write_text(WEB)
+    edgeward("apply", "-f", str(file))
+    hub.set_status("App", "default", "web", {"phase": "Running", "observedGeneration": 1})
+    file.write_text(WEB.replace("sleep", "sleeq"))
+    running = edgeward.start("apply", "--wait", "-f", str(file), "--timeout", "20s")
+    assert running.stdout.readline() == "app/web configured\n"
+    time.sleep(0.5)
+    assert running.poll() is None
+    hub.set_status("App", "default", "web", {"phase": "Running", "observedGeneration": 2})
+    _, err = running.communicate(timeout=10)
+    assert running.returncode == 0, err
+
+
 def test_delete(edgeward: Program, hub: Any, tmp_path: Path) -> None:
     edgeward("apply", "-f", "-", stdin=f"{WEB}---\n{CONFIG}")
     assert edgeward("delete", "app", "web", "--dry-run").stdout == "app/web deleted (dry run)\n"

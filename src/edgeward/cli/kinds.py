@@ -7,7 +7,6 @@ The command line decodes, sorts and prints resources of every room, but belongs 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 
 from edgeward.core.registry import Kind, Kinds, kinds
 
@@ -18,9 +17,7 @@ KIND_MODULES = ("edgeward.core.kinds", "edgeward.nodes.spec", "edgeward.workload
 def load_kinds() -> Kinds:
     """The registry with the kinds of every room in it."""
     for name in KIND_MODULES:
-        # find_spec, not try/except: a room that is there but broken must say so
-        if importlib.util.find_spec(name) is not None:
-            importlib.import_module(name)
+        importlib.import_module(name)
     return kinds
 
 

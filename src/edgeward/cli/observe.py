@@ -28,8 +28,8 @@ Limit = Annotated[str, typer.Option("--limit", metavar="N", help="At most the la
 EVENT_COLUMNS = ("time", "type", "node", "resource", "reason", "message")
 JOURNAL_COLUMNS = ("time", "resource", "site", "node", "rule", "outcome", "loser", "why")
 AUDIT_COLUMNS = ("time", "actor", "verb", "kind", "namespace", "name", "revision", "outcome", "source")
-NODE_COLUMNS = ("name", "node", "site", "online", "cpuPercent", "memoryBytes", "diskBytes", "apps")
-APP_COLUMNS = ("namespace", "name", "app", "node", "instance", "instances", "phase", "cpuPercent", "memoryBytes")
+NODE_COLUMNS = ("name", "site", "online", "load1", "agentMB", "natsMB")
+APP_COLUMNS = ("namespace", "name", "node", "instance", "cpu", "memory")
 
 
 def count(text: str, option: str) -> str:
@@ -58,7 +58,8 @@ def logs(
     if tail:
         query["tail"] = count(tail, "--tail")
     if since:
-        query["since"] = f"{seconds(since, '--since'):g}"
+        seconds(since, "--since")
+        query["since"] = f"{since}s" if since.isdigit() else since
     if follow:
         query["follow"] = "true"
     with session.api() as api:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -234,7 +235,7 @@ def record_rows(
 
 
 def _title(name: str) -> str:
-    words = "".join(f" {c}" if c.isupper() else c for c in name).replace("_", " ")
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).replace("_", " ")
     return words.upper().removesuffix(" BYTES") if words != "bytes" else "BYTES"
 
 
@@ -243,7 +244,7 @@ def _figure(name: str, value: object) -> object:
     from edgeward.core.quantity import format_bytes
 
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and name.lower().endswith("bytes"):
+    if number and (name.lower().endswith("bytes") or name == "memory"):
         return format_bytes(float(str(value)))
     if number and name.lower().endswith("percent"):
         return f"{float(str(value)):.1f}%"

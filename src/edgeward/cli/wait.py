@@ -23,26 +23,49 @@ if TYPE_CHECKING:
 Doc = dict[str, Any]
 
 #: Looks again at least this often: a change that the watch missed costs no more than this. Seconds.
-_LOOK = 2.0
+_LOOK = 1.0
 _RETRY = 0.5
+#: A status without a generation is believed this long after an update: a link's round trip and a plan of the node.
+_SETTLE = 2.0
 
 
-def app_state(doc: Mapping[str, Any], generation: int) -> tuple[str, str]:
-    """('done' | 'failed' | 'waiting', what to show) of an app; a status of an older generation does not count."""
+def app_state(doc: Mapping[str, Any], generation: int, *, fresh: bool) -> tuple[str, str]:
+    """('done' | 'failed' | 'waiting', what to show) of an app. Pure.
+
+    A status that speaks of an older generation does not count. One that does not say of which it speaks counts only
+    when ``fresh``: right after an update it may still be the old version's.
+    """
     status = doc.get("status") or {}
     phase = str(status.get("phase") or "Pending")
     reason = str(status.get("message") or status.get("reason") or "")
     observed = status.get("observedGeneration")
-    if isinstance(observed, int) and observed < generation:
-        return "waiting", "Pending"
     instances = [i for i in status.get("instances") or [] if isinstance(i, Mapping)]
+    if observed < generation if isinstance(observed, int) else not fresh:
+        return "waiting", "waits for its nodes to take it over"
     running = sum(i.get("phase") == "Running" for i in instances)
     shown = phase + (f" {running}/{len(instances)}" if instances else "") + (f": {reason}" if reason else "")
-    if phase == "Running":
-        return "done", shown
-    if phase in ("Failed", "Degraded") and status.get("rolledBack") is not None:
+    if phase == "Failed":
         return "failed", shown
-    return ("failed" if phase == "Failed" else "waiting"), shown
+    stale = sorted({str(i.get("node")) for i in instances if i.get("stale")})
+    if stale:
+        return "waiting", f"{phase}, but not heard from: {', '.join(stale)}"
+    if any(len(v) > 1 for v in _versions(instances).values()):
+        return "waiting", f"{phase}, updating"
+    if phase == "Degraded" and running and running == len(instances):
+        reports: Mapping[str, Any] = status.get("nodes") or {}
+        if any(isinstance(r, Mapping) and r.get("phase") == "Degraded" for r in reports.values()):
+            # all that runs is well, and yet the node calls it degraded: it went back to the version before
+            return "failed", shown
+    return ("done" if phase == "Running" else "waiting"), shown
+
+
+def _versions(instances: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
+    """The versions that each node runs; what it is about to end does not count."""
+    found: dict[str, set[str]] = {}
+    for i in instances:
+        if i.get("version") and i.get("phase") not in ("Stopping", "Stopped"):
+            found.setdefault(str(i.get("node")), set()).add(str(i["version"]))
+    return found
 
 
 class Progress:
@@ -75,22 +98,31 @@ class Progress:
             print(f"{name}: {text}", file=sys.stderr, flush=True)
 
 
-def wait_ready(api: Api, written: Sequence[tuple[Kind, str | None, Doc]], patience: float) -> Iterator[EdgewardError]:
-    """Waits until all apps run; yields the error of each that does not. Other kinds have nothing to wait for."""
-    deadline = time.monotonic() + patience
+def wait_ready(
+    api: Api, written: Sequence[tuple[Kind, str | None, Doc, str]], patience: float
+) -> Iterator[EdgewardError]:
+    """Waits until all apps run; yields the error of each that does not. Other kinds have nothing to wait for.
+
+    The last of each tuple is what apply did: created, configured, unchanged.
+    """
+    began = time.monotonic()
+    deadline = began + patience
     with Progress() as progress:
-        for kind, namespace, doc in written:
+        for kind, namespace, doc, verb in written:
             if kind.name != "App":
                 continue
             name = doc["metadata"]["name"]
             generation = int(doc["metadata"].get("generation") or 0)
 
+            label = full_name(doc)
+            settled = began + (_SETTLE if verb == "configured" else 0.0)
+
             def judge(
-                now: Doc | None, name: str = full_name(doc), generation: int = generation
+                now: Doc | None, name: str = label, generation: int = generation, settled: float = settled
             ) -> EdgewardError | bool:
                 if now is None:
                     return NotFound("was deleted while waited for", resource=name)
-                state, text = app_state(now, generation)
+                state, text = app_state(now, generation, fresh=time.monotonic() >= settled)
                 progress.show(name, text)
                 if state == "failed":
                     return EdgewardError(f"is {text}", resource=name, remedy=f"see: edgeward logs {name[4:]}")

@@ -66,7 +66,7 @@ def apply(
     patience = seconds(timeout, "--timeout")
     declared = read_declared(session, filename or [])
     failures = Failures()
-    written: list[tuple[Declared, Doc]] = []
+    written: list[tuple[Declared, Doc, str]] = []
     new: set[object] = set()
     with session.api() as api:
         for d in declared:
@@ -79,17 +79,17 @@ def apply(
                 continue
             if verb == "created":
                 new.add(d.key)
-            written.append((d, doc))
+            written.append((d, doc, verb))
             if output == "table":
                 write(f"{full_name(doc)} {verb}" + (" (dry run)" if dry_run else ""))
             elif output == "name":
                 write(full_name(doc))
         if output in ("json", "yaml"):
-            emit({"items": [redact(doc) for _, doc in written]}, output)
+            emit({"items": [redact(doc) for _, doc, _ in written]}, output)
         if wait and not dry_run:
             from edgeward.cli.wait import wait_ready
 
-            for late in wait_ready(api, [(d.kind, d.namespace, doc) for d, doc in written], patience):
+            for late in wait_ready(api, [(d.kind, d.namespace, doc, verb) for d, doc, verb in written], patience):
                 failures.add(late)
     failures.finish()
 

@@ -46,6 +46,10 @@ def fold(app: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, A
         "version": ",".join(sorted({str(r.get("version", "")) for r in reports.values()} - {""})),
         "nodes": {n: {k: v for k, v in r.items() if k != "instances"} for n, r in sorted(reports.items())},
     }
+    seen = [int(reports[n].get("observedGeneration", 0)) for n, count in expected.items() if count and n in reports]
+    if seen:
+        # the least: what every node that runs it has taken over
+        status["observedGeneration"] = min(seen)
     if app.spec.replicas and not wanted:
         status["phase"] = "Pending"
         where = f"site {app.spec.placement.site}" if app.spec.placement.site else "any site"

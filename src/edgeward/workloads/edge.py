@@ -328,7 +328,8 @@ class AppsEdge:
             return None
         if not may_start and again is None:
             again = 0.2  # what it depends on tells by its phase, looked at again soon
-        self._tell(key, state, p, rules, message or p.message or self._messages.get(key, ""))
+        generation = found[0].metadata.generation if found else 0
+        self._tell(key, state, p, generation, message or p.message or self._messages.get(key, ""))
         return again
 
     def _seen(self, i: Live) -> Seen:
@@ -565,7 +566,7 @@ class AppsEdge:
 
     # -- the report ----------------------------------------------------------------------------------------
 
-    def _tell(self, key: AppKey, state: State, p: Plan, rules: Rules, message: str) -> None:
+    def _tell(self, key: AppKey, state: State, p: Plan, generation: int, message: str) -> None:
         instances = []
         enforced: set[str] = set()
         refused: dict[str, str] = {}
@@ -596,6 +597,7 @@ class AppsEdge:
             instances.append(one)
         status: dict[str, Any] = {
             "phase": p.phase,
+            "observedGeneration": generation,
             "instances": instances,
             "version": (state.current or state.candidate)[:12],
             "history": [h[:12] for h in state.history],

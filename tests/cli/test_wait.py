@@ -1,0 +1,39 @@
+"""When `apply --wait` may say that an app runs: never on the word of the version before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from edgeward.cli.wait import app_state
+
+
+def instance(phase: str = "Running", version: str = "v2", **more: Any) -> dict[str, Any]:
+    return {"node": "plant-1", "phase": phase, "version": version, **more}
+
+
+@pytest.mark.parametrize(
+    ("status", "fresh", "state"),
+    [
+        ({}, True, "waiting"),
+        ({"phase": "Starting"}, True, "waiting"),
+        ({"phase": "Running", "instances": [instance()]}, True, "done"),
+        ({"phase": "Running", "instances": [instance()]}, False, "waiting"),
+        ({"phase": "Running", "observedGeneration": 1}, True, "waiting"),
+        ({"phase": "Running", "observedGeneration": 2}, False, "done"),
+        ({"phase": "Failed", "observedGeneration": 1}, True, "waiting"),
+        ({"phase": "Failed"}, True, "failed"),
+        ({"phase": "Running", "instances": [instance(stale=True)]}, True, "waiting"),
+        ({"phase": "Running", "instances": [instance(version="v1"), instance("Starting")]}, True, "waiting"),
+        ({"phase": "Running", "instances": [instance("Stopping", "v1"), instance()]}, True, "done"),
+        # two sites may have different versions by an override
+        ({"phase": "Running", "instances": [instance(), instance(version="v1", node="shop-1")]}, True, "done"),
+        # rolled back: all is well but for the phase
+        ({"phase": "Degraded", "instances": [instance()], "nodes": {"plant-1": {"phase": "Degraded"}}}, True, "failed"),
+        # another node is not heard from yet
+        ({"phase": "Degraded", "instances": [instance()], "nodes": {"plant-1": {"phase": "Running"}}}, True, "waiting"),
+    ],
+)
+def test_verdicts(status: dict[str, Any], fresh: bool, state: str) -> None:
+    assert app_state({"status": status}, 2, fresh=fresh)[0] == state
