@@ -30,6 +30,7 @@ def main() -> int:
     for name in names:
         console.print(f"[dim]{name} ...[/dim]")
         rows += ALL[name]()
+        save(rows, Path(__file__).parent / "results.json")
     table = Table(title="Benchmarks", title_justify="left")
     for title in ("what", "value", "bar", "holds", "baseline", "ratio"):
         table.add_column(title)
@@ -37,7 +38,6 @@ def main() -> int:
         held = "yes" if r.holds else "[red]no[/red]"
         table.add_row(r.name, f"{r.value:g} {r.unit}", r.bar, held, r.baseline, str(r.ratio or ""))
     console.print(table)
-    save(rows, Path(__file__).parent / "results.json")
     return 0
 
 

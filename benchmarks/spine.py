@@ -35,7 +35,8 @@ def _bare_nats() -> float:
                 f"{folder}/log{n}",
             ]
             running.append(subprocess.Popen(argv))
-        wait(lambda: all("Server is ready" in Path(f"{folder}/log{n}").read_text() for n in (1, 2) if True), 10)
+        logs = [Path(f"{folder}/log{n}") for n in (1, 2)]
+        wait(lambda: all(p.exists() and "Server is ready" in p.read_text() for p in logs), 10)
         took = time.monotonic() - began
         for p in running:
             p.kill()

@@ -68,9 +68,9 @@ def batch_size(now: int, seconds: float, sent: int, *, low: int = 16 * 1024, hig
     return max(low, min(high, grown if ideal > now else ideal))
 
 
-def ack_timeout(size: int) -> float:
-    """Seconds to wait for the hub's acknowledgement of ``size`` bytes: a satellite's round trip and 8 kB/s fit in."""
-    return 5.0 + size / 8192
+def ack_timeout(size: int, patience: float) -> float:
+    """Seconds to wait for the hub's acknowledgement of ``size`` bytes: ``patience`` and the way of 8 kB/s."""
+    return patience + size / 8192
 
 
 class Bucket:

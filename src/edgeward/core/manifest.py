@@ -26,6 +26,7 @@ _SUFFIXES = (".yaml", ".yml", ".json")
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INT = re.compile(r"^[-+]?[0-9]+$|^0o[0-7]+$|^0x[0-9a-fA-F]+$")
+_SCALARS = {f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null", "timestamp", "merge", "value")}
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
 
 
@@ -95,7 +96,7 @@ class _Builder:
 
     def scalar(self, node: yaml.Node, path: str) -> Any:
         text: str = node.value
-        if node.tag.startswith("!") or not node.tag.startswith("tag:yaml.org,2002:"):
+        if node.tag not in _SCALARS:
             raise self.fail(f"the tag {node.tag!r} is not taken", node, path, "remove it")
         if getattr(node, "style", None) in ("'", '"', "|", ">"):
             return text
@@ -197,7 +198,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in value else None
+    # what is no ordinary printable text is escaped: a bare NEL or U+2028 would come back as a line break
+    plain = all(c.isprintable() or c in "\n\t" for c in value)
+    style = '"' if not plain else "|" if "\n" in value else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 

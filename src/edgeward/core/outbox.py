@@ -144,6 +144,9 @@ class Queue:
         self._sent_total: int | None = None
         self._done: deque[tuple[int, int]] = deque()
         self._size = 64 * 1024
+        #: How long an answer of the hub may take beyond its size: follows the link, doubles with each silence. Giving
+        #: up too early is safe (the cursor tells), waiting too long delays the backlog after a hub's restart.
+        self._patience = 2.0
 
     # -- the node's side ---------------------------------------------------------------------------------------------
 
@@ -247,6 +250,7 @@ class Queue:
                 delay = 0.0
             except (EdgewardError, nats.errors.Error, TimeoutError) as e:
                 self._position = None
+                self._patience = min(30.0, self._patience * 2)
                 text = str(e) or type(e).__name__
                 if text != self.counters.error and not isinstance(e, Unreachable | NotFound):
                     log.warning("queue %s: %s", self.spec.name, text)
@@ -276,7 +280,9 @@ class Queue:
 
     async def _find_position(self) -> None:
         """Where to go on: behind what the hub's stream has of this queue."""
-        last = await self._bus.last_message(f"DATA_{self.spec.stream}", self.hub_subject, domain="hub", timeout=5.0)
+        last = await self._bus.last_message(
+            f"DATA_{self.spec.stream}", self.hub_subject, domain="hub", timeout=min(5.0, self._patience)
+        )
         self._hub_seq = last.seq if last else 0
         cursor = Cursor.parse(last.headers.get(SRC, "")) if last else None
         try:
@@ -327,9 +333,14 @@ class Queue:
             async with self._gate.turn(self.spec.priority):
                 started = clock.monotonic()
                 ack = await self._bus.publish_acked(
-                    self.hub_subject, body, headers=headers, expect_last=self._hub_seq, timeout=ack_timeout(len(body))
+                    self.hub_subject,
+                    body,
+                    headers=headers,
+                    expect_last=self._hub_seq,
+                    timeout=ack_timeout(len(body), self._patience),
                 )
                 took = clock.monotonic() - started
+                self._patience = max(1.0, 6 * took)
             self._size = batch_size(self._size, took, len(body))
             self._hub_seq, self._hub_cursor = ack.seq, cursor
             self.counters.forwarded += len(parts)

@@ -83,6 +83,8 @@ class Live(msgspec.Struct):
     stopping: bool = False
     exit_code: int | None = None
     adopted: bool = False
+    #: It was dead when this agent started.
+    lost: bool = False
 
 
 class AppsEdge:
@@ -238,6 +240,7 @@ class AppsEdge:
         spec = msgspec.convert(snapshot.spec, AppSpec) if snapshot else AppSpec()
         live = Live(row, spec, process, adopted=True)
         live.alive = process is not None and proc.alive(process)
+        live.lost = not live.alive
         if process is not None and not row.process:
             row.process = str(process)
             self._db.save_instance(row)
@@ -337,6 +340,7 @@ class AppsEdge:
         return Seen(
             i.row.id, i.row.version, i.row.slot, i.alive, i.healthy, i.healthy_since if i.ever_healthy else 0.0,
             i.row.started_at, i.stopping, i.ever_healthy and i.failures >= limit, i.exit_code,
+            i.lost,
         )  # fmt: skip
 
     async def _act(self, key: AppKey, state: State, p: Plan, rules: Rules, wanted: str | None) -> bool:
@@ -466,6 +470,9 @@ class AppsEdge:
             if live.alive or live.process is not None:
                 self._messages[key] = f"instance {instance} ended{status} after {ran:.1f} s"
                 self._event("Warning", "Ended", self._messages[key], *key)
+        elif live.lost:
+            # what a power cut ended is started again at once
+            slot.restarts, slot.not_before = 0, 0.0
         elif not live.stopping:
             slot.done = True
         if rules.policy == "never" and not live.stopping:

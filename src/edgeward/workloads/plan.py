@@ -59,6 +59,8 @@ class Seen(msgspec.Struct):
     #: Checks failed often enough in a row, after it had been healthy.
     failing: bool = False
     exit_code: int | None = None
+    #: It ended while no agent was there (the node was switched off, say): no failure of the app.
+    lost: bool = False
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -179,7 +181,7 @@ def plan(
 
 
 def _failed(i: Seen, rules: Rules) -> bool:
-    return not i.stopping and not (rules.policy != "always" and i.exit_code == 0)
+    return not i.stopping and not i.lost and not (rules.policy != "always" and i.exit_code == 0)
 
 
 def _keep(p: Plan, version: str, rules: Rules, state: State, live: list[Seen], now: float, may_start: bool) -> None:

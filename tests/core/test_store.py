@@ -1,0 +1,134 @@
+"""One interface, two stores: revisions, watches, tombstones, and a server that is killed in between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeward.core.bus import Bus
+from edgeward.core.errors import Conflict, EdgewardError
+from edgeward.core.identity import HubIdentity
+from edgeward.core.natsserver import HubSpec, NatsServer
+from edgeward.core.resource import Key, decode
+from edgeward.core.store import Store
+from edgeward.core.store_nats import NatsStore
+from edgeward.core.store_sqlite import SqliteStore
+from edgeward.hub.kinds import load
+
+load()
+
+
+def config(name: str, value: str) -> Any:
+    doc = {"apiVersion": "edgeward/v1", "kind": "Config", "metadata": {"name": name}, "spec": {"data": {"k": value}}}
+    return decode(doc)
+
+
+def key(name: str) -> Key:
+    return Key("Config", "default", name)
+
+
+@asynccontextmanager
+async def nats_store(folder: Path) -> AsyncIterator[tuple[NatsStore, NatsServer, Bus]]:
+    identity = HubIdentity.open(folder / "identity")
+    server = NatsServer(folder / "nats", HubSpec(identity.operator_jwt, identity.system_account, identity.accounts))
+    await server.start()
+    keeper = asyncio.create_task(server.run())
+    bus = await Bus.connect(server.url, name="test", user=identity.user)
+    store = NatsStore(bus.client)
+    await store.open()
+    follower = asyncio.create_task(store.run())
+    try:
+        yield store, server, bus
+    finally:
+        follower.cancel()
+        keeper.cancel()
+        await asyncio.gather(follower, keeper, return_exceptions=True)
+        await bus.close()
+        await server.stop()
+
+
+async def contract(store: Store) -> None:
+    """What both stores promise."""
+    a = await store.put(config("a", "1"), expect=0)
+    assert a.metadata.uid
+    assert a.metadata.generation == 1
+    with pytest.raises(Conflict):
+        await store.put(config("a", "2"), expect=0)
+    b = await store.put(config("a", "2"), expect=a.revision)
+    assert (b.metadata.generation, b.metadata.uid) == (2, a.metadata.uid)
+    with pytest.raises(Conflict):
+        await store.put(config("a", "3"), expect=a.revision)
+    since = store.revision
+    await store.put_status(key("a"), {"phase": "x"})
+    assert store.get(key("a")).status == {"phase": "x"}
+    assert store.get(key("a")).revision == b.revision, "a status moves no revision of the wish"
+    await store.put(config("b", "1"))
+    await store.remove(key("a"))
+    assert store.find(key("a")) is None
+    with store.watch(since) as changes:
+        seen = changes.backlog()
+    assert [(c.key.name, c.resource is None) for c in seen] == [("b", False), ("a", True)]
+    again = await store.put(config("a", "9"), expect=0)
+    assert again.metadata.uid != a.metadata.uid, "a new one, not the old one resurrected"
+    assert again.status == {}
+    assert [r.metadata.name for r in store.items("Config")] == ["a", "b"]
+
+
+def test_sqlite_keeps_the_contract_and_its_data(tmp_path: Path) -> None:
+    async def body() -> None:
+        store = SqliteStore(tmp_path / "s.db")
+        await contract(store)
+        store.close()
+        again = SqliteStore(tmp_path / "s.db")
+        assert again.revision == store.revision
+        assert again.get(key("a")).spec.data == {"k": "9"}
+
+    asyncio.run(body())
+
+
+def test_nats_keeps_the_contract(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with nats_store(tmp_path) as (store, _, _):
+            await contract(store)
+
+    asyncio.run(body())
+
+
+def test_two_hubs_share_one_truth_and_a_killed_server_loses_nothing(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with nats_store(tmp_path) as (one, server, bus):
+            two = NatsStore(bus.client)
+            await two.open()
+            follower = asyncio.create_task(two.run())
+            assert one.epoch == two.epoch
+            await one.put(config("a", "1"), expect=0)
+            with pytest.raises(Conflict):
+                await two.put(config("a", "2"), expect=0)
+            written = 0
+            for n in range(60):
+                if n == 20 and server.pid:
+                    import os
+                    import signal
+
+                    os.kill(server.pid, signal.SIGKILL)
+                while True:
+                    try:
+                        await one.put(config(f"c{n}", str(n)))
+                        written += 1
+                        break
+                    except EdgewardError:
+                        await asyncio.sleep(0.05)
+            async with asyncio.timeout(20):
+                while two.revision < one.revision:  # noqa: ASYNC110 - the other cache has no event of its own
+                    await asyncio.sleep(0.02)
+            assert [r.metadata.name for r in two.items("Config")] == [r.metadata.name for r in one.items("Config")]
+            assert written == 60
+            follower.cancel()
+            await asyncio.gather(follower, return_exceptions=True)
+
+    asyncio.run(body())
