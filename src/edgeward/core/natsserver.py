@@ -106,11 +106,14 @@ class NatsServer:
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
-    async def start(self, *, timeout: float = 30.0) -> bool:
-        """Have the server run this spec, and ready. True when it was started, False when a live one was adopted."""
+    async def start(self, *, timeout: float = 30.0, patience: float = 10.0) -> bool:
+        """Have the server run this spec, and ready. True when it was started, False when a live one was adopted.
+
+        A live one that does not answer for ``patience`` seconds is replaced.
+        """
         async with self._busy:
             self._stopping = False
-            return await self._start(timeout)
+            return await self._start(timeout, patience)
 
     async def wait_ready(self, timeout: float = 30.0) -> None:
         """Until the client port answers as our server; ``Unreachable`` with the server's last words if it does not."""
@@ -198,20 +201,20 @@ class NatsServer:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    async def _start(self, timeout: float) -> bool:
+    async def _start(self, timeout: float, patience: float = 10.0) -> bool:
         ensure_dir(self.directory)
         secret = self.secret
         kept: dict[str, int] = read_json(self.directory / "ports.json", {})
         lock = self._lock()
-        if lock is None:
+        live = None if lock else await self._find_live()
+        if live is not None:
             self._ports = {name: port or kept.get(name, 0) for name, (_, port) in self.spec.ports.items()}
-            live = await self._find_live()
             grace = 10.0
             text = render(self.spec, self.directory, self._ports, secret)
             if self._digest(text) == self._recorded_digest(live):
                 self._proc = live
                 try:
-                    await self.wait_ready(min(timeout, 10.0))
+                    await self.wait_ready(min(timeout, patience))
                     return False
                 except Unreachable as exc:
                     log.warning("%s: the running nats-server does not answer, replacing it: %s", live, exc)
@@ -220,7 +223,7 @@ class NatsServer:
                 log.info("%s: nats-server runs another configuration, replacing it", self.spec.server_name)
             await proc.terminate(live, grace=grace)
             self._reap()
-            lock = await self._lock_soon()
+        lock = lock or await self._lock_soon()
         with lock:
             self._ports = self._choose_ports(kept)
             write_json(self.directory / "ports.json", self._ports)
@@ -243,7 +246,9 @@ class NatsServer:
         if lock is not None:
             lock.close()
         else:
-            await proc.terminate(await self._find_live(), grace=grace)
+            live = await self._find_live()
+            if live is not None:
+                await proc.terminate(live, grace=grace)
         self._reap()
         self._proc = None
 
@@ -264,16 +269,20 @@ class NatsServer:
         return lock
 
     async def _lock_soon(self) -> IO[bytes]:
-        for _ in range(100):
+        for _ in range(600):
             lock = self._lock()
             if lock is not None:
                 return lock
             await asyncio.sleep(0.05)
         raise Refused("another process is starting a nats-server here", resource=str(self.directory))
 
-    async def _find_live(self) -> proc.ProcId:
-        """Who holds the lock: by our record, else (its parent died before writing one) by the environment."""
-        for _ in range(100):
+    async def _find_live(self) -> proc.ProcId | None:
+        """Who holds the lock: by our record, else (its parent died before writing one) by the environment.
+
+        None when the lock is free again: its holder was just ending. Its main thread may be gone long before its last
+        thread, which a slow disk holds, lets go of the lock.
+        """
+        for _ in range(600):
             record = read_json(self.directory / "server.json", {})
             with contextlib.suppress(KeyError, ValueError):
                 known = proc.ProcId.parse(record["proc"])
@@ -283,6 +292,9 @@ class NatsServer:
             if found:
                 return found[0]
             await asyncio.sleep(0.05)  # somebody is just starting or ending it
+            if (lock := self._lock()) is not None:
+                lock.close()
+                return None
         raise Refused("a nats-server runs here that cannot be identified", resource=str(self.directory))
 
     def _choose_ports(self, kept: Mapping[str, int]) -> dict[str, int]:

@@ -19,6 +19,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from edgeward.core import clock
+from edgeward.core.bus import cancellable
 from edgeward.core.errors import EdgewardError, Unreachable, from_problem
 
 log = logging.getLogger("edgeward.calls")
@@ -40,7 +41,7 @@ async def call(
         wait = timeout
         while True:
             try:
-                msg = await sub.next_msg(timeout=wait)
+                msg = await cancellable(sub.next_msg(timeout=wait))
             except nats.errors.TimeoutError as e:
                 raise Unreachable(
                     f"node {node} does not answer",

@@ -19,7 +19,7 @@ import nats.js.errors
 from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
-from edgeward.core.bus import Bus
+from edgeward.core.bus import Bus, cancellable
 from edgeward.core.delivery import Cursor, taken_over
 from edgeward.core.errors import Conflict, EdgewardError, Refused, Unreachable
 from edgeward.core.jsread import Message, read_batch
@@ -174,7 +174,7 @@ class Capture:
         try:
             while True:
                 try:
-                    msgs = await subscription.fetch(_BATCH, timeout=0.5)
+                    msgs = await cancellable(subscription.fetch(_BATCH, timeout=0.5))
                 except (nats.errors.TimeoutError, TimeoutError):
                     msgs = []
                     if not self._bus.connected:
