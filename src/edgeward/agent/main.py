@@ -141,11 +141,14 @@ class Agent:
         exports = ExportsEdge(
             bus,
             self.outbox,
+            data=self.data / "exports",
             mqtt=(self.bind, nats.ports["mqtt"], MQTT_USER, self._mqtt_password()),
             report=self._export_status,
         )
         self._exports = exports
         calls = CallServer(self.node, {"logs": self._logs, "usage": self._usage})
+        if self.replica.hub_revision:  # an empty replica knows nothing: what waits in the queues stays
+            await exports.prune(self.desired.exports())
         await exports.apply(self.desired.exports())
         self._ready = True
         self._say()

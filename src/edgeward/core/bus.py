@@ -23,7 +23,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext
 
-from edgeward.core.errors import Conflict, EdgewardError, NotFound, TooLarge, Unreachable
+from edgeward.core.errors import Conflict, EdgewardError, NotFound, Refused, TooLarge, Unreachable
 from edgeward.core.nkeys import NatsUser
 
 log = logging.getLogger("edgeward.bus")
@@ -34,6 +34,10 @@ Service = Callable[[Msg], Awaitable[bytes | None]]
 
 EXPECT_LAST = "Nats-Expected-Last-Subject-Sequence"
 _WRONG_LAST = (10071, 10164)  # nats-server errors.json: JSStreamWrongLastSequenceErrF and ...ConstantErr
+#: A stream at its bounds or a full disk: JSStreamStoreFailedF, JSInsufficientResourcesErr,
+#: JSStorageResourcesExceededErr, JSAccountResourcesExceededErr. The server gives some of them the code 503, but the
+#: message is certainly not there.
+_NO_ROOM = (10077, 10023, 10047, 10002)
 _CONNECT_WAIT = 2
 
 
@@ -183,9 +187,15 @@ class Bus:
         except TimeoutError:
             raise Unreachable(f"no connection to {self.url} for {timeout:g} s") from None
 
-    def on_reconnect(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` after each reconnection: what was in flight is in doubt."""
+    def on_reconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call ``callback`` after each reconnection: what was in flight is in doubt. Gives what ends the calls."""
         self._reconnected.append(callback)
+
+        def end() -> None:
+            with contextlib.suppress(ValueError):
+                self._reconnected.remove(callback)
+
+        return end
 
     async def close(self, timeout: float = 3.0) -> None:
         """End the connection and the handlers' tasks. What was published before is sent first if that is possible."""
@@ -315,7 +325,8 @@ class Bus:
         """Publish into whatever stream takes ``subject`` and wait for its receipt.
 
         ``expect_last`` is the stream sequence of the last message of this subject (0: none yet); ``Conflict`` when
-        it is another. After ``Unreachable`` the message may or may not be there: ask :meth:`last_message`.
+        it is another; ``Refused`` when the stream or the disk is full: the message is not there. After ``Unreachable``
+        it may or may not be there: ask :meth:`last_message`.
         """
         hdrs = dict(headers or {})
         if expect_last is not None:
@@ -331,6 +342,8 @@ class Bus:
         text = str(error.get("description", error))
         if error.get("err_code") in _WRONG_LAST:
             raise Conflict(text, resource=subject)
+        if error.get("err_code") in _NO_ROOM:
+            raise Refused(f"no room: {text}", resource=subject, remedy="raise the bound, or free disk space")
         raise (Unreachable if error.get("code") == 503 else EdgewardError)(text, resource=subject)
 
     async def last_message(self, stream: str, subject: str, *, domain: str = "", timeout: float = 5.0) -> Stored | None:
@@ -380,7 +393,7 @@ class Bus:
     async def _on_reconnected(self) -> None:
         self._up.set()
         log.info("%s: connected to %s again", self._name, self.url)
-        for callback in self._reconnected:
+        for callback in tuple(self._reconnected):
             callback()
 
     async def _on_closed(self) -> None:

@@ -14,6 +14,10 @@ from typing import NamedTuple
 SRC = "Ew-Src"
 COUNT = "Ew-Count"
 TOTAL = "Ew-Total"
+#: Readings that were never sent, up to this batch: ``<for want of room>,<for their age>``.
+LOST = "Ew-Lost"
+#: The hub's stream that was declared when a batch was taken in.
+TO = "Ew-To"
 #: Readings in one batch at most; a reading's public number is ``sequence * SPAN + index``.
 SPAN = 4096
 
@@ -68,9 +72,15 @@ def batch_size(now: int, seconds: float, sent: int, *, low: int = 16 * 1024, hig
     return max(low, min(high, grown if ideal > now else ideal))
 
 
-def ack_timeout(size: int, patience: float) -> float:
-    """Seconds to wait for the hub's acknowledgement of ``size`` bytes: ``patience`` and the way of 8 kB/s."""
-    return patience + size / 8192
+def parse_lost(text: str) -> tuple[int, int]:
+    """(for want of room, for their age) of a ``LOST`` header; zeros for none."""
+    full, _, age = text.partition(",")
+    return (int(full), int(age)) if full.isdigit() and age.isdigit() else (0, 0)
+
+
+def ack_timeout(size: int) -> float:
+    """Seconds after which ``size`` bytes without a receipt count as lost, on a link of 8 kB/s or better."""
+    return 30.0 + size / 8192
 
 
 class Bucket:

@@ -3,7 +3,7 @@
 ``append`` puts a batch of readings into a queue, a JetStream stream of the node's own, and returns when it is there.
 ``run`` moves batches on to the hub's streams: strict priority among queues, one batch in flight, sized to the link. The
 hub's last message of the queue's subject is the cursor (``core/delivery.py``); nothing about progress is kept here, so
-nothing here can be wrong after a SIGKILL. What was delivered is trimmed, but for a declared tail.
+nothing here can be wrong after a SIGKILL. What was delivered is taken away.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import heapq
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
@@ -27,13 +27,16 @@ from edgeward.core import clock
 from edgeward.core.bus import Bus, Stored
 from edgeward.core.delivery import (
     COUNT,
+    LOST,
     SPAN,
     SRC,
+    TO,
     TOTAL,
     Bucket,
     Cursor,
     ack_timeout,
     batch_size,
+    parse_lost,
     start_at,
     taken_over,
 )
@@ -46,14 +49,17 @@ log = logging.getLogger("edgeward.outbox")
 Reading = tuple[str, bytes, int]
 OnFull = Literal["dropOldest", "dropNewest", "refuse"]
 _LINEAGE = "edgeward.lineage"
-_RETRY = (0.1, 1.0)
+_RETRY = (0.1, 0.5)
 _READ = 256
+#: Seconds that a question to the hub may take.
+_ASK = 2.0
 _encode = msgspec.msgpack.Encoder().encode
 _decode_raw = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
 
 
 class QueueSpec(msgspec.Struct, frozen=True):
-    """One queue. ``stream`` is the hub's; ``priority`` 9 goes first; ``keep_tail`` readings stay when delivered."""
+    """One queue. ``stream`` is the hub's; ``priority`` 9 goes first; what was delivered is taken away once it is
+    ``trim_every`` readings (0: at once) or a quarter of ``max_bytes``."""
 
     name: str
     stream: str
@@ -62,10 +68,13 @@ class QueueSpec(msgspec.Struct, frozen=True):
     max_age: float = 0.0
     on_full: OnFull = "dropOldest"
     rate: float = 0.0
-    keep_tail: int = 0
+    trim_every: int = 0
 
 
 class Counters(msgspec.Struct):
+    """``accepted``, ``forwarded`` and the drops for want of room or for age are of the queue's whole life (the last
+    three as the hub's last message of it says); the others since the agent's start."""
+
     accepted: int = 0
     forwarded: int = 0
     pending: int = 0
@@ -73,6 +82,7 @@ class Counters(msgspec.Struct):
     dropped_full: int = 0
     dropped_age: int = 0
     dropped_duplicate: int = 0
+    dropped_size: int = 0
     no_identity: int = 0
     last_ack_at: float = 0.0
     error: str = ""
@@ -129,26 +139,37 @@ class Queue:
         self.counters = Counters()
         self.stream = f"OUT_{spec.name}"
         self.subject = f"ew.out.{spec.name}"
-        self.hub_subject = f"ew.data.{spec.stream}.{node}.{spec.name}"
         self.lineage = ""
         self.wake = asyncio.Event()
-        self._bus, self._gate = bus, gate
+        #: Called before anything is taken away: keeps elsewhere what its owner still needs of the queue, and says up to
+        #: which sequence it has done so.
+        self.before_trim: Callable[[], Awaitable[int]] | None = None
+        self._node, self._bus, self._gate = node, bus, gate
         self._js = bus.jetstream()
         self._bucket = Bucket(spec.rate)
-        self._append_lock = asyncio.Lock()
+        self._append_lock, self._trim_lock = asyncio.Lock(), asyncio.Lock()
         self._last_seq: int | None = None
         self._total = 0
         self._position: int | None = None
+        # what the hub has: the stream looked at, its last message of ours, and what that says
+        self._to = ""
         self._hub_seq = 0
         self._hub_cursor: Cursor | None = None
         self._sent_total: int | None = None
-        self._done: deque[tuple[int, int]] = deque()
+        self._lost_full = self._lost_age = 0
+        #: Dropped for age while it was not known what the hub has: part of the next gap.
+        self._aged = 0
+        self._refused = 0
+        #: Delivered and still here: (sequence, readings, bytes).
+        self._done: deque[tuple[int, int, int]] = deque()
+        self._done_count = self._done_bytes = 0
         self._size = 64 * 1024
-        #: How long an answer of the hub may take beyond its size: follows the link, doubles with each silence. Giving
-        #: up too early is safe (the cursor tells), waiting too long delays the backlog after a hub's restart.
-        self._patience = 2.0
+        self._took = 0.5
 
     # -- the node's side ---------------------------------------------------------------------------------------------
+
+    def hub_subject(self, stream: str) -> str:
+        return f"ew.data.{stream}.{self._node}.{self.spec.name}"
 
     def _config(self, lineage: str) -> StreamConfig:
         return StreamConfig(
@@ -166,14 +187,21 @@ class Queue:
     async def open(self) -> None:
         """Makes the stream, or fits an existing one to the spec; what is in it stays."""
         try:
-            info = await self._js.stream_info(self.stream)
-            self.lineage = (info.config.metadata or {}).get(_LINEAGE, "")
-            changed = info.config.max_bytes != self.spec.max_bytes or info.config.discard != self._config("").discard
-            if changed:
-                await self._js.update_stream(self._config(self.lineage))
-        except nats.js.errors.NotFoundError:
-            self.lineage = clock.new_id(16)
-            await self._js.add_stream(self._config(self.lineage))
+            try:
+                info = await self._js.stream_info(self.stream)
+                self.lineage = (info.config.metadata or {}).get(_LINEAGE, "")
+                config = self._config(self.lineage)
+                if info.config.max_bytes != config.max_bytes or info.config.discard != config.discard:
+                    await self._js.update_stream(config)
+            except nats.js.errors.NotFoundError:
+                self.lineage = clock.new_id(16)
+                await self._js.add_stream(self._config(self.lineage))
+        except nats.js.errors.APIError as e:
+            raise Refused(
+                f"queue {self.spec.name} cannot have {self.spec.max_bytes} bytes: {e.description}",
+                field="$.spec.bounds.bytes",
+                remedy="lower it, or free disk space at the node",
+            ) from e
         except (nats.errors.Error, TimeoutError) as e:
             raise Unreachable(f"the node's nats-server does not answer ({type(e).__name__})") from e
         await self.refresh()
@@ -193,50 +221,48 @@ class Queue:
         last = await self.refresh()
         return Cursor.parse(last.headers.get(SRC, "")) if last else None
 
-    async def append(self, readings: Sequence[Reading], source: Cursor | None = None) -> None:
-        """Keeps a batch durably. ``Conflict``: somebody else appended, or an append in doubt did happen: read
-        :meth:`source_cursor`. ``Refused``: full, and the queue drops the newest or refuses."""
-        if not readings:
-            return
+    async def append(self, readings: Sequence[Reading], source: Cursor | None = None) -> int:
+        """Keeps a batch durably and gives its sequence. ``Conflict``: somebody else appended, or an append in doubt did
+        happen: read :meth:`source_cursor`. ``Refused``: full, and the queue drops the newest or refuses."""
         async with self._append_lock:
             if self._last_seq is None:
                 await self.refresh()
+            assert self._last_seq is not None  # noqa: S101 - refresh sets it
             total = self._total + len(readings)
-            headers = {COUNT: str(len(readings)), TOTAL: str(total)}
+            headers = {COUNT: str(len(readings)), TOTAL: str(total), TO: self.spec.stream}
             if source is not None:
                 headers[SRC] = str(source)
+            body = _encode(list(readings))
             try:
-                ack = await self._bus.publish_acked(
-                    self.subject, _encode(list(readings)), headers=headers, expect_last=self._last_seq, timeout=10.0
-                )
-            except Conflict:
+                try:
+                    seq = await self._append(body, headers, self._last_seq)
+                except Refused:
+                    # what the hub has must not count against the bound
+                    if not await self._trim(force=True):
+                        raise
+                    seq = await self._append(body, headers, self._last_seq)
+            except (Conflict, Unreachable):
                 self._last_seq = None
                 raise
-            except Unreachable:
-                self._last_seq = None
-                raise
-            except EdgewardError as e:
-                if "maximum" in e.message or "insufficient" in e.message or "resource" in e.message:
-                    raise Refused(f"queue {self.spec.name} is full: {e.message}", remedy="raise bounds.bytes") from e
-                raise
-            self._last_seq, self._total = ack.seq, total
-        self.counters.accepted += len(readings)
+            self._last_seq, self._total = seq, total
         self.wake.set()
+        return seq
 
-    async def tail(self, readings: int) -> AsyncIterator[list[Any]]:
-        """The last ``readings`` readings and a little more, batch by batch, oldest first."""
-        try:
-            state = (await self._js.stream_info(self.stream)).state
-        except (nats.errors.Error, TimeoutError) as e:
-            raise Unreachable("the node's nats-server does not answer") from e
-        seq = int(state.first_seq)
+    async def _append(self, body: bytes, headers: dict[str, str], last: int) -> int:
+        ack = await self._bus.publish_acked(self.subject, body, headers=headers, expect_last=last, timeout=10.0)
+        return ack.seq
+
+    def count_refused(self, readings: int) -> None:
+        """Counts readings that the owner gave up because the queue is full."""
+        self._refused += readings
+
+    async def batches(self, after: int) -> AsyncIterator[tuple[int, list[Any]]]:
+        """(sequence, readings) of what is in the queue behind sequence ``after``, oldest first."""
         while True:
-            got = await read_batch(self._bus.client, "$JS.API", self.stream, seq, self.subject, _READ)
-            for number, _, headers, data in got:
-                seq = number + 1
-                if self._total - int(headers.get(TOTAL, 0)) <= readings:
-                    yield msgspec.msgpack.decode(data)
-            if len(got) < _READ:
+            got = await read_batch(self._bus.client, "$JS.API", self.stream, after + 1, self.subject, _READ)
+            for after, _, _, data in got:
+                yield after, msgspec.msgpack.decode(data)
+            if not got:  # a short answer is no end: the server also cuts at max_bytes
                 return
 
     # -- the way to the hub ------------------------------------------------------------------------------------------
@@ -250,7 +276,6 @@ class Queue:
                 delay = 0.0
             except (EdgewardError, nats.errors.Error, TimeoutError) as e:
                 self._position = None
-                self._patience = min(30.0, self._patience * 2)
                 text = str(e) or type(e).__name__
                 if text != self.counters.error and not isinstance(e, Unreachable | NotFound):
                     log.warning("queue %s: %s", self.spec.name, text)
@@ -261,11 +286,10 @@ class Queue:
                 await asyncio.sleep(delay)  # the back-off between two tries
 
     async def _forward(self) -> None:
-        if self._position is None:
-            await self._find_position()
-        position = self._position or 1
         self.wake.clear()
-        got = await read_batch(self._bus.client, "$JS.API", self.stream, position, self.subject, _READ)
+        if self._position is None:
+            self._position = await self._find_position()
+        got = await read_batch(self._bus.client, "$JS.API", self.stream, self._position, self.subject, _READ)
         if not got:
             await self._expire()
             self.counters.error = ""
@@ -278,13 +302,13 @@ class Queue:
             at = await self._send(got, at)
         await self._trim()
 
-    async def _find_position(self) -> None:
+    async def _find_position(self) -> int:
         """Where to go on: behind what the hub's stream has of this queue."""
-        last = await self._bus.last_message(
-            f"DATA_{self.spec.stream}", self.hub_subject, domain="hub", timeout=min(5.0, self._patience)
-        )
-        self._hub_seq = last.seq if last else 0
-        cursor = Cursor.parse(last.headers.get(SRC, "")) if last else None
+        self._to = ""
+        first = await read_batch(self._bus.client, "$JS.API", self.stream, 1, self.subject, 1)
+        if not first:
+            return 1
+        cursor = await self._look(first[0][2].get(TO, self.spec.stream))
         try:
             state = (await self._js.stream_info(self.stream)).state
         except (nats.errors.Error, TimeoutError) as e:
@@ -294,105 +318,178 @@ class Queue:
             found = await read_batch(self._bus.client, "$JS.API", self.stream, cursor.seq, self.subject, 1)
             if found and found[0][0] == cursor.seq:
                 stamp = stamp_of(found[0][2])
-                self._sent_total = int(found[0][2].get(TOTAL, 0))
-        self._hub_cursor = cursor
-        self._position = start_at(cursor, self.lineage, int(state.first_seq), int(state.last_seq), stamp)
+        self._done.clear()
+        self._done_count = self._done_bytes = 0
+        return start_at(cursor, self.lineage, int(state.first_seq), int(state.last_seq), stamp)
+
+    async def _look(self, to: str) -> Cursor | None:
+        """Reads what the hub's stream ``to`` has of this queue. Batches keep the stream that was declared when they
+        were taken in, so a changed Export delivers what waits where it belongs, and nothing twice."""
+        last = await self._bus.last_message(f"DATA_{to}", self.hub_subject(to), domain="hub", timeout=_ASK)
+        cursor = Cursor.parse(last.headers.get(SRC, "")) if last else None
+        if last is not None and cursor is not None and cursor.lineage == self.lineage:
+            self._sent_total = max(self._sent_total or 0, int(last.headers.get(TOTAL, 0)))
+            full, age = parse_lost(last.headers.get(LOST, ""))
+            self._lost_full, self._lost_age = max(self._lost_full, full), max(self._lost_age, age)
+        self._to, self._hub_seq, self._hub_cursor = to, last.seq if last else 0, cursor
+        return cursor
 
     async def _send(self, got: list[Message], at: int) -> int:
         """One hub message of as many batches from ``got[at:]`` as fit. Returns where the next begins."""
+        to = got[at][2].get(TO, self.spec.stream)
+        if to != self._to:
+            await self._look(to)
         parts: list[msgspec.Raw] = []
         size, end, cursor = 0, at, None
         total = self._sent_total
+        lost_full, lost_age = self._lost_full, self._lost_age
         oldest_allowed = (clock.now() - self.spec.max_age) * 1e9 if self.spec.max_age else 0
-        dropped_age = 0
         while end < len(got):
             seq, _, headers, data = got[end]
             stamp = stamp_of(headers)
             count, running = int(headers.get(COUNT, 0)), int(headers.get(TOTAL, 0))
-            old = taken_over(self._hub_cursor, self.lineage, seq, stamp)
-            if parts and (len(parts) + count > SPAN or size + len(data) > self._size):
+            if headers.get(TO, self.spec.stream) != to:
                 break
-            if not old:
-                if total is not None and running - count > total:
-                    # the stream's bound took away what was never sent
-                    self.counters.dropped_full += running - count - total
-                if stamp < oldest_allowed:
-                    dropped_age += count
+            if not taken_over(self._hub_cursor, self.lineage, seq, stamp):
+                aged = stamp < oldest_allowed
+                if parts and (aged or len(parts) + count > SPAN or size + len(data) > self._size):
+                    break
+                gap = running - count - (total or 0)
+                if gap > 0:  # the bound or the age took away what was never sent
+                    by_age = min(gap, self._aged)
+                    self._aged -= by_age
+                    lost_age, lost_full = lost_age + by_age, lost_full + gap - by_age
+                total = running
+                if aged:
+                    lost_age += count
                 else:
                     parts += _decode_raw(data)
                     size += len(data)
                     cursor = Cursor(self.lineage, seq, stamp)
-                total = running
             end += 1
         if parts and cursor is not None:
             body = _encode(parts)
             wait = self._bucket.delay(clock.monotonic(), len(body))
             if wait:
                 await asyncio.sleep(wait)  # the declared rate
-            headers = {SRC: str(cursor), COUNT: str(len(parts))}
+            headers = {SRC: str(cursor), COUNT: str(len(parts)), TOTAL: str(total), LOST: f"{lost_full},{lost_age}"}
             async with self._gate.turn(self.spec.priority):
                 started = clock.monotonic()
-                ack = await self._bus.publish_acked(
-                    self.hub_subject,
-                    body,
-                    headers=headers,
-                    expect_last=self._hub_seq,
-                    timeout=ack_timeout(len(body), self._patience),
-                )
-                took = clock.monotonic() - started
-                self._patience = max(1.0, 6 * took)
-            self._size = batch_size(self._size, took, len(body))
-            self._hub_seq, self._hub_cursor = ack.seq, cursor
-            self.counters.forwarded += len(parts)
+                seq = await self._deliver(body, headers)
+                self._took = clock.monotonic() - started
+            self._size = batch_size(self._size, self._took, len(body))
+            self._hub_seq, self._hub_cursor = seq, cursor
             self.counters.last_ack_at = clock.now()
             self.counters.error = ""
-        self.counters.dropped_age += dropped_age
-        for seq, _, headers, _ in got[at:end]:
-            self._done.append((seq, int(headers.get(TOTAL, 0))))
-        self._sent_total = total
+        self._sent_total, self._lost_full, self._lost_age = total, lost_full, lost_age
+        for seq, _, headers, data in got[at:end]:
+            self._done.append((seq, int(headers.get(COUNT, 0)), len(data)))
+            self._done_count += self._done[-1][1]
+            self._done_bytes += len(data)
         self._position = got[end - 1][0] + 1
+        self._count()
         return end
 
-    async def _trim(self, upto: int | None = None) -> None:
-        """Takes away what was delivered, but the tail and the very last (which is the source's cursor)."""
-        last = 0
-        while len(self._done) > 1 and self._total - self._done[1][1] >= self.spec.keep_tail:
-            last, _ = self._done.popleft()
-        if last and last < (self._last_seq or 0):
-            await self._purge(last)
+    async def _deliver(self, body: bytes, headers: dict[str, str]) -> int:
+        """Publishes and gives the sequence at the hub, once it is certain that the message is there.
 
-    async def _purge(self, upto: int) -> None:
-        """Removes everything up to and with sequence ``upto``."""
+        A receipt that was lost in a cut never comes. So while one is out the hub is asked what it has: the question
+        goes the way that the batch went and cannot overtake it, and with the link down the local server says at once
+        that nobody answers. Giving up too early costs one more try, never a second delivery: ``expect_last``.
+        """
+        subject = self.hub_subject(self._to)
+        limit = ack_timeout(len(body))
+        sent = asyncio.create_task(
+            self._bus.publish_acked(subject, body, headers=headers, expect_last=self._hub_seq, timeout=limit)
+        )
+        absent, patience = 0, min(5.0, max(0.5, 3 * self._took))
         try:
-            await self._js.purge_stream(self.stream, seq=upto + 1)
-        except (nats.errors.Error, TimeoutError) as e:
-            raise Unreachable("the node's nats-server does not answer") from e
+            while True:
+                await asyncio.wait({sent}, timeout=patience)
+                if sent.done():
+                    return (await sent).seq
+                patience = 0.25
+                try:
+                    last = await self._bus.last_message(f"DATA_{self._to}", subject, domain="hub", timeout=_ASK)
+                except Unreachable as e:
+                    if isinstance(e.__cause__, TimeoutError):
+                        continue  # a slow link, or one that is just breaking: the batch's own limit decides
+                    raise
+                if last is not None and last.headers.get(SRC) == headers[SRC]:
+                    return last.seq
+                absent += 1
+                if absent > 1:  # at the first question the hub may have been writing it
+                    raise Unreachable("the batch did not arrive at the hub")
+        finally:
+            sent.cancel()
+            await asyncio.gather(sent, return_exceptions=True)
+
+    # -- taking away -------------------------------------------------------------------------------------------------
+
+    async def _trim(self, *, force: bool = False) -> bool:
+        """Takes away what was delivered, but for the queue's very last batch, which is the source's cursor."""
+        async with self._trim_lock:
+            due = self._done_count > self.spec.trim_every or self._done_bytes > self.spec.max_bytes // 4
+            if not self._done or not (force or due) or self._last_seq is None:
+                return False
+            upto = await self._purge(min(self._done[-1][0], self._last_seq - 1))
+            gone = False
+            while self._done and self._done[0][0] <= upto:
+                _, count, size = self._done.popleft()
+                self._done_count -= count
+                self._done_bytes -= size
+                gone = True
+            return gone
+
+    async def _purge(self, upto: int) -> int:
+        """Removes everything up to and with sequence ``upto``, as far as its owner has kept what it needs."""
+        if self.before_trim is not None:
+            upto = min(upto, await self.before_trim())
+        if upto > 0:
+            try:
+                await self._js.purge_stream(self.stream, seq=upto + 1)
+            except (nats.errors.Error, TimeoutError) as e:
+                raise Unreachable("the node's nats-server does not answer") from e
+        return upto
 
     async def _expire(self) -> None:
         """Drops what is too old while the link is down, and counts what waits."""
+        await self.measure()
+        if not self.spec.max_age or self._last_seq is None:
+            return
+        oldest_allowed = (clock.now() - self.spec.max_age) * 1e9
+        got = await read_batch(self._bus.client, "$JS.API", self.stream, 1, self.subject, _READ)
+        upto, aged = 0, 0
+        for number, _, headers, _ in got:
+            if stamp_of(headers) >= oldest_allowed or number >= self._last_seq:
+                break
+            upto = number
+            if int(headers.get(TOTAL, 0)) > (self._sent_total or 0):
+                aged += int(headers.get(COUNT, 0))
+        if upto and await self._purge(upto) == upto:
+            self._aged += aged
+
+    async def measure(self) -> None:
+        """Brings :attr:`counters` up to date."""
         try:
             state = (await self._js.stream_info(self.stream)).state
         except (nats.errors.Error, TimeoutError) as e:
             raise Unreachable("the node's nats-server does not answer") from e
-        waiting = self._total - (self._sent_total or 0)
-        self.counters.pending = max(0, waiting) if state.messages else 0
-        self.counters.pending_bytes = int(state.bytes) if self.counters.pending else 0
-        if not self.spec.max_age or not state.messages:
-            return
-        oldest_allowed = (clock.now() - self.spec.max_age) * 1e9
-        seq, upto, dropped = int(state.first_seq), 0, 0
-        got = await read_batch(self._bus.client, "$JS.API", self.stream, seq, self.subject, _READ)
-        for number, _, headers, _ in got:
-            if stamp_of(headers) >= oldest_allowed or number >= (self._last_seq or 0):
-                break
-            upto = number
-            running = int(headers.get(TOTAL, 0))
-            if running > (self._sent_total or 0):
-                dropped += min(int(headers.get(COUNT, 0)), running - (self._sent_total or 0))
-                self._sent_total = running
-        if upto:
-            await self._purge(upto)
-            self.counters.dropped_age += dropped
+        waiting = self._total - self._sent_total if self._sent_total is not None else self._total
+        if self._sent_total is None and state.messages:
+            first = await read_batch(self._bus.client, "$JS.API", self.stream, 1, self.subject, 1)
+            if first:  # the hub was not asked yet: all that is here may still have to go
+                waiting = self._total - int(first[0][2].get(TOTAL, 0)) + int(first[0][2].get(COUNT, 0))
+        self.counters.pending = max(0, waiting)
+        self.counters.pending_bytes = max(0, int(state.bytes) - self._done_bytes) if waiting > 0 else 0
+        self._count()
+
+    def _count(self) -> None:
+        c = self.counters
+        c.accepted = self._total
+        c.dropped_full, c.dropped_age = self._lost_full + self._refused, self._lost_age + self._aged
+        if self._sent_total is not None:
+            c.forwarded = max(0, self._sent_total - self._lost_full - self._lost_age)
 
 
 class Outbox:
@@ -420,14 +517,17 @@ class Outbox:
         if old is not None and old.spec == spec:
             return old
         queue = Queue(spec, self._bus, self._node, self._gate)
-        await queue.open()
         if old is not None:
             queue.counters = old.counters
             await self._stop(spec.name)
+        await queue.open()
         self._queues[spec.name] = queue
         if self._group is not None:
             self._tasks[spec.name] = self._group.create_task(queue.run())
         return queue
+
+    def get(self, name: str) -> Queue | None:
+        return self._queues.get(name)
 
     async def _stop(self, name: str) -> None:
         task = self._tasks.pop(name, None)
@@ -441,6 +541,23 @@ class Outbox:
         if self._queues.pop(name, None) is not None:
             with contextlib.suppress(nats.errors.Error, TimeoutError):
                 await self._bus.jetstream().delete_stream(f"OUT_{name}")
+
+    async def prune(self, prefix: str, keep: Collection[str]) -> list[str]:
+        """Deletes the queues of ``prefix`` that are not in ``keep``: left by an earlier run. Gives their names."""
+        gone = []
+        try:
+            js = self._bus.jetstream()
+            found: list[str] = []
+            while page := await js.streams_info(offset=len(found)):
+                found += [info.config.name or "" for info in page]
+            for stream in found:
+                name = stream.removeprefix("OUT_")
+                if name != stream and name.startswith(prefix) and name not in keep:
+                    await js.delete_stream(stream)
+                    gone.append(name)
+        except (nats.errors.Error, TimeoutError) as e:
+            raise Unreachable(f"the node's nats-server does not answer ({type(e).__name__})") from e
+        return gone
 
     async def run(self) -> None:
         """Delivers until cancelled."""

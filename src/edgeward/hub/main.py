@@ -119,6 +119,7 @@ class Hub:
                     self.records.run,
                     self.nodes.run,
                     self._controllers,
+                    self._retention,
                 )
             finally:
                 self._ready = False
@@ -148,6 +149,9 @@ class Hub:
             await self.resources.replace(resource, expect=expect, actor=actor)
         else:
             await self.resources.create(resource, actor=actor)
+
+    async def _retention(self) -> None:
+        await self.streams.keep(lambda: self.store.items("Export"))
 
     async def _controllers(self) -> None:
         """Exports need their streams; owners' dependents go with them."""

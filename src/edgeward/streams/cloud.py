@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -23,9 +24,14 @@ from edgeward.core import clock
 from edgeward.core.delivery import SPAN
 from edgeward.core.errors import Invalid, NotFound, Unreachable
 from edgeward.core.jsread import read_batch
+from edgeward.core.quantity import parse_bytes
 from edgeward.core.resource import Resource, check_name
+from edgeward.streams.spec import HARD_CAP
 
-HARD_CAP = 8 * 1024**3
+log = logging.getLogger("edgeward.streams")
+
+#: Seconds between two looks at what the streams hold.
+TRIM_EVERY = 60.0
 _BATCH = 64
 
 
@@ -129,7 +135,7 @@ class StreamsCloud:
                             "time": clock.timestamp(ms / 1000),
                         }
                     at = seq + 1
-                if len(got) == _BATCH:
+                if got:  # a short answer is no end: the server also cuts at max_bytes
                     continue
                 if not follow:
                     return
@@ -141,8 +147,26 @@ class StreamsCloud:
                 with contextlib.suppress(nats.errors.Error):
                     await sub.unsubscribe()
 
+    async def keep(self, exports: Callable[[], Iterable[Resource]]) -> None:
+        """Holds every stream that Exports name to the most that one of them declares; until cancelled."""
+        while True:
+            wanted: dict[str, int] = {}
+            for export in exports():
+                target = export.spec.to.hub
+                wanted[target.stream] = max(wanted.get(target.stream, 0), parse_bytes(target.keep))
+            for name, size in wanted.items():
+                try:
+                    gone = await self.trim(name, size)
+                    if gone:
+                        log.info("stream %s: the oldest %d batches went, it keeps %d bytes", name, gone, size)
+                except nats.js.errors.NotFoundError:
+                    continue
+                except (nats.errors.Error, TimeoutError) as e:
+                    log.warning("stream %s could not be trimmed: %s", name, e or type(e).__name__)
+            await asyncio.sleep(TRIM_EVERY)  # the period of looking
+
     async def trim(self, name: str, keep_bytes: int) -> int:
-        """Takes the oldest away until ``keep_bytes`` are left; each queue's last batch stays. Gives how many went."""
+        """Takes the oldest away until about ``keep_bytes`` are left; each queue's last batch stays. Gives how many."""
         info = await self._js.stream_info(f"DATA_{name}", subjects_filter=f"ew.data.{name}.>")
         if info.state.bytes <= keep_bytes or not info.state.messages:
             return 0
@@ -151,6 +175,7 @@ class StreamsCloud:
         before = info.state.messages
         for subject in info.state.subjects or {}:
             last = await self._js.get_last_msg(f"DATA_{name}", subject)
+            # up to, not with: the last one is the queue's cursor
             await self._js.purge_stream(f"DATA_{name}", subject=subject, seq=min(upto, int(last.seq or 0)))
         after = (await self._js.stream_info(f"DATA_{name}")).state.messages
         return int(before - after)

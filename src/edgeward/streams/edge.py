@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import nats.errors
+import nats.js.errors
 
 from edgeward.core.bus import Bus
-from edgeward.core.errors import EdgewardError
+from edgeward.core.errors import EdgewardError, Unreachable
+from edgeward.core.files import ensure_dir
 from edgeward.core.outbox import Outbox, QueueSpec
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
-from edgeward.streams.capture import Capture, wake_broker
+from edgeward.streams.capture import STREAM, Capture, wake_broker
 from edgeward.streams.spec import ExportSpec
 
 log = logging.getLogger("edgeward.streams")
 
 Report = Callable[[str, str, dict[str, Any] | None], None]
 _REPORT_EVERY = 5.0
+_PREFIX = "export_"
+
+
+def queue_name(namespace: str, name: str) -> str:
+    """Names have no underscore, so no two Exports share a queue."""
+    return f"{_PREFIX}{namespace}_{name}"
 
 
 def queue_spec(export: Resource) -> QueueSpec:
     """The queue that an Export needs."""
     spec: ExportSpec = export.spec
     return QueueSpec(
-        name=f"{export.metadata.namespace}-{export.metadata.name}",
+        name=queue_name(export.metadata.namespace, export.metadata.name),
         stream=spec.to.hub.stream,
         priority=spec.priority,
         max_bytes=parse_bytes(spec.bounds.bytes),
         max_age=parse_duration(spec.bounds.age),
         on_full=spec.bounds.onFull,
         rate=float(parse_bytes(spec.rate)),
-        keep_tail=spec.identityWindow if spec.identity else 0,
+        trim_every=spec.identityWindow // 4 if spec.identity else 0,
     )
 
 
@@ -45,12 +56,17 @@ class _Running(msgspec.Struct):
 
 
 class ExportsEdge:
-    def __init__(self, bus: Bus, outbox: Outbox, *, mqtt: tuple[str, int, str, str], report: Report) -> None:
+    def __init__(
+        self, bus: Bus, outbox: Outbox, *, data: Path, mqtt: tuple[str, int, str, str], report: Report
+    ) -> None:
+        """``data``: a directory of its own, for what must survive a kill."""
+        self._data = ensure_dir(data)
         self._bus, self._outbox, self._mqtt, self._report = bus, outbox, mqtt, report
         self._running: dict[tuple[str, str], _Running] = {}
         self._lock = asyncio.Lock()
         self._group: asyncio.TaskGroup | None = None
         self._broker_awake = False
+        self._failed: dict[tuple[str, str], Resource] = {}
 
     async def apply(self, exports: list[Resource]) -> None:
         """Makes captures and queues be what is desired. A removed Export's waiting readings go with it."""
@@ -58,17 +74,43 @@ class ExportsEdge:
             wanted = {(e.metadata.namespace, e.metadata.name): e for e in exports}
             for key in [k for k in self._running if k not in wanted]:
                 await self._end(key, forget=True)
-                await self._outbox.drop(f"{key[0]}-{key[1]}")
+                await self._outbox.drop(queue_name(*key))
                 self._report(*key, None)
+            self._failed.clear()
             for key, export in wanted.items():
                 old = self._running.get(key)
                 if old is not None and old.spec == export.spec:
                     continue
-                try:
-                    await self._begin(key, export)
-                except EdgewardError as e:
-                    log.warning("export %s/%s: %s", *key, e)
-                    self._report(*key, {"state": "failed", "message": str(e)})
+                await self._try(key, export)
+
+    async def _try(self, key: tuple[str, str], export: Resource) -> None:
+        """Begins; what fails is tried again with the next report."""
+        try:
+            await self._begin(key, export)
+        except EdgewardError as e:
+            log.warning("export %s/%s: %s", *key, e)
+            self._report(*key, {"state": "failed", "message": str(e)})
+            self._failed[key] = export
+
+    async def prune(self, exports: list[Resource]) -> None:
+        """Takes away what Exports left that were removed while the agent was down: a consumer that nobody reads would
+        make the broker keep every message. To be called when ``exports`` is what the hub really wants."""
+        keep = {queue_name(e.metadata.namespace, e.metadata.name) for e in exports}
+        for name in await self._outbox.prune(_PREFIX, keep):
+            log.info("queue %s: its Export is gone, it was removed", name)
+        for path in self._data.glob(f"{_PREFIX}*.window"):
+            if path.stem not in keep:
+                path.unlink(missing_ok=True)
+        js = self._bus.jetstream()
+        try:
+            found = [c.name for c in await js.consumers_info(STREAM)]
+            for consumer in found:
+                if consumer.startswith(f"ew-{_PREFIX}") and consumer.removeprefix("ew-") not in keep:
+                    await js.delete_consumer(STREAM, consumer)
+        except nats.js.errors.NotFoundError:
+            return  # no MQTT client ever came
+        except (nats.errors.Error, TimeoutError) as e:
+            raise Unreachable(f"the node's nats-server does not answer ({type(e).__name__})") from e
 
     async def _begin(self, key: tuple[str, str], export: Resource) -> None:
         if not self._broker_awake:
@@ -77,8 +119,13 @@ class ExportsEdge:
         await self._end(key, forget=False)
         spec: ExportSpec = export.spec
         queue = await self._outbox.open(queue_spec(export))
-        capture = Capture(self._bus, queue, spec.source.mqtt, spec.identity, spec.identityWindow)
-        await capture.open()
+        capture = Capture(self._bus, queue, spec.source.mqtt, spec.identity, spec.identityWindow,
+                          self._data / f"{queue.spec.name}.window")  # fmt: skip
+        try:
+            await capture.open()
+        except EdgewardError:
+            await capture.close(forget=False)
+            raise
         running = _Running(spec, capture)
         self._running[key] = running
         if self._group is not None:
@@ -103,14 +150,26 @@ class ExportsEdge:
             try:
                 while True:
                     await asyncio.sleep(_REPORT_EVERY)  # the period of reporting counters
-                    for key in self._running:
+                    if self._failed:
+                        async with self._lock:
+                            failed, self._failed = self._failed, {}
+                            for key, export in failed.items():
+                                await self._try(key, export)
+                    for key in tuple(self._running):
+                        queue = self._outbox.get(queue_name(*key))
+                        if queue is not None:
+                            with contextlib.suppress(EdgewardError):  # it says what it knew last
+                                await queue.measure()
                         self._tell(key)
             finally:
                 self._group = None
 
     def _tell(self, key: tuple[str, str]) -> None:
-        spec = self._running[key].spec
-        counters = self._outbox.counters().get(f"{key[0]}-{key[1]}", {})
+        running = self._running.get(key)
+        if running is None:
+            return
+        spec = running.spec
+        counters = self._outbox.counters().get(queue_name(*key), {})
         exact = "exactly-once" if spec.identity else "at-least-once: no identity is declared"
         status = {
             "state": "capturing",
@@ -123,6 +182,7 @@ class ExportsEdge:
                 "full": counters.get("dropped_full", 0),
                 "age": counters.get("dropped_age", 0),
                 "duplicate": counters.get("dropped_duplicate", 0),
+                "size": counters.get("dropped_size", 0),
             },
             "withoutIdentity": counters.get("no_identity", 0),
         }

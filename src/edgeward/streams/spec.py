@@ -14,6 +14,8 @@ from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import Resource
 from edgeward.streams.topics import check_filter
 
+#: Bytes of a hub's stream beyond which it takes no more.
+HARD_CAP = 8 * 1024**3
 _PATH = re.compile(r"^\$(\.[A-Za-z_][A-Za-z0-9_-]*)+$")
 
 
@@ -32,6 +34,11 @@ class From(_Struct):
 
 class HubTarget(_Struct):
     stream: Annotated[str, Meta(description="The hub's stream", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+
+    keep: Annotated[
+        Annotated[str, Meta(pattern=BYTES_PATTERN)] | int,
+        Meta(description="What the hub keeps of the stream, at least 1Mi; the oldest goes first"),
+    ] = "4Gi"
 
 
 class To(_Struct):
@@ -84,8 +91,11 @@ def _check(r: Resource) -> None:
         size = parse_bytes(spec.bounds.bytes)
         parse_duration(spec.bounds.age)
         parse_bytes(spec.rate)
+        keep = parse_bytes(spec.to.hub.keep)
     except ValueError as e:
-        raise Invalid(str(e), field="$.spec.bounds") from None
+        raise Invalid(str(e), field="$.spec") from None
+    if not 1024**2 <= keep <= HARD_CAP // 2:
+        raise Invalid(f"{keep} bytes", field="$.spec.to.hub.keep", remedy="from 1Mi to 4Gi")
     if size < 64 * 1024:
         raise Invalid(f"{size} bytes are too few", field="$.spec.bounds.bytes", remedy="at least 64Ki")
 

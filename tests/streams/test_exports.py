@@ -1,0 +1,215 @@
+"""Exports on real servers with a real MQTT client: what PUBACK promised arrives once, whatever is killed or changed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as mqtt
+from tests.core.pair import Pair, until
+
+from edgeward.core.outbox import Outbox
+from edgeward.core.resource import Resource, decode
+from edgeward.streams.edge import ExportsEdge, queue_name
+
+
+def export(
+    name: str = "line1", ns: str = "default", topic: str = "sensors/#", stream: str = "s", **more: Any
+) -> Resource:
+    doc = {"apiVersion": "edgeward/v1", "kind": "Export", "metadata": {"name": name, "namespace": ns}}
+    spec = {"from": {"mqtt": topic}, "to": {"hub": {"stream": stream}}, "identity": "$.id"} | more
+    return decode(doc | {"spec": spec})
+
+
+class Edge:
+    """An agent's exports; ``die`` leaves everything as a SIGKILL does."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self.reports: dict[str, dict[str, Any] | None] = {}
+        self.outbox = Outbox(pair.edge, node="x")
+        self.exports = ExportsEdge(
+            pair.edge,
+            self.outbox,
+            data=pair.root / "exports",
+            mqtt=("127.0.0.1", pair.mqtt, "u", "p"),
+            report=lambda ns, name, status: self.reports.__setitem__(f"{ns}/{name}", status),
+        )
+        self._tasks = [asyncio.create_task(self.outbox.run()), asyncio.create_task(self.exports.run())]
+
+    async def die(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def publisher(pair: Pair) -> AsyncIterator[mqtt.Client]:
+    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+    client.connect("127.0.0.1", pair.mqtt)
+    client.loop_start()
+    await until(client.is_connected, 5)
+    try:
+        yield client
+    finally:
+        client.disconnect()
+        client.loop_stop()
+
+
+async def publish(client: mqtt.Client, topic: str, ids: range, size: int = 0) -> None:
+    sent = [client.publish(topic, json.dumps({"id": i, "pad": "x" * size}), qos=1) for i in ids]
+    await until(lambda: all(s.is_published() for s in sent), 20)
+
+
+async def arrived(pair: Pair, stream: str, count: int, seconds: float = 15) -> list[dict[str, Any]]:
+    async def all_there() -> bool:
+        return len(await pair.ids(stream)) >= count
+
+    await until(all_there, seconds)
+    return [m async for m in await pair.cloud.reader(stream)]
+
+
+def test_repeats_are_dropped_per_topic_also_after_a_restart(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Pair(tmp_path) as p:
+            await p.stream("s")
+            edge = Edge(p)
+            await edge.exports.apply([export(identityWindow=400)])
+            async with publisher(p) as client:
+                for topic in ("sensors/a", "sensors/b"):  # two devices with counters of their own
+                    await publish(client, topic, range(300))
+                await publish(client, "sensors/a", range(290, 310))
+                got = await arrived(p, "s", 610)
+                assert [m["payload"]["id"] for m in got if m["topic"] == "sensors/a"] == list(range(310))
+                assert [m["payload"]["id"] for m in got if m["topic"] == "sensors/b"] == list(range(300))
+                await edge.die()
+                again = Edge(p)
+                await again.exports.apply([export(identityWindow=400)])
+                await publish(client, "sensors/a", range(300, 320))
+                got = await arrived(p, "s", 620)
+                assert [m["payload"]["id"] for m in got if m["topic"] == "sensors/a"] == list(range(320))
+                await again.die()
+
+    asyncio.run(main())
+
+
+def test_an_export_removed_while_the_agent_was_down_leaves_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Pair(tmp_path) as p:
+            for name in ("s", "t"):
+                await p.stream(name)
+            edge = Edge(p)
+            await edge.exports.apply([export("gone"), export("kept", topic="other/#", stream="t")])
+            await edge.die()
+            again = Edge(p)
+            await again.exports.prune([export("kept", topic="other/#", stream="t")])
+            await again.exports.apply([export("kept", topic="other/#", stream="t")])
+            js = p.edge.jetstream()
+            assert [c.name for c in await js.consumers_info("$MQTT_msgs")] == [f"ew-{queue_name('default', 'kept')}"]
+            names = {i.config.name for i in await js.streams_info()}
+            assert {n for n in names if n and n.startswith("OUT_")} == {f"OUT_{queue_name('default', 'kept')}"}
+            async with publisher(p) as client:
+                await publish(client, "sensors/a", range(10))
+            assert (await js.stream_info("$MQTT_msgs")).state.messages == 0
+            await again.die()
+
+    asyncio.run(main())
+
+
+def test_no_two_exports_share_a_queue() -> None:
+    assert queue_name("a-b", "c") != queue_name("a", "b-c")
+
+
+def test_a_new_topic_filter_misses_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Pair(tmp_path) as p:
+            await p.stream("s")
+            edge = Edge(p)
+            await edge.exports.apply([export(topic="sensors/a")])
+            async with publisher(p) as client:
+                await publish(client, "sensors/a", range(100))
+                await edge.exports.apply([export(topic="sensors/+")])
+                await publish(client, "sensors/b", range(100, 200))
+                await publish(client, "sensors/a", range(200, 300))
+                got = await arrived(p, "s", 300)
+            assert [m["payload"]["id"] for m in got] == list(range(300))
+            await edge.die()
+
+    asyncio.run(main())
+
+
+def test_a_second_export_begins_with_its_making(tmp_path: Path) -> None:
+    """What the broker still holds for another Export is not the new one's."""
+
+    async def main() -> None:
+        async with Pair(tmp_path) as p:
+            for name in ("s", "t"):
+                await p.stream(name)
+            edge = Edge(p)
+            await edge.exports.apply([export("first")])
+            await edge.die()  # from here on the broker keeps what comes for it
+            async with publisher(p) as client:
+                await publish(client, "sensors/a", range(50))
+                again = Edge(p)
+                await again.exports.apply([export("second", stream="t")])
+                await publish(client, "sensors/a", range(50, 60))
+                got = await arrived(p, "t", 10)
+                assert [m["payload"]["id"] for m in got] == list(range(50, 60))
+                await again.exports.apply([export("first"), export("second", stream="t")])
+                got = await arrived(p, "s", 60)
+                assert [m["payload"]["id"] for m in got] == list(range(60))
+            await again.die()
+
+    asyncio.run(main())
+
+
+def test_a_reading_too_large_is_said_and_the_rest_goes_on(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Pair(tmp_path) as p:
+            await p.stream("s")
+            edge = Edge(p)
+            await edge.exports.apply([export(bounds={"bytes": "256Ki"})])
+            async with publisher(p) as client:
+                await publish(client, "sensors/a", range(1))
+                await publish(client, "sensors/a", range(1, 2), size=200_000)
+                await publish(client, "sensors/a", range(2, 3))
+                got = await arrived(p, "s", 2)
+            assert [m["payload"]["id"] for m in got] == [0, 2]
+            queue = edge.outbox.get(queue_name("default", "line1"))
+            assert queue is not None
+            assert queue.counters.dropped_size == 1
+            await edge.die()
+
+    asyncio.run(main())
+
+
+def test_the_hub_keeps_what_is_declared_and_every_cursor(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Pair(tmp_path) as p:
+            await p.stream("s")
+            edge = Edge(p)
+            await edge.exports.apply([export("a", topic="a/#"), export("b", topic="b/#")])
+            async with publisher(p) as client:
+                await publish(client, "b/1", range(1))
+                await arrived(p, "s", 1)
+                for at in range(0, 200, 10):
+                    await publish(client, "a/1", range(at + 1, at + 11), size=4000)
+                    await arrived(p, "s", at + 11)
+                assert await p.cloud.trim("s", 200_000) > 0
+                left = await p.ids("s")
+                assert left[0] == 0, "b's only batch is its cursor"
+                assert left[1:] == list(range(left[1], 201))
+                assert left[1] > 2
+                await edge.die()
+                again = Edge(p)
+                await again.exports.apply([export("a", topic="a/#"), export("b", topic="b/#")])
+                await publish(client, "b/1", range(201, 202))
+                got = await arrived(p, "s", len(left) + 1)
+                assert [m["payload"]["id"] for m in got] == [*left, 201]
+                await again.die()
+
+    asyncio.run(main())
