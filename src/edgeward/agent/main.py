@@ -60,7 +60,7 @@ class Agent:
         self.node, self.site = str(config["node"]), str(config["site"])
         self.hub = config.get("hub") or {}
         self.bind = str(config.get("bind", "127.0.0.1"))
-        self.address = str(config.get("address", self.bind))
+        self.address = str(config.get("address", daemon.local(self.bind)))
         self.stop_apps = config.get("onStop", "leave") == "stop"
         self.run_file = daemon.RunFile(data / "run.json")
         self.api_socket = daemon.socket_path(data, "api.sock")
@@ -78,6 +78,7 @@ class Agent:
             source=self.desired,
             report=self._app_status,
             event=self._event,
+            address=self.address,
         )
         self._ready = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -142,7 +143,7 @@ class Agent:
             bus,
             self.outbox,
             data=self.data / "exports",
-            mqtt=(self.bind, nats.ports["mqtt"], MQTT_USER, self._mqtt_password()),
+            mqtt=(daemon.local(self.bind), nats.ports["mqtt"], MQTT_USER, self._mqtt_password()),
             report=self._export_status,
         )
         self._exports = exports

@@ -44,6 +44,11 @@ class JsonLines(logging.Formatter):
         return msgspec.json.encode(doc).decode()
 
 
+def local(bind: str) -> str:
+    """The address by which a process of this machine reaches what listens on ``bind``."""
+    return "127.0.0.1" if bind in ("0.0.0.0", "") else bind  # noqa: S104 - compared, not bound
+
+
 def set_up_logging(level: str = "INFO") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())

@@ -44,6 +44,7 @@ class Hub:
         config = read_json(data / "hub.json", {})
         self.port = int(config.get("port", 0))
         self.bind = str(config.get("bind", "127.0.0.1"))
+        self.address = str(config.get("advertise", daemon.local(self.bind)))
         self.names = [str(n) for n in config.get("names", [])]
         self.run_file = daemon.RunFile(data / "run.json")
         self._ready = False
@@ -130,9 +131,7 @@ class Hub:
         return 0
 
     def _say(self) -> None:
-        host = "127.0.0.1" if self.bind in ("0.0.0.0", "127.0.0.1") else self.bind  # noqa: S104 - compared, not bound
-        advertised = read_json(self.data / "hub.json", {}).get("advertise", host)
-        self.run_file.write(ready=self._ready, nats=self.nats.pid, url=f"https://{advertised}:{self.port}")
+        self.run_file.write(ready=self._ready, nats=self.nats.pid, url=f"https://{self.address}:{self.port}")
 
     async def _first_objects(self) -> None:
         from edgeward.core.resource import decode

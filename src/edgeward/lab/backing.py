@@ -1,15 +1,17 @@
 """How a lab's links are made: one face, two backings.
 
-*Relays* (no root, any system): every node dials a relay on loopback. *Namespaces* (root on Linux), where each node has
-a network stack and addresses of its own, join by the same face. ``describe`` says which one is used.
+*Relays* (no root, any system, :class:`RelayBacking`): every node dials a relay on loopback. *Namespaces* (root on
+Linux, ``namespaces.py``): each node has a network stack and addresses of its own. ``describe`` says which one is used.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
+import msgspec
+
 from edgeward.core.errors import Invalid
-from edgeward.lab.links import Profile
+from edgeward.lab.links import Counters, NodeCounters, Profile
 from edgeward.lab.relay import Link, Relay
 from edgeward.lab.topology import Topology
 
@@ -36,11 +38,13 @@ class RelayBacking:
         self._seed = seed
         self._links: dict[str, Link] = {}
         self._relays: dict[str, Relay] = {}
+        self._site_of: dict[str, str] = {}
 
     async def open(self, topology: Topology, hub_port: int) -> None:
         for n, site in enumerate(topology.sites):
             link = self._links[site.name] = Link(site.profile, self._seed * 1000 + n)
             for node in site.node_names:
+                self._site_of[node] = site.name
                 relay = self._relays[node] = Relay(("127.0.0.1", hub_port), link)
                 await relay.open()
 
@@ -80,10 +84,12 @@ class RelayBacking:
         return "relays on loopback, emulated in user space (no root needed; nodes share this machine's network)"
 
     def counters(self) -> dict[str, Any]:
-        return {
-            node: {"up": r.up.bytes, "down": r.down.bytes, "connections": r.connections, "active": r.active}
+        nodes = {
+            node: NodeCounters(self._site_of[node], r.up, r.down, r.connections, r.active, r.refused)
             for node, r in self._relays.items()
         }
+        found: dict[str, Any] = msgspec.to_builtins(Counters(nodes, {}))
+        return found
 
     async def close(self) -> None:
         for relay in self._relays.values():

@@ -18,6 +18,7 @@ from edgeward.lab.backing import Backing, RelayBacking
 from edgeward.lab.cluster import Cluster, Say
 from edgeward.lab.control import Verb, serve
 from edgeward.lab.links import BUILTIN, Profile
+from edgeward.lab.namespaces import NamespaceBacking, unusable
 from edgeward.lab.relay import Relay
 from edgeward.lab.topology import Topology
 
@@ -173,9 +174,12 @@ def choose(topology: Topology, wanted: str = "", seed: int = 1) -> Backing:
     if name not in ("auto", "relays", "namespaces"):
         raise Invalid(f"there is no backing {name!r}", field="backing", remedy="relays, namespaces or auto")
     if name == "namespaces":
-        raise Invalid(
-            "network namespaces are not built into the lab yet", field="backing", remedy="use relays (the default)"
-        )
+        why = unusable()
+        if why:
+            raise Invalid(
+                why, field="backing", remedy="run as root on Linux with iproute2, or use relays (the default)"
+            )
+        return NamespaceBacking(seed=seed)
     return RelayBacking(seed=seed)
 
 

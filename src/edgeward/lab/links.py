@@ -5,7 +5,8 @@ out comes a :class:`Fate`: when it arrives at the other end, or why it does not.
 one site's link and is shared by everything that crosses it, so bandwidth is shared too.
 
 Nothing here reads a clock, rolls dice or touches a socket. The shells around it are ``relay.py`` (TCP connections,
-no root needed) and ``tunlink.py`` (IP packets between network namespaces).
+no root needed) and ``wan.py`` with
+``namespaces.py`` (IP packets between network namespaces).
 
 The model, in the order in which a packet meets it: a drop-tail queue; the serialization at the link's rate, which a
 stall holds up; loss; the one-way delay with jitter, never reordered.
