@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgeward.agent.replica import Replica
-from edgeward.core.errors import Conflict
+from edgeward.core.errors import Conflict, Refused
 from edgeward.core.resource import Key, Stored, decode, to_stored
 from edgeward.core.scope import fingerprint
 from edgeward.hub.kinds import load
@@ -160,3 +163,39 @@ def test_a_torn_log_loses_the_last_write_or_nothing(tmp_path: Path, seed: int) -
         r.close()
 
     asyncio.run(body())
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
+def test_a_full_disk_refuses_a_write_whole_and_takes_it_later(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs")
+
+    async def body() -> None:
+        r = Replica(disk / "r.db", site="plant")
+        r.apply_sync([from_hub("a", "1", 7)], revision=7, epoch="e", full=True)
+        taken = []
+        with pytest.raises(Refused, match=r"r\.db.*full.*free space"):
+            for n in range(1000):
+                await r.put(config(f"c{n}", "x" * 5000))
+                taken.append(f"c{n}")
+        assert len(taken) > 10
+        assert value(r, f"c{len(taken)}") is None
+        with pytest.raises(Refused):
+            r.apply_sync([from_hub("a", "2" * 100_000, 8)], revision=8, epoch="e", full=False)
+        assert (value(r, "a"), r.hub_revision) == ("1", 7)
+        assert [c.key.name for c in r.pending()] == taken
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        await r.put(config("later", "1"))
+        r.apply_sync([from_hub("a", "2", 8)], revision=8, epoch="e", full=False)
+        r.close()
+        again = Replica(disk / "r.db", site="plant")
+        assert [c.key.name for c in again.pending()] == [*taken, "later"]
+        assert (value(again, "a"), again.hub_revision) == ("2", 8)
+        again.close()
+
+    try:
+        asyncio.run(body())
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)

@@ -269,6 +269,49 @@ def test_ten_kills_of_both_servers_under_load(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def tear(store: Path, stream: str, how: str) -> None:
+    """What a power cut leaves of the write that nobody had acknowledged yet, or of the index beside it."""
+    (folder,) = store.rglob(f"streams/{stream}/msgs")
+    last = max(folder.glob("*.blk"), key=lambda f: int(f.stem))
+    data = last.read_bytes()
+    if how == "index gone":
+        (folder / "index.db").unlink(missing_ok=True)
+    elif how == "index torn":
+        index = folder / "index.db"
+        index.write_bytes(index.read_bytes()[:-7] if index.exists() else b"\0" * 9)
+    else:
+        assert len(data) > 4000
+        rest = {"half a record": data[:1500], "zeros": bytes(4096), "noise": random.Random(7).randbytes(777)}[how]
+        last.write_bytes(data + rest)
+
+
+@pytest.mark.parametrize("how", ["half a record", "zeros", "noise", "index gone", "index torn"])
+def test_a_torn_last_write_loses_nothing_acknowledged(tmp_path: Path, how: str) -> None:
+    async def main() -> None:
+        async with Pair(tmp_path) as p:
+            await p.stream("s")
+            queue = await p.outbox().open(spec(max_bytes=1 << 26))
+            await fill(queue, 0, 500, step=50)
+            await drained(queue)
+            p.kill("hub")
+            await fill(queue, 500, 1000, step=50)
+            p.kill("edge")
+            tear(tmp_path / "e", "OUT_q", how)
+            tear(tmp_path / "h", "DATA_s", how)
+            for name in ("edge", "hub"):
+                p.start(name)
+            await p.hub.wait_connected(10)
+            await p.edge.wait_connected(10)
+            await queue.refresh()
+            await queue.measure()
+            assert queue.counters.accepted == 1000
+            await fill(queue, 1000, 1500, step=50)
+            await drained(queue)
+            assert await p.ids("s") == list(range(1500))
+
+    asyncio.run(main())
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
 def test_a_full_disk_refuses_and_recovers(tmp_path: Path) -> None:
     disk = tmp_path / "disk"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -198,3 +201,38 @@ def test_a_message_too_large_is_refused_and_harms_nobody(systems: Callable[..., 
     up.wait("others go on", lambda: publisher.acked_count() >= 20)
     publisher.end()
     up.wait("and arrive", lambda: publisher.acked() <= set(ids(up)))
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
+def test_a_node_whose_disk_is_full_says_so_and_goes_on(systems: Callable[..., Any], tmp_path: Path) -> None:
+    disk = tmp_path / "a" / "nodes"
+    disk.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs")
+    try:
+        up = systems("a", "up")
+        up.apply(app("web"), "--wait")
+        pid = up.get("app", "web")["status"]["instances"][0]["pid"]
+        filler = disk / "somebody-else"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as f:
+            while True:
+                f.write(bytes(65536))
+        with contextlib.suppress(OSError), filler.open("ab", buffering=0) as f:
+            while True:
+                f.write(bytes(1))
+        up.apply(app("web", restart={"backoff": "3s"}), "--at", "plant-1", code=3)
+        assert "full" in up.stderr
+        assert "free space on the disk" in up.stderr
+        up.apply(app("later"))
+        time.sleep(2)  # the agent meets the full disk, again and again
+        assert Path(f"/proc/{pid}").exists(), "what runs goes on"
+        filler.unlink()
+        up.wait("the new app", lambda: up.get("app", "later")["status"].get("phase") == "Running", 30)
+        up.apply(app("web", restart={"backoff": "3s"}), "--at", "plant-1")
+        up.wait("the local change", lambda: up.get("app", "web")["spec"].get("restart") == {"backoff": "3s"}, 30)
+        assert up.get("app", "web", "--at", "plant-1")["status"]["instances"]
+        assert up.stop() == 0
+    finally:
+        for system in disk.glob("*/run.json"):
+            os.kill(json.loads(system.read_text())["pid"], signal.SIGKILL)
+        subprocess.run(["umount", "-l", str(disk)], check=False)

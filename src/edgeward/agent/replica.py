@@ -192,7 +192,7 @@ class Replica(Store):
                 self._db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (k, v))
             self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            self._db.rollback()  # also when SQLite has done so itself, as on a full disk
             raise
 
     def _commit(self, before: dict[Key, _Row | None], **meta: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from edgeward.core.errors import EdgewardError
+from edgeward.core.errors import EdgewardError, Refused
 from edgeward.core.resource import Key, Resource, decode_stored, encode_stored
 from edgeward.core.store import Entry, Store
 
@@ -24,16 +24,31 @@ CREATE TABLE IF NOT EXISTS meta(k TEXT PRIMARY KEY, v TEXT) WITHOUT ROWID;
 """
 
 
-def open_database(path: Path | str) -> sqlite3.Connection:
+class Database(sqlite3.Connection):
+    """A connection that says ``Refused``, with the file's name, when the disk does not take a write."""
+
+    path = ""
+
+    def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
+        try:
+            return super().execute(sql, parameters)
+        except sqlite3.OperationalError as e:
+            raise Refused(
+                f"the database does not take it: {e}", resource=self.path, remedy="free space on the disk"
+            ) from e
+
+
+def open_database(path: Path | str) -> Database:
     """A connection whose commits survive SIGKILL and power loss; raises ``EdgewardError`` with the file's name."""
     try:
-        db = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False, factory=Database)
+        db.path = str(path)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         db.execute("PRAGMA busy_timeout=5000")
         db.execute("PRAGMA wal_autocheckpoint=400")
         db.execute("PRAGMA journal_size_limit=4194304")
-    except sqlite3.Error as e:
+    except (sqlite3.Error, Refused) as e:
         raise EdgewardError(
             f"cannot open the database: {e}", resource=str(path), remedy="check the disk and the folder's owner"
         ) from e

@@ -63,10 +63,10 @@ class WorkloadState:
         self._db.execute("INSERT OR REPLACE INTO apps VALUES(?,?,?)", (namespace, name, msgspec.json.encode(state)))
 
     def remove_app(self, namespace: str, name: str) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-        for table in ("apps", "versions", "instances"):
-            self._db.execute(f"DELETE FROM {table} WHERE namespace=? AND name=?", (namespace, name))  # noqa: S608
-        self._db.execute("COMMIT")
+        with self._db:  # commits, or rolls back
+            self._db.execute("BEGIN IMMEDIATE")
+            for table in ("apps", "versions", "instances"):
+                self._db.execute(f"DELETE FROM {table} WHERE namespace=? AND name=?", (namespace, name))  # noqa: S608
 
     def save_version(self, namespace: str, name: str, digest: str, snapshot: Snapshot) -> None:
         self._db.execute(
