@@ -33,6 +33,7 @@ log = logging.getLogger("edgeward.lab")
 
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 20.0
+LINK_TIMEOUT = 15.0
 _LOOK = 0.05
 
 Say = Callable[[str], None]
@@ -257,7 +258,22 @@ class Cluster:
         async with asyncio.TaskGroup() as group:
             for child in self.nodes.values():
                 group.create_task(self._start(child))
+        await self._linked()
         self._write_context()
+
+    async def _linked(self) -> None:
+        """Until the hub hears every node whose link carries anything, or for a while: a bad link is no failure."""
+        expected = {n for site in self.topology.sites if not site.profile.silent for n in site.node_names}
+        missing = expected
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINK_TIMEOUT):
+                while True:
+                    nodes = (await asyncio.to_thread(self._api.call, "GET", "/api/v1/nodes"))["items"]
+                    missing = expected - {n["metadata"]["name"] for n in nodes if n.get("status", {}).get("online")}
+                    if not missing:
+                        return
+                    await asyncio.sleep(_LOOK)  # looking at what the hub says
+        self._say(f"not heard by the hub yet: {', '.join(sorted(missing))}")
 
     async def _clear_leftovers(self) -> None:
         """Ends processes of an earlier run whose supervisor was killed. Apps are left: their agent adopts them."""
