@@ -72,7 +72,8 @@ DOC: dict[str, Any] = {
         ("metadata.generation=3", True), ("status.ready=true", True), ("status.ready=True", False),
         ("status.none=", True), ("status.gone=", True), ("status.gone!=x", True), ("status.phase.deeper=", True),
         ("status.nodes.1.name=n2", True), ("status.nodes.2.name=", True), ("status.nodes.-1.name=n2", False),
-        ("status.nodes.².name=", True), ("status.nodes." + "9" * 5000 + ".name=", True), ("status.phase=Running,metadata.name=b", False),
+        ("status.nodes.².name=", True), ("status.nodes." + "9" * 5000 + ".name=", True),
+        ("status.phase=Running,metadata.name=b", False),
     ],
 )  # fmt: skip
 def test_fields(text: str, taken: bool) -> None:
