@@ -109,7 +109,7 @@ class Loop(Generic[K]):
                     self.add_after(key, again)
             # a handler's failure is retried, never lost, never kills the loop; so is a CancelledError of its own, from
             # something it awaited
-            except (Exception, asyncio.CancelledError) as e:  # noqa: BLE001
+            except (Exception, asyncio.CancelledError) as e:
                 me = asyncio.current_task()
                 if isinstance(e, asyncio.CancelledError) and (me is None or me.cancelling()):
                     raise
