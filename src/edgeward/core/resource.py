@@ -188,6 +188,11 @@ def _check_metadata(meta: Metadata, kind: Kind, what: str) -> None:
             )
 
 
+def parse_revision(text: str) -> int | None:
+    """The revision that ``text`` writes, or None."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
 _TOP = {"apiVersion", "kind", "metadata", "spec", "status"}
 
 

@@ -18,7 +18,7 @@ from edgeward.core.audit import Audit
 from edgeward.core.context import correlation
 from edgeward.core.errors import Conflict, EdgewardError, Invalid, NotFound
 from edgeward.core.registry import kinds
-from edgeward.core.resource import CLUSTER, Key, Resource, encode_stored
+from edgeward.core.resource import CLUSTER, Key, Resource, encode_stored, parse_revision
 from edgeward.core.store import Store
 
 log = logging.getLogger("edgeward.resources")
@@ -91,21 +91,22 @@ class Resources:
         text = resource.metadata.resourceVersion
         if not text:
             return expect
-        if not (text.isascii() and text.isdigit() and len(text) < 20):
+        revision = parse_revision(text)
+        if revision is None:
             raise Invalid(
                 f"{text[:40]!r} is no revision",
                 resource=str(resource.key),
                 field="$.metadata.resourceVersion",
                 remedy="send back what you read, or leave it out",
             )
-        if expect is not None and expect != int(text):
+        if expect is not None and expect != revision:
             raise Invalid(
                 "If-Match and the document name different revisions",
                 resource=str(resource.key),
                 field="$.metadata.resourceVersion",
                 remedy="send one of them",
             )
-        return int(text)
+        return revision
 
     async def _audited(
         self, verb: str, key: Key, actor: str, source: str, before: Resource | None, after: Resource | None, why: str
