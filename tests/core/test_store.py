@@ -133,3 +133,18 @@ def test_two_hubs_share_one_truth_and_a_killed_server_loses_nothing(tmp_path: Pa
             await asyncio.gather(follower, return_exceptions=True)
 
     asyncio.run(body())
+
+
+def test_a_hub_that_starts_reads_all_of_a_large_store(tmp_path: Path) -> None:
+    """More bytes than the server gives in one answer."""
+
+    async def body() -> None:
+        async with nats_store(tmp_path) as (one, _, bus):
+            for n in range(15):
+                await one.put(config(f"c{n}", "x" * 900_000))
+            two = NatsStore(bus.client)
+            await two.open()
+            assert [r.metadata.name for r in two.items("Config")] == sorted(f"c{n}" for n in range(15))
+            assert two.revision == one.revision
+
+    asyncio.run(body())

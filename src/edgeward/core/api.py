@@ -13,6 +13,7 @@ import base64
 import binascii
 import json as stdjson
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +28,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from edgeward.core import clock
 from edgeward.core.context import correlation
 from edgeward.core.errors import EdgewardError, Invalid, NotFound, Refused, TooLarge, Unauthorized
-from edgeward.core.manifest import load
+from edgeward.core.manifest import MAX_DEPTH, load
 from edgeward.core.registry import Kind, kinds
-from edgeward.core.resource import CLUSTER, MAX_DOCUMENT, Key, Resource, check_name, decode, merge_patch
+from edgeward.core.resource import CLUSTER, MAX_DOCUMENT, Key, Resource, check_name, decode, merge_patch, parse_revision
 from edgeward.core.resources import Resources
 from edgeward.core.selectors import parse_fields, parse_labels
 from edgeward.core.store import Change, Store
@@ -54,6 +55,10 @@ Auth = Callable[[str | None, Any], Principal]
 
 def _problem(e: EdgewardError, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(e.problem()), e.status, media_type="application/problem+json", headers=headers)
+
+
+def _failed_inside() -> Response:
+    return _problem(EdgewardError("failed inside", remedy=f"the log says why, under request {correlation.get()}"))
 
 
 class _Gate:
@@ -95,9 +100,7 @@ class _Gate:
                 raise
             except Exception:
                 log.exception("request %s %s failed", scope.get("method"), scope.get("path"))
-                response = _problem(
-                    EdgewardError("failed inside", remedy=f"the log says why, under request {request_id}")
-                )
+                response = _failed_inside()
             if response is not None and not started:
                 await response(scope, receive, sending)
         finally:
@@ -132,11 +135,34 @@ def parse_body(data: bytes, content_type: str) -> Any:
         documents = load(data, "body")
         if len(documents) != 1:
             raise Invalid(f"the body has {len(documents)} documents", field="$", remedy="send one")
-        return documents[0].doc
-    try:
-        return stdjson.loads(data, object_pairs_hook=_duplicates)
-    except (ValueError, RecursionError) as e:
-        raise Invalid(f"the body is no valid JSON: {e}", field="$", remedy="or send application/yaml") from None
+        doc = documents[0].doc
+    else:
+        try:
+            doc = stdjson.loads(data, object_pairs_hook=_duplicates)
+        except (ValueError, RecursionError) as e:
+            raise Invalid(f"the body is no valid JSON: {e}", field="$", remedy="or send application/yaml") from None
+    _check_storable(doc, "$", 0)
+    return doc
+
+
+def _check_storable(value: Any, path: str, depth: int) -> None:
+    """Refuses what a parser takes and the store's JSON cannot hold."""
+    if depth > MAX_DEPTH:
+        raise Invalid(f"is nested deeper than {MAX_DEPTH} levels", field=path[:200], remedy="flatten it")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_storable(key, path, depth + 1)
+            _check_storable(inner, f"{path}.{key}", depth + 1)
+    elif isinstance(value, list):
+        for n, inner in enumerate(value):
+            _check_storable(inner, f"{path}[{n}]", depth + 1)
+    elif isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise Invalid("holds half a character", field=path, remedy="write surrogates in pairs") from None
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise Invalid(f"{value} is no number", field=path, remedy="write a finite one")
 
 
 class Api:
@@ -175,17 +201,17 @@ class Api:
         match = request.headers.get("if-match", "").strip()
         if not match or match == "*":
             return None
-        text = match.removeprefix("W/").strip('"')
-        if not text.isdigit():
+        revision = parse_revision(match.removeprefix("W/").strip('"'))
+        if revision is None:
             raise Invalid(f"{match[:40]!r} is no revision", field="If-Match", remedy="send the ETag you read")
-        return int(text)
+        return revision
 
     async def _document(self, request: Request, key: Key | None = None) -> Resource:
+        kind = self._kind(request)
         content_type = request.headers.get("content-type", "application/json")
         doc = parse_body(await read_body(request), content_type)
         namespace = request.path_params.get("ns", "default")
         resource = decode(doc, namespace=namespace)
-        kind = self._kind(request)
         if resource.kind != kind.name:
             raise Invalid(f"the path says {kind.name}, the document {resource.kind}", field="$.kind")
         if "ns" in request.path_params and resource.metadata.namespace != namespace:
@@ -269,9 +295,9 @@ class Api:
         self, request: Request, kind: Kind, namespace: str | None, chosen: Callable[[Resource], bool]
     ) -> Response:
         since_text = request.headers.get("last-event-id") or request.query_params.get("resourceVersion")
-        if since_text and not since_text.isdigit():
+        since = parse_revision(since_text) if since_text else None
+        if since_text and since is None:
             raise Invalid(f"{since_text[:40]!r} is no revision", field="?resourceVersion", remedy="list first")
-        since = int(since_text) if since_text else None
         shown = {r.key for r in self.store.items(kind.name, namespace) if chosen(r)} if since else set()
         changes = self.store.watch(since)
         if since is None:
@@ -443,7 +469,8 @@ def build_app(
         ]
     # /api/v1/namespaces/default is the kind Namespace, not a list of kinds in it: two parts behind namespaces decide
     app = Starlette(
-        routes=_ordered(routes), exception_handlers={EdgewardError: _refused, 404: _not_found, 405: _not_allowed}
+        routes=_ordered(routes),
+        exception_handlers={EdgewardError: _refused, 404: _not_found, 405: _not_allowed, Exception: _failed},
     )
     return _Gate(app, auth, open_metrics=True)
 
@@ -455,6 +482,11 @@ def _ordered(routes: list[Route]) -> list[Route]:
 
 async def _refused(request: Request, exc: Exception) -> Response:
     return _problem(exc if isinstance(exc, EdgewardError) else EdgewardError("failed inside"))
+
+
+async def _failed(request: Request, exc: Exception) -> Response:
+    """Else Starlette answers in plain text; the exception still reaches the gate, which logs it."""
+    return _failed_inside()
 
 
 async def _not_found(request: Request, exc: Exception) -> Response:

@@ -66,20 +66,21 @@ def read_json(path: Path, default: Any = _MISSING) -> Any:
     Raises ``FileNotFoundError``, or ``Invalid`` naming the file and line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = path.read_bytes()
     except FileNotFoundError:
         if default is _MISSING:
             raise
         return default
+    line = 0
     try:
-        return json.loads(text)
+        return json.loads(raw.decode())
     except json.JSONDecodeError as exc:
-        raise Invalid(
-            f"not JSON: {exc.msg}",
-            file=str(path),
-            line=exc.lineno,
-            remedy="restore the file from a backup or remove it",
-        ) from exc
+        why, line = exc.msg, exc.lineno
+    except UnicodeDecodeError as exc:
+        why, line = exc.reason, raw.count(b"\n", 0, exc.start) + 1
+    except RecursionError:
+        why = "nested too deep"
+    raise Invalid(f"not JSON: {why}", file=str(path), line=line, remedy="restore the file from a backup or remove it")
 
 
 def _sync_dir(path: Path) -> None:

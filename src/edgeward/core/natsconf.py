@@ -10,6 +10,7 @@ domain and dials the hub as a leaf of EDGE. Which subjects cross the leaf is dec
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,9 +217,21 @@ def _jetstream(directory: Path, domain: str, sync: str, memory: int, disk: int) 
     return value
 
 
+_ESCAPE = re.compile(r"\\(?:u00([0-9a-f]{2})|(.))")
+
+
+def _text(value: Any) -> str:
+    """JSON with NATS's escapes for control characters: it knows ``\\x1f``, not ``\\u001f``, ``\\b`` and ``\\f``."""
+
+    def one(match: re.Match[str]) -> str:
+        return "\\x" + match[1] if match[1] else {"b": "\\x08", "f": "\\x0c"}.get(match[2], match[0])
+
+    return _ESCAPE.sub(one, json.dumps(value, indent=2, ensure_ascii=False))
+
+
 def render(spec: Spec, directory: Path, ports: Mapping[str, int], secret: str) -> str:
     """The file's text. Values are JSON, which NATS's language takes too, so nothing can break out of its quotes."""
     lines = ["# Written by Edgeward at each start; changes made here are lost."]
     for key, value in spec.settings(directory, ports, secret).items():
-        lines.append(f"{key}: {json.dumps(value, indent=2, ensure_ascii=False)}")
+        lines.append(f"{key}: {_text(value)}")
     return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ Pure. A plain number is bytes, or seconds.
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 _BYTES = {
     "": 1,
@@ -19,12 +20,13 @@ _BYTES = {
     "Ti": 2**40,
 }
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE = re.compile(r"^(\d+(?:\.\d+)?)(k|M|G|T|Ki|Mi|Gi|Ti)?B?$")
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_LONGEST = 1e12  # seconds; what is longer breaks timers and dates
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(k|M|G|T|Ki|Mi|Gi|Ti)?B?")
+_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)")
 
-#: Patterns for JSON Schema and for typed fields.
-BYTES_PATTERN = r"^\d+(\.\d+)?(k|M|G|T|Ki|Mi|Gi|Ti)?B?$"
-DURATION_PATTERN = r"^(\d+(\.\d+)?(ms|s|m|h|d))+$"
+#: Patterns for JSON Schema and for typed fields (Python's ``$`` alone would take a line end too).
+BYTES_PATTERN = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?B?$(?!\n)"
+DURATION_PATTERN = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+$(?!\n)"
 
 
 def parse_bytes(value: str | int) -> int:
@@ -33,10 +35,10 @@ def parse_bytes(value: str | int) -> int:
         if value < 0:
             raise ValueError(f"{value} is negative")
         return value
-    match = _SIZE.match(value)
+    match = _SIZE.fullmatch(value)
     if match is None:
-        raise ValueError(f"{value!r} is no size: write bytes as 65536, 64Ki, 64Mi, 1G")
-    return int(float(match[1]) * _BYTES[match[2] or ""])
+        raise ValueError(f"{value[:40]!r} is no size: write bytes as 65536, 64Ki, 64Mi, 1G")
+    return int(Fraction(match[1]) * _BYTES[match[2] or ""])
 
 
 def parse_duration(value: str | int | float) -> float:
@@ -44,6 +46,8 @@ def parse_duration(value: str | int | float) -> float:
     if isinstance(value, int | float):
         if value < 0:
             raise ValueError(f"{value} is negative")
+        if not value <= _LONGEST:
+            raise _no_duration(value)
         return float(value)
     total, at = 0.0, 0
     for match in _PART.finditer(value):
@@ -51,9 +55,13 @@ def parse_duration(value: str | int | float) -> float:
             break
         total += float(match[1]) * _SECONDS[match[2]]
         at = match.end()
-    if at == 0 or at != len(value):
-        raise ValueError(f"{value!r} is no duration: write seconds as 90, 90s, 15m, 24h, 7d, 500ms")
+    if at == 0 or at != len(value) or total > _LONGEST:
+        raise _no_duration(value)
     return total
+
+
+def _no_duration(value: object) -> ValueError:
+    return ValueError(f"{str(value)[:40]!r} is no duration: write seconds as 90, 90s, 15m, 24h, 7d, 500ms")
 
 
 def format_bytes(n: float) -> str:

@@ -107,7 +107,12 @@ class Loop(Generic[K]):
                 self._failures.pop(key, None)
                 if again is not None:
                     self.add_after(key, again)
-            except Exception as e:  # noqa: BLE001 - a handler's failure is retried, never lost, never kills the loop
+            # a handler's failure is retried, never lost, never kills the loop; so is a CancelledError of its own, from
+            # something it awaited
+            except (Exception, asyncio.CancelledError) as e:
+                me = asyncio.current_task()
+                if isinstance(e, asyncio.CancelledError) and (me is None or me.cancelling()):
+                    raise
                 n = self._failures.get(key, 0) + 1
                 self._failures[key] = n
                 low, high = self._backoff

@@ -38,7 +38,10 @@ class Records(abc.ABC):
 
     @abc.abstractmethod
     async def append(self, name: str, record: Record, *, unique: str = "") -> None:
-        """Keeps a record; ``time`` is stamped where missing, ``unique`` drops a repeated append."""
+        """Keeps a record; ``time`` is stamped where missing.
+
+        ``unique`` drops a repeated append at the hub, within JetStream's two minutes; SQLite's one writer repeats none.
+        """
 
     @abc.abstractmethod
     def items(self, name: str, *, since: int = 0, limit: int = 1000) -> list[Record]:
@@ -76,31 +79,33 @@ class SqliteRecords(Records):
             "CREATE TABLE IF NOT EXISTS records(seq INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT, doc BLOB);"
             "CREATE INDEX IF NOT EXISTS by_name ON records(name, seq);"
         )
-        self._count = 0
+        self._appended: dict[str, int] = {}
 
     async def append(self, name: str, record: Record, *, unique: str = "") -> None:
         record = {"time": clock.timestamp(), **record}
         cur = self._db.execute("INSERT INTO records(name, doc) VALUES(?,?)", (name, msgspec.json.encode(record)))
-        self._count += 1
-        if self._count % 500 == 0:
+        appended = self._appended.get(name, 0)
+        self._appended[name] = appended + 1
+        if appended % 500 == 0:  # the first one too: a process that restarts often must prune as well
             self._db.execute(
-                "DELETE FROM records WHERE name=? AND seq <= (SELECT max(seq) FROM records WHERE name=?) - ?",
+                "DELETE FROM records WHERE name=? AND seq <= "
+                "(SELECT seq FROM records WHERE name=? ORDER BY seq DESC LIMIT 1 OFFSET ?)",
                 (name, name, KEEP),
             )
-        self._tell(name, {"seq": cur.lastrowid, **record})
+        self._tell(name, {**record, "seq": cur.lastrowid})
 
     def items(self, name: str, *, since: int = 0, limit: int = 1000) -> list[Record]:
         rows = self._db.execute(
             "SELECT seq, doc FROM records WHERE name=? AND seq>? ORDER BY seq DESC LIMIT ?", (name, since, limit)
         ).fetchall()
-        return [{"seq": seq, **msgspec.json.decode(doc)} for seq, doc in reversed(rows)]
+        return [{**msgspec.json.decode(doc), "seq": seq} for seq, doc in reversed(rows)]
 
     def first_after(self, name: str, since: int, limit: int) -> list[Record]:
         """The *oldest* ``limit`` records behind ``since``: what a sender forwards next."""
         rows = self._db.execute(
             "SELECT seq, doc FROM records WHERE name=? AND seq>? ORDER BY seq LIMIT ?", (name, since, limit)
         ).fetchall()
-        return [{"seq": seq, **msgspec.json.decode(doc)} for seq, doc in rows]
+        return [{**msgspec.json.decode(doc), "seq": seq} for seq, doc in rows]
 
     def close(self) -> None:
         self._db.close()
@@ -145,10 +150,10 @@ class StreamRecords(Records):
                     continue
                 self._last = seq
                 name = subject.removeprefix("ew.rec.")
-                record = {"seq": seq, **msgspec.json.decode(data)}
+                record = {**msgspec.json.decode(data), "seq": seq}
                 self._cache.setdefault(name, deque(maxlen=KEEP)).append(record)
                 self._tell(name, record)
-            if len(got) < 500:
+            if not got:  # a short answer is not the end: the bytes of one are bounded too
                 return
 
     async def run(self) -> None:

@@ -96,11 +96,12 @@ class Kinds:
     def add(self, kind: Kind) -> Kind:
         if kind.name in self._kinds:
             raise ValueError(f"kind {kind.name} is registered twice")
-        self._kinds[kind.name] = kind
-        for alias in (kind.name.lower(), kind.plural, *kind.short):
+        aliases = (kind.name.lower(), kind.plural, *kind.short)
+        for alias in aliases:
             if alias in self._alias:
                 raise ValueError(f"{kind.name}: {alias!r} already means {self._alias[alias]}")
-            self._alias[alias] = kind.name
+        self._kinds[kind.name] = kind
+        self._alias.update(dict.fromkeys(aliases, kind.name))
         return kind
 
     def get(self, name: str) -> Kind:

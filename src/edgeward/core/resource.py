@@ -152,7 +152,7 @@ def invalid_from(error: msgspec.ValidationError, struct: type, *, prefix: str = 
 
 
 def check_name(name: object, path: str, resource: str = "") -> str:
-    if not isinstance(name, str) or not _NAME.match(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         shown = repr(name) if not isinstance(name, str) or len(name) < 80 else repr(name[:77] + "...")
         raise Invalid(
             f"{shown} is no valid name",
@@ -172,20 +172,25 @@ def _check_metadata(meta: Metadata, kind: Kind, what: str) -> None:
             f"a {kind.name} has no namespace", resource=what, field="$.metadata.namespace", remedy="remove it"
         )
     for key, value in meta.labels.items():
-        if not _LABEL_KEY.match(key):
+        if not _LABEL_KEY.fullmatch(key):
             raise Invalid(
                 f"{key[:80]!r} is no label key",
                 resource=what,
                 field="$.metadata.labels",
                 remedy="letters, digits, '-', '_', '.', optionally behind a 'domain/' prefix",
             )
-        if not _LABEL_VALUE.match(value):
+        if not _LABEL_VALUE.fullmatch(value):
             raise Invalid(
                 f"{value[:80]!r} is no label value",
                 resource=what,
                 field=f"$.metadata.labels.{key}",
                 remedy="at most 63 letters, digits, '-', '_', '.'",
             )
+
+
+def parse_revision(text: str) -> int | None:
+    """The revision that ``text`` writes, or None."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
 _TOP = {"apiVersion", "kind", "metadata", "spec", "status"}

@@ -7,6 +7,7 @@ takes everything in it along, a Site with nodes stays. Storing is the store's bu
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable
 
@@ -17,7 +18,7 @@ from edgeward.core.audit import Audit
 from edgeward.core.context import correlation
 from edgeward.core.errors import Conflict, EdgewardError, Invalid, NotFound
 from edgeward.core.registry import kinds
-from edgeward.core.resource import CLUSTER, Key, Resource, encode_stored
+from edgeward.core.resource import CLUSTER, Key, Resource, encode_stored, parse_revision
 from edgeward.core.store import Store
 
 log = logging.getLogger("edgeward.resources")
@@ -90,21 +91,22 @@ class Resources:
         text = resource.metadata.resourceVersion
         if not text:
             return expect
-        if not text.isdigit():
+        revision = parse_revision(text)
+        if revision is None:
             raise Invalid(
                 f"{text[:40]!r} is no revision",
                 resource=str(resource.key),
                 field="$.metadata.resourceVersion",
                 remedy="send back what you read, or leave it out",
             )
-        if expect is not None and expect != int(text):
+        if expect is not None and expect != revision:
             raise Invalid(
                 "If-Match and the document name different revisions",
                 resource=str(resource.key),
                 field="$.metadata.resourceVersion",
                 remedy="send one of them",
             )
-        return int(text)
+        return revision
 
     async def _audited(
         self, verb: str, key: Key, actor: str, source: str, before: Resource | None, after: Resource | None, why: str
@@ -137,10 +139,11 @@ class Resources:
                 expect = self._expected(resource, expect)
                 if old.metadata.deletionTimestamp and set(resource.metadata.finalizers) - set(old.metadata.finalizers):
                     raise Conflict("is being deleted", resource=str(key), remedy="wait, then create it anew")
+            # before the other checks: a stale document is a conflict, whatever else of it is stale with it
+            self.store.check_expected(key, self.store.entry(key), expect)
             self._check(resource, old if verb != "create" else None)
             encode_stored(resource)
             if dry_run:
-                self.store.check_expected(key, self.store.entry(key), 0 if verb == "create" else expect)
                 return resource
             stored = await self.store.put(resource, expect=expect)
         except EdgewardError as e:
@@ -188,7 +191,11 @@ class Resources:
     async def _remove(self, key: Key, actor: str, source: str, *, expect: int | None = None) -> None:
         await self.store.remove(key, expect=expect)
         for r in dependents(self.store.all(), key):
-            await self.delete(r.key, actor=f"{actor} (with {key})", source=source)
+            await self._delete_too(r.key, f"{actor} (with {key})", source)
+
+    async def _delete_too(self, key: Key, actor: str, source: str = "") -> None:
+        with contextlib.suppress(NotFound):  # it went with another of its owners
+            await self.delete(key, actor=actor, source=source)
 
     async def collect(self) -> None:
         """Finishes what a killed process left half done: namespaces that are going, dependents without their owner."""
@@ -197,7 +204,7 @@ class Resources:
                 continue
             for r in dependents(self.store.all(), namespace):
                 if not r.metadata.deletionTimestamp:
-                    await self.delete(r.key, actor=f"system (with {namespace.key})")
+                    await self._delete_too(r.key, f"system (with {namespace.key})")
             if not dependents(self.store.all(), namespace) and not namespace.metadata.finalizers:
                 await self.store.remove(namespace.key)
         for r in self.store.all():
@@ -209,8 +216,8 @@ class Resources:
                 owner = self.store.find(Key(o.kind, o.namespace or CLUSTER, o.name))
                 if owner is not None and (not o.uid or o.uid == owner.metadata.uid):
                     alive.append(o)
-            if not alive and self.store.find(r.key) is not None:
-                await self.delete(r.key, actor="system (its owner is gone)")
+            if not alive:
+                await self._delete_too(r.key, "system (its owner is gone)")
 
     async def status(self, key: Key, status: dict[str, object], *, actor: str, source: str = "") -> Resource:
         """Replaces the status: for controllers, not for people."""

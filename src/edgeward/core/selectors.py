@@ -60,7 +60,7 @@ def lookup(doc: Any, path: str) -> Any:
     for part in path.split("."):
         if isinstance(doc, Mapping):
             doc = doc.get(part)
-        elif isinstance(doc, list) and part.isdigit() and int(part) < len(doc):
+        elif isinstance(doc, list) and part.isdecimal() and len(part) < 10 and int(part) < len(doc):
             doc = doc[int(part)]
         else:
             return None

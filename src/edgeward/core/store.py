@@ -125,7 +125,7 @@ class Store(abc.ABC):
 
     def watch(self, since: int | None = None) -> Subscription:
         """Everything that changed after revision ``since`` (None: from now on), then what changes from here on."""
-        if since is not None and since < self.compacted:
+        if since and since < self.compacted:  # from 0 nothing is missed: who begins there knows of nothing deleted
             raise Gone(
                 f"revision {since} was compacted (the oldest is {self.compacted})",
                 remedy="list again and watch from the list's revision",
