@@ -18,6 +18,21 @@ def make(kind: str, value: str, revision: str = "") -> Resource:
     return decode({"apiVersion": "edgeward/v1", "kind": kind, "metadata": meta, "spec": {"data": {"k": value}}})
 
 
+def test_an_override_of_a_secret_is_kept_without_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        audit = Audit(tmp_path / "a.db")
+        doc = {"apiVersion": "edgeward/v1", "kind": "Override", "metadata": {"name": "o", "namespace": "default"}}
+        target = {"kind": "Secret", "namespace": "default", "name": "s"}
+        o = decode(doc | {"spec": {"target": target, "site": "plant", "patch": {"data": {"k": "hunter2"}}}})
+        await audit.write("create", o.key, actor="me", after=o)
+        (record,) = audit.items()
+        assert record["after"]["patch"] == {"data": {"k": "***"}}
+        audit.close()
+
+    asyncio.run(body())
+    assert b"hunter2" not in b"".join(f.read_bytes() for f in tmp_path.iterdir())
+
+
 def test_a_record_says_who_what_and_what_came_of_it(tmp_path: Path) -> None:
     async def body() -> None:
         key = Key("Config", "default", "a")

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from edgeward.cli.output import HIDDEN, console, redact, to_yaml, write
+from edgeward.cli.output import console, to_yaml, write
 from edgeward.cli.read import overrides_of
 from edgeward.cli.session import Session
 from edgeward.cli.write import Files
 from edgeward.core.errors import NotFound
-from edgeward.core.registry import Kind
+from edgeward.core.registry import HIDDEN, Kind, redact
 
 if TYPE_CHECKING:
     from edgeward.cli.client import Api

@@ -15,13 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from edgeward.core.registry import Column, Kind, kinds
+from edgeward.core.registry import Column, Kind, redact
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Doc = dict[str, Any]
-HIDDEN = "***"
 #: A pipe has no width: nothing is cut or wrapped there.
 _NO_LIMIT = 100_000
 
@@ -51,34 +50,6 @@ def console() -> Console:
 def write(text: str) -> None:
     """A line on stdout."""
     sys.stdout.write(text + "\n")
-
-
-# -- secrets ---------------------------------------------------------------------------------------------------------
-
-
-def redact(doc: Doc) -> Doc:
-    """The document with the values of its kind's secret fields hidden; their keys stay.
-
-    An Override carries a patch of another kind's spec, so that kind's secrets are hidden in it.
-    """
-    spec = doc.get("spec")
-    if not isinstance(spec, Mapping):
-        return doc
-    hidden = _hide(str(doc.get("kind")), spec)
-    patch, target = hidden.get("patch"), hidden.get("target")
-    if doc.get("kind") == "Override" and isinstance(patch, Mapping) and isinstance(target, Mapping):
-        hidden["patch"] = _hide(str(target.get("kind")), patch)
-    return {**doc, "spec": hidden}
-
-
-def _hide(kind: str, spec: Mapping[str, Any]) -> Doc:
-    secret = next((k.secret_fields for k in kinds if k.name == kind), ())
-    hidden = dict(spec)
-    for name in secret:
-        value = hidden.get(name)
-        if value:
-            hidden[name] = dict.fromkeys(value, HIDDEN) if isinstance(value, Mapping) else HIDDEN
-    return hidden
 
 
 # -- JSON and YAML -----------------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from edgeward.cli.kinds import find_kind
-from edgeward.cli.output import age, cell, emit, print_rows, redact, write
+from edgeward.cli.output import age, cell, emit, print_rows, write
 from edgeward.cli.session import Failures, Session, command
 from edgeward.core.errors import EdgewardError
+from edgeward.core.registry import redact
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="What sites changed for themselves.")
 

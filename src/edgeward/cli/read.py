@@ -20,7 +20,6 @@ from edgeward.cli.output import (
     console,
     emit,
     full_name,
-    redact,
     resource_rows,
     style,
     write,
@@ -28,6 +27,7 @@ from edgeward.cli.output import (
 from edgeward.cli.session import Session, UsageError
 from edgeward.cli.targets import Target, one_target, parse_targets
 from edgeward.core.errors import EdgewardError, NotFound
+from edgeward.core.registry import redact
 
 if TYPE_CHECKING:
     from edgeward.cli.client import Api

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeward.cli.output import emit, full_name, redact, write
+from edgeward.cli.output import emit, full_name, write
 from edgeward.cli.read import Labels
 from edgeward.cli.session import Failures, Session, UsageError
 from edgeward.cli.targets import parse_targets
 from edgeward.core.errors import Conflict, EdgewardError, NotFound
+from edgeward.core.registry import redact
 
 if TYPE_CHECKING:
     from edgeward.cli.client import Api

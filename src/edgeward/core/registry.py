@@ -6,7 +6,7 @@ validation, the OpenAPI document, the tables of the command line and the referen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,6 +86,10 @@ class Kind:
         return spec
 
 
+#: Stands for a secret's value wherever a document is shown or kept for people.
+HIDDEN = "***"
+
+
 class Kinds:
     """All kinds, by name, plural and short name."""
 
@@ -156,3 +160,28 @@ class Extensions:
 
 kinds = Kinds()
 extensions = Extensions()
+
+
+def redact(doc: dict[str, Any]) -> dict[str, Any]:
+    """The document with the values of its kind's secret fields hidden; their keys stay.
+
+    An Override carries a patch of another kind's spec, so that kind's secrets are hidden in it.
+    """
+    spec = doc.get("spec")
+    if not isinstance(spec, Mapping):
+        return doc
+    hidden = _hide(str(doc.get("kind")), spec)
+    patch, target = hidden.get("patch"), hidden.get("target")
+    if doc.get("kind") == "Override" and isinstance(patch, Mapping) and isinstance(target, Mapping):
+        hidden["patch"] = _hide(str(target.get("kind")), patch)
+    return {**doc, "spec": hidden}
+
+
+def _hide(kind: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    secret = next((k.secret_fields for k in kinds if k.name == kind), ())
+    hidden = dict(spec)
+    for name in secret:
+        value = hidden.get(name)
+        if value:
+            hidden[name] = dict.fromkeys(value, HIDDEN) if isinstance(value, Mapping) else HIDDEN
+    return hidden

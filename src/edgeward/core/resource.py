@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 
 from edgeward.core.errors import EdgewardError, Invalid, TooLarge
-from edgeward.core.registry import Kind, kinds
+from edgeward.core.registry import Kind, kinds, redact
 
 API_VERSION = "edgeward/v1"
 #: A document larger than this is refused before it is parsed.
@@ -96,10 +96,7 @@ class Resource(msgspec.Struct, kw_only=True):
         """The plain document as the API gives it."""
         doc = cast(dict[str, Any], msgspec.to_builtins(self))
         if not show_secrets:
-            for name in kinds.get(self.kind).secret_fields:
-                if doc["spec"].get(name):
-                    value = doc["spec"][name]
-                    doc["spec"][name] = dict.fromkeys(value, "***") if isinstance(value, dict) else "***"
+            doc = redact(doc)
         return {k: doc[k] for k in ("apiVersion", "kind", "metadata", "spec", "status")}
 
 

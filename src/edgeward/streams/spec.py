@@ -33,7 +33,7 @@ class From(_Struct):
 
 
 class HubTarget(_Struct):
-    stream: Annotated[str, Meta(description="The hub's stream", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+    stream: Annotated[str, Meta(description="The hub's stream", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$(?!\n)")]
 
     keep: Annotated[
         Annotated[str, Meta(pattern=BYTES_PATTERN)] | int,
@@ -83,7 +83,7 @@ class ExportSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
 def _check(r: Resource) -> None:
     spec: ExportSpec = r.spec
     check_filter(spec.source.mqtt, "$.spec.from.mqtt")
-    if spec.identity and not _PATH.match(spec.identity):
+    if spec.identity and not _PATH.fullmatch(spec.identity):
         raise Invalid(
             f"{spec.identity[:60]!r} is no path", field="$.spec.identity", remedy="write it as $.id or $.meta.id"
         )

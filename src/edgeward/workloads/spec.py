@@ -70,7 +70,7 @@ class Port(_Struct):
     """A port the app listens on; without ``port`` each instance gets a free one, told by ``env``."""
 
     name: Annotated[
-        str, Meta(description="A name for health checks and Services", pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
+        str, Meta(description="A name for health checks and Services", pattern=r"^[a-z0-9][a-z0-9-]{0,31}$(?!\n)")
     ]
     env: Annotated[str, Meta(description="Environment variable that tells the app its port")] = ""
     port: Annotated[
@@ -81,7 +81,7 @@ class Port(_Struct):
 
 class HttpCheck(_Struct):
     port: Annotated[str, Meta(description="Name of the port")]
-    path: Annotated[str, Meta(description="Path to GET", pattern=r"^/[^\s]*$")] = "/"
+    path: Annotated[str, Meta(description="Path to GET", pattern=r"^/[^\s]*$(?!\n)")] = "/"
 
 
 class TcpCheck(_Struct):
@@ -213,7 +213,7 @@ def _check_app(r: Resource) -> None:
             raise Invalid(
                 f"the port {port.name!r} is given twice", field=f"$.spec.ports[{n}].name", remedy="rename one"
             )
-        if port.env and not _ENV.match(port.env):
+        if port.env and not _ENV.fullmatch(port.env):
             raise Invalid(f"{port.env[:60]!r} is no variable name", field=f"$.spec.ports[{n}].env")
         if port.port is None and not port.env:
             raise Invalid(
@@ -241,7 +241,7 @@ def _check_app(r: Resource) -> None:
         _durations(getattr(spec, part), f"$.spec.{part}")
     _sizes(spec)
     for name in spec.process.env:
-        if not _ENV.match(name):
+        if not _ENV.fullmatch(name):
             raise Invalid(f"{name[:60]!r} is no variable name", field="$.spec.process.env", remedy="letters, digits, _")
     if r.metadata.name in spec.dependsOn:
         raise Invalid("an app cannot wait for itself", field="$.spec.dependsOn", remedy="remove it")
