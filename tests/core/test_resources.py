@@ -204,6 +204,18 @@ def test_owners_take_their_dependents_along() -> None:
     run(body)
 
 
+def test_what_another_owner_keeps_stays() -> None:
+    async def body(r: Resources) -> None:
+        for made in (config("a"), config("b"), config("c", "a", "b")):
+            await r.create(made, actor="eve")
+        await r.delete(key("a"), actor="eve")
+        assert [str(i.key) for i in r.store.items("Config")] == ["Config/b", "Config/c"]
+        await r.delete(key("b"), actor="eve")
+        assert r.store.all() == []
+
+    run(body)
+
+
 def test_owners_in_a_ring_end_too() -> None:
     async def body(r: Resources) -> None:
         for made in (config("a", "b"), config("b", "a")):

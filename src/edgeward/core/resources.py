@@ -29,7 +29,7 @@ _SYSTEM = ("uid", "creationTimestamp", "updateTimestamp", "deletionTimestamp", "
 
 
 def dependents(everything: Iterable[Resource], gone: Resource | Key) -> list[Resource]:
-    """What goes with ``gone``: all that it owns, and all in it when it is a Namespace. Pure."""
+    """What may go with ``gone``: all that it owns (or others too), all in it when it is a Namespace. Pure."""
     key = gone if isinstance(gone, Key) else gone.key
     found = []
     for r in everything:
@@ -191,11 +191,21 @@ class Resources:
     async def _remove(self, key: Key, actor: str, source: str, *, expect: int | None = None) -> None:
         await self.store.remove(key, expect=expect)
         for r in dependents(self.store.all(), key):
+            if key.kind != "Namespace" and not self._orphan(r):
+                continue  # another owner keeps it
             await self._delete_too(r.key, f"{actor} (with {key})", source)
 
     async def _delete_too(self, key: Key, actor: str, source: str = "") -> None:
         with contextlib.suppress(NotFound):  # it went with another of its owners
             await self.delete(key, actor=actor, source=source)
+
+    def _orphan(self, r: Resource) -> bool:
+        """It has owners, and none of them is there any more (another one of the same name is not it)."""
+        for o in r.metadata.ownerReferences:
+            owner = self.store.find(Key(o.kind, o.namespace or CLUSTER, o.name))
+            if owner is not None and (not o.uid or o.uid == owner.metadata.uid):
+                return False
+        return bool(r.metadata.ownerReferences)
 
     async def collect(self) -> None:
         """Finishes what a killed process left half done: namespaces that are going, dependents without their owner."""
@@ -208,15 +218,7 @@ class Resources:
             if not dependents(self.store.all(), namespace) and not namespace.metadata.finalizers:
                 await self.store.remove(namespace.key)
         for r in self.store.all():
-            owners = r.metadata.ownerReferences
-            if not owners or r.metadata.deletionTimestamp:
-                continue
-            alive = []
-            for o in owners:
-                owner = self.store.find(Key(o.kind, o.namespace or CLUSTER, o.name))
-                if owner is not None and (not o.uid or o.uid == owner.metadata.uid):
-                    alive.append(o)
-            if not alive:
+            if self._orphan(r) and not r.metadata.deletionTimestamp:
                 await self._delete_too(r.key, "system (its owner is gone)")
 
     async def status(self, key: Key, status: dict[str, object], *, actor: str, source: str = "") -> Resource:
