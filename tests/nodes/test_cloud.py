@@ -173,6 +173,8 @@ def test_a_node_gets_its_own_view_and_then_what_changed(tmp_path: Path) -> None:
             assert names(first) == own
             assert first.full and first.view and first.epoch == f.store.epoch
             assert names(await f.sync("shop-1")) == {"Site/shop", "Node/shop-1", "App/everywhere", "App/there"}
+            await f.store.put_status(Key("App", "default", "there"), {"phase": "Running"})
+            await f.store.put_status(Key("App", "default", "here"), {"phase": "Running"})
             none = await f.sync("plant-1", first.revision, first.epoch)
             assert (none.objects, none.full, none.view) == ([], False, first.view)
             # what an App begins to use is older than the change that makes it needed

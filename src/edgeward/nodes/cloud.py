@@ -166,7 +166,8 @@ class NodesCloud:
                 if full or not change.status_only or change.key.kind in _STATUS_DOWN:
                     entry = self._store.entry(change.key)
                     objects.append(self._object(change.key, change.resource, entry.revision if entry else 0))
-            elif not full:
+            elif not full and not change.status_only:
+                # it may have been in this view before; a status moves nothing out of it
                 objects.append(self._object(change.key, None, change.revision))
         if not full:
             named = {o.key for o in objects}
