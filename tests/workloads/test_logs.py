@@ -132,3 +132,24 @@ def test_follow_gives_each_byte_once_also_over_a_cut(tmp_path: Path) -> None:
             assert await anext(pieces, None) is None, "a file that is gone ends it"
 
     asyncio.run(body())
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(alphabet="ab\r\n", max_size=6).map(str.encode), max_size=12))
+def test_marks_stand_before_lines_wherever_the_pieces_end(pieces: list[bytes]) -> None:
+    """Lines of several sources are mixed; half a line never is."""
+    marked = logs.Marked(b"> ")
+    out = [marked.feed(piece) for piece in pieces] + [marked.rest(), marked.rest()]
+    text = b"".join(pieces)
+    lines = text.removesuffix(b"\n").split(b"\n") if text else []
+    assert b"".join(out) == b"".join(b"> %b\n" % line for line in lines)
+    assert all(o == b"" or o.endswith(b"\n") for o in out)
+    plain = logs.Marked(b"")
+    assert [plain.feed(piece) for piece in pieces] + [plain.rest()] == [*pieces, b""]
+
+
+def test_a_line_without_an_end_is_not_kept_for_ever() -> None:
+    marked = logs.Marked(b"> ")
+    out = b"".join(marked.feed(b"x" * 10_000) for _ in range(20))
+    assert len(out) > 100_000
+    assert all(line.startswith(b"> ") for line in out.splitlines())

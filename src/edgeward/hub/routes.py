@@ -22,6 +22,7 @@ from edgeward.core.streaming import flag, json, ndjson, number, record_routes
 from edgeward.nodes.calls import call
 from edgeward.nodes.cloud import NodesCloud
 from edgeward.streams.cloud import StreamsCloud
+from edgeward.workloads.logs import Marked
 
 
 class HubRoutes:
@@ -113,15 +114,17 @@ class HubRoutes:
         several = len(nodes) > 1
 
         async def one(node: str) -> None:
+            marked = Marked(f"[{node}] ".encode() if several else b"")
             try:
                 if not self._nodes.is_online(node):
                     raise Unreachable(f"node {node} is not connected; its logs are on it")
-                mark = f"[{node}] ".encode() if several else b""
                 async for piece in call(self._nc, node, "logs", args):
-                    await queue.put(b"".join(mark + line for line in piece.splitlines(keepends=True)))
+                    if data := marked.feed(piece):
+                        await queue.put(data)
             except EdgewardError as e:
-                await queue.put(f"edgeward: {e}\n".encode())
+                await queue.put(marked.rest() + f"edgeward: {e}\n".encode())
             finally:
+                await queue.put(marked.rest())
                 await queue.put(None)
 
         async with asyncio.TaskGroup() as group:
@@ -132,7 +135,7 @@ class HubRoutes:
                     piece = await queue.get()
                     if piece is None:
                         open_ -= 1
-                    else:
+                    elif piece:
                         yield piece
             finally:
                 for task in tasks:

@@ -70,6 +70,27 @@ def _behind(path: Path, newlines: int) -> bytes:
         return b""
 
 
+class Marked:
+    """Puts a mark before each line of pieces that end anywhere; an empty mark lets everything through as it comes."""
+
+    def __init__(self, mark: bytes) -> None:
+        self._mark = mark
+        self._begun = b""
+
+    def feed(self, piece: bytes) -> bytes:
+        """The lines that ``piece`` completes."""
+        if not self._mark:
+            return piece
+        *lines, self._begun = (self._begun + piece).split(b"\n")
+        if len(self._begun) > _CHUNK:
+            lines, self._begun = [*lines, self._begun], b""
+        return b"".join(b"%b%b\n" % (self._mark, line) for line in lines)
+
+    def rest(self) -> bytes:
+        """The line that was begun and not ended."""
+        return self.feed(b"\n") if self._begun else b""
+
+
 async def follow(path: Path, start: int) -> AsyncIterator[bytes]:
     """What is appended behind byte ``start``, without end; a cut file is read from its beginning."""
     at = start
