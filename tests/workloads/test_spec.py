@@ -57,6 +57,7 @@ def app(process: Any = RUN, **spec: Any) -> Any:
         ({"stop": {"signal": "KILL"}}, "$.spec.stop.signal", "enum value"),
         ({"restart": {"max": -5}}, "$.spec.restart.max", "is negative"),
         ({"limits": {"memory": 4095}}, "$.spec.limits.memory", "4095 bytes are too few .at least 4Ki"),
+        ({"limits": {"memory": "9" * 400}}, "$.spec.limits.memory", "infinity"),
         ({"limits": {"memory": "1.5X"}}, "$.spec.limits.memory", "regex"),
         ({"limits": {"cpu": 0}}, "$.spec.limits.cpu", "> 0"),
         ({"limits": {"pids": 0}}, "$.spec.limits.pids", ">= 1"),

@@ -193,7 +193,7 @@ def _sizes(spec: AppSpec) -> None:
             continue
         try:
             n = parse_bytes(value)
-        except ValueError as e:
+        except (ValueError, OverflowError) as e:
             raise Invalid(str(e), field=path) from None
         if n < 4096:
             raise Invalid(f"{n} bytes are too few", field=path, remedy="at least 4Ki")
