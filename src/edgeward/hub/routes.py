@@ -16,6 +16,7 @@ from starlette.routing import Route
 from edgeward.core.errors import EdgewardError, Invalid, NotFound, Unreachable
 from edgeward.core.identity import HubIdentity
 from edgeward.core.records import Records
+from edgeward.core.registry import kinds
 from edgeward.core.resource import CLUSTER, Key, Resource, from_stored, merge_patch, to_stored
 from edgeward.core.store import Store
 from edgeward.core.streaming import flag, json, ndjson, number, record_routes
@@ -76,7 +77,13 @@ class HubRoutes:
         base = self._store.get(target_key)
         stored = to_stored(base)
         stored.spec = merge_patch(stored.spec, override.spec.patch)
-        await self._write(from_stored(stored), target_key, base.revision, "admin")
+        promoted = from_stored(stored)
+        try:
+            kinds.get(promoted.kind).check(promoted)
+        except EdgewardError as e:
+            e.resource = e.resource or str(target_key)
+            raise
+        await self._write(promoted, target_key, base.revision, "admin")
         await self._write(None, key, override.revision, "admin")
         return json(self._store.get(target_key).document(show_secrets=False))
 

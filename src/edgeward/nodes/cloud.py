@@ -292,6 +292,7 @@ class NodesCloud:
             local = from_stored(change.stored) if change.stored is not None else None
             if local is not None:
                 self._check_reach(local, site)
+                kinds.get(local.kind).check(local)
                 _as_new(local, hub)
             elif hub is not None:
                 self._check_reach(hub, site, delete=True)
