@@ -16,12 +16,14 @@ from starlette.routing import Route
 from edgeward.core.errors import EdgewardError, Invalid, NotFound, Unreachable
 from edgeward.core.identity import HubIdentity
 from edgeward.core.records import Records
+from edgeward.core.registry import kinds
 from edgeward.core.resource import CLUSTER, Key, Resource, from_stored, merge_patch, to_stored
 from edgeward.core.store import Store
 from edgeward.core.streaming import flag, json, ndjson, number, record_routes
 from edgeward.nodes.calls import call
 from edgeward.nodes.cloud import NodesCloud
 from edgeward.streams.cloud import StreamsCloud
+from edgeward.workloads.logs import Marked
 
 
 class HubRoutes:
@@ -75,7 +77,13 @@ class HubRoutes:
         base = self._store.get(target_key)
         stored = to_stored(base)
         stored.spec = merge_patch(stored.spec, override.spec.patch)
-        await self._write(from_stored(stored), target_key, base.revision, "admin")
+        promoted = from_stored(stored)
+        try:
+            kinds.get(promoted.kind).check(promoted)
+        except EdgewardError as e:
+            e.resource = e.resource or str(target_key)
+            raise
+        await self._write(promoted, target_key, base.revision, "admin")
         await self._write(None, key, override.revision, "admin")
         return json(self._store.get(target_key).document(show_secrets=False))
 
@@ -113,15 +121,17 @@ class HubRoutes:
         several = len(nodes) > 1
 
         async def one(node: str) -> None:
+            marked = Marked(f"[{node}] ".encode() if several else b"")
             try:
                 if not self._nodes.is_online(node):
                     raise Unreachable(f"node {node} is not connected; its logs are on it")
-                mark = f"[{node}] ".encode() if several else b""
                 async for piece in call(self._nc, node, "logs", args):
-                    await queue.put(b"".join(mark + line for line in piece.splitlines(keepends=True)))
+                    if data := marked.feed(piece):
+                        await queue.put(data)
             except EdgewardError as e:
-                await queue.put(f"edgeward: {e}\n".encode())
+                await queue.put(marked.rest() + f"edgeward: {e}\n".encode())
             finally:
+                await queue.put(marked.rest())
                 await queue.put(None)
 
         async with asyncio.TaskGroup() as group:
@@ -132,7 +142,7 @@ class HubRoutes:
                     piece = await queue.get()
                     if piece is None:
                         open_ -= 1
-                    else:
+                    elif piece:
                         yield piece
             finally:
                 for task in tasks:

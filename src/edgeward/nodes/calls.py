@@ -87,11 +87,10 @@ class CallServer:
 
     async def _serve(self, client: Client, msg: Msg) -> None:
         verb = msg.subject.rsplit(".", 1)[1]
-        if self._slots.locked():
-            log.warning("too many calls at once, %s refused", verb)
-            return
-        async with self._slots:
-            try:
+        try:
+            if self._slots.locked():
+                raise EdgewardError("the node serves too many calls at once", remedy="try again later")
+            async with self._slots:
                 handler = self._handlers.get(verb)
                 if handler is None:
                     raise EdgewardError(f"this node knows no call {verb!r}", remedy="upgrade the node's agent")
@@ -99,11 +98,17 @@ class CallServer:
                 async with contextlib.aclosing(pieces):  # type: ignore[type-var]
                     await self._pump(client, msg.reply, pieces)
                 await self._send(client, msg.reply, b"")
-            except EdgewardError as e:
-                with contextlib.suppress(nats.errors.Error, TimeoutError):
-                    await self._send(client, msg.reply, msgspec.json.encode(e.problem()), {"Ew-Error": "1"})
-            except (nats.errors.Error, TimeoutError, msgspec.DecodeError) as e:
-                log.debug("call %s ended: %s", verb, e or type(e).__name__)
+        except EdgewardError as e:
+            await self._refuse(client, msg.reply, e)
+        except (nats.errors.Error, TimeoutError, msgspec.DecodeError) as e:
+            log.debug("call %s ended: %s", verb, e or type(e).__name__)
+        except Exception:
+            log.exception("call %s failed", verb)
+            await self._refuse(client, msg.reply, EdgewardError("the call failed; the agent's log says why"))
+
+    async def _refuse(self, client: Client, reply: str, error: EdgewardError) -> None:
+        with contextlib.suppress(nats.errors.Error, TimeoutError):
+            await self._send(client, reply, msgspec.json.encode(error.problem()), {"Ew-Error": "1"})
 
     async def _pump(self, client: Client, reply: str, pieces: AsyncIterator[bytes]) -> None:
         """Sends pieces; while there is none, an idle mark now and then finds out whether somebody still listens."""

@@ -33,7 +33,7 @@ from edgeward.core.resource import (
     make_patch,
     to_stored,
 )
-from edgeward.core.scope import NodeView, fingerprint, placed_sites, view
+from edgeward.core.scope import NodeView, fingerprint, placed_sites, site_of, view
 from edgeward.core.store import same_desired
 from edgeward.core.store_nats import NatsStore
 from edgeward.nodes.liveness import BEAT, Liveness
@@ -166,7 +166,8 @@ class NodesCloud:
                 if full or not change.status_only or change.key.kind in _STATUS_DOWN:
                     entry = self._store.entry(change.key)
                     objects.append(self._object(change.key, change.resource, entry.revision if entry else 0))
-            elif not full:
+            elif not full and not change.status_only:
+                # it may have been in this view before; a status moves nothing out of it
                 objects.append(self._object(change.key, None, change.revision))
         if not full:
             named = {o.key for o in objects}
@@ -291,7 +292,10 @@ class NodesCloud:
             local = from_stored(change.stored) if change.stored is not None else None
             if local is not None:
                 self._check_reach(local, site)
+                kinds.get(local.kind).check(local)
                 _as_new(local, hub)
+            elif hub is not None:
+                self._check_reach(hub, site, delete=True)
             merged = decide(
                 rule=(hub or local).metadata.conflict if (hub or local) else "cloud",  # type: ignore[union-attr]
                 base=change.base,
@@ -327,18 +331,28 @@ class NodesCloud:
         await self._records.append("journal", journal, unique=f"j-{node}-{change.seq}-{int(change.time * 1000)}")
 
     @staticmethod
-    def _check_reach(local: Resource, site: str) -> None:
-        """A site may create and change what is its own, not other sites' things."""
-        kind = kinds.get(local.kind)
-        named = str(getattr(local.spec, "site", "") or "") if kind.scope == "site" else placed_sites(local)
-        if kind.scope == "hub" or (kind.scope == "site" and local.kind != "Site"):
-            raise Invalid(f"a site cannot write a {local.kind}", resource=str(local.key), remedy="write it at the hub")
+    def _check_reach(resource: Resource, site: str, *, delete: bool = False) -> None:
+        """A site may create, change and delete what is its own, not other sites' things."""
+        kind = kinds.get(resource.kind)
+        named = site_of(resource) if kind.scope == "site" else placed_sites(resource)
+        # an override is made here from a change of its target; giving it up is the site's
+        own = ("Override",) if delete else ("Site",)
+        if kind.scope == "hub" or (kind.scope == "site" and resource.kind not in own):
+            verb = "delete" if delete else "write"
+            what = f"a site cannot {verb} {'an' if resource.kind[0] in 'AEIO' else 'a'} {resource.kind}"
+            raise Invalid(what, resource=str(resource.key), remedy="write it at the hub")
         if named and named != site:
             raise Invalid(
                 f"names site {named!r}, this is site {site!r}",
-                resource=str(local.key),
-                field="$.spec.placement.site",
-                remedy="write it at the hub, or place it at this site",
+                resource=str(resource.key),
+                field="$.metadata.name"
+                if resource.kind == "Site"
+                else "$.spec.site"
+                if kind.scope == "site"
+                else "$.spec.placement.site",
+                remedy="write it at the hub"
+                if kind.scope == "site"
+                else "write it at the hub, or place it at this site",
             )
 
     async def _override(self, key: Key, site: str, hub: Resource, local: Resource, change: LocalChange) -> None:

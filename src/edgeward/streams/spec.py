@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -80,6 +81,13 @@ class ExportSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
     )
 
 
+def _bytes(value: str | int, field: str) -> int:
+    try:
+        return parse_bytes(value)
+    except (ValueError, OverflowError) as e:
+        raise Invalid(str(e), field=f"$.spec.{field}") from None
+
+
 def _check(r: Resource) -> None:
     spec: ExportSpec = r.spec
     check_filter(spec.source.mqtt, "$.spec.from.mqtt")
@@ -87,13 +95,14 @@ def _check(r: Resource) -> None:
         raise Invalid(
             f"{spec.identity[:60]!r} is no path", field="$.spec.identity", remedy="write it as $.id or $.meta.id"
         )
+    size, keep = _bytes(spec.bounds.bytes, "bounds.bytes"), _bytes(spec.to.hub.keep, "to.hub.keep")
+    _bytes(spec.rate, "rate")
     try:
-        size = parse_bytes(spec.bounds.bytes)
-        parse_duration(spec.bounds.age)
-        parse_bytes(spec.rate)
-        keep = parse_bytes(spec.to.hub.keep)
+        age = parse_duration(spec.bounds.age)
     except ValueError as e:
-        raise Invalid(str(e), field="$.spec") from None
+        raise Invalid(str(e), field="$.spec.bounds.age") from None
+    if not math.isfinite(age):
+        raise Invalid(f"{age} is no length of time", field="$.spec.bounds.age", remedy="write e.g. 24h; 0: none")
     if not 1024**2 <= keep <= HARD_CAP // 2:
         raise Invalid(f"{keep} bytes", field="$.spec.to.hub.keep", remedy="from 1Mi to 4Gi")
     if size < 64 * 1024:

@@ -198,24 +198,28 @@ class AppsEdge:
         shown = files if len(files) == 1 else [f for f in files if f.stem in running] or files[-1:]
         several = len(shown) > 1
 
+        marks: dict[Path, logs.Marked] = {}
+
         def marked(path: Path, data: bytes) -> bytes:
-            if not several:
-                return data
-            return b"".join(f"[{path.stem}] ".encode() + line for line in data.splitlines(keepends=True))
+            if path not in marks:
+                marks[path] = logs.Marked(f"[{path.stem}] ".encode() if several else b"")
+            return marks[path].feed(data)
 
         starts = {}
         for path in shown:
             starts[path] = path.stat().st_size
-            data = logs.tail(path, tail)
-            if data:
-                yield marked(path, data)
+            if data := marked(path, logs.tail(path, tail)):
+                yield data
+            if not follow and (data := marks[path].rest()):
+                yield data
         if not follow:
             return
         queue: asyncio.Queue[bytes] = asyncio.Queue(64)
 
         async def one(path: Path, at: int) -> None:
             async for piece in logs.follow(path, at):
-                await queue.put(marked(path, piece))
+                if data := marked(path, piece):
+                    await queue.put(data)
 
         tasks = {p: asyncio.create_task(one(p, at)) for p, at in starts.items()}
         try:
@@ -225,9 +229,12 @@ class AppsEdge:
                     path = self._runtime.log_file(i.row)
                     if path not in tasks and not instance and path.exists():
                         tasks[path] = asyncio.create_task(one(path, 0))
+                data = b""
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1.0):
-                        yield await queue.get()
+                        data = await queue.get()
+                if data:  # given outside of the timeout, which would cancel a slow reader
+                    yield data
         finally:
             for task in tasks.values():
                 task.cancel()

@@ -47,8 +47,9 @@ async def tcp(host: str, port: int, timeout: float) -> str:
 
 async def command(argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float) -> str:
     """ "" when the command ends with status 0 in time, else why not."""
-    try:
-        process = await asyncio.create_subprocess_exec(
+    # a task of its own: a cancellation while it starts would leave the command's children behind
+    starting = asyncio.create_task(
+        asyncio.create_subprocess_exec(
             *argv,
             env=dict(env),
             cwd=cwd,
@@ -57,18 +58,22 @@ async def command(argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeou
             stderr=asyncio.subprocess.DEVNULL,
             start_new_session=True,
         )
-    except OSError as e:
-        return f"cannot be run: {e.strerror}"
+    )
     try:
         async with asyncio.timeout(timeout):
+            process = await asyncio.shield(starting)
             status = await process.wait()
     except TimeoutError:
-        status = -1
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
-            await process.wait()
-    if status == -1:
         return f"did not end within {timeout:g} s"
+    except (OSError, ValueError) as e:
+        return f"cannot be run: {getattr(e, 'strerror', None) or e}"
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            process = await starting
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, 9)
+                await process.wait()
+    if status < 0:
+        return f"ended by signal {-status}"
     return "" if status == 0 else f"ended with status {status}"

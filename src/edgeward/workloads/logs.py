@@ -41,28 +41,54 @@ def rotate(path: Path, cap: int) -> bool:
 
 def tail(path: Path, lines: int) -> bytes:
     """The last ``lines`` lines of a file and its predecessor; reads from the end, in pieces."""
-    data = _last(path, lines)
+    data = _behind(path, lines)
     missing = lines - data.count(b"\n")
-    if missing > 0:
-        data = _last(path.with_name(path.name + ".1"), missing) + data
-    return data
+    if missing >= 0:
+        data = _behind(path.with_name(path.name + ".1"), missing) + data
+    # a line ends with a newline and nothing else: what a progress bar writes is one line
+    at = len(data) - data.endswith(b"\n")
+    for _ in range(lines):
+        at = data.rfind(b"\n", 0, at)
+        if at < 0:
+            return data
+    return data[at + 1 :]
 
 
-def _last(path: Path, lines: int) -> bytes:
-    if lines <= 0:
-        return b""
+def _behind(path: Path, newlines: int) -> bytes:
+    """The file's end with more than so many newlines; all of it when it has no more."""
     try:
         with path.open("rb") as f:
             at = f.seek(0, os.SEEK_END)
             data = b""
-            while at > 0 and data.count(b"\n") <= lines:
+            while at > 0 and data.count(b"\n") <= newlines:
                 step = min(_CHUNK, at)
                 at -= step
                 f.seek(at)
                 data = f.read(step) + data
-            return b"".join(data.splitlines(keepends=True)[-lines:])
+            return data
     except OSError:
         return b""
+
+
+class Marked:
+    """Puts a mark before each line of pieces that end anywhere; an empty mark lets everything through as it comes."""
+
+    def __init__(self, mark: bytes) -> None:
+        self._mark = mark
+        self._begun = b""
+
+    def feed(self, piece: bytes) -> bytes:
+        """The lines that ``piece`` completes."""
+        if not self._mark:
+            return piece
+        *lines, self._begun = (self._begun + piece).split(b"\n")
+        if len(self._begun) > _CHUNK:
+            lines, self._begun = [*lines, self._begun], b""
+        return b"".join(b"%b%b\n" % (self._mark, line) for line in lines)
+
+    def rest(self) -> bytes:
+        """The line that was begun and not ended."""
+        return self.feed(b"\n") if self._begun else b""
 
 
 async def follow(path: Path, start: int) -> AsyncIterator[bytes]:

@@ -87,9 +87,16 @@ class ProcessRuntime:
 
     def start(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> Started:
         """Raises ``EdgewardError`` (or ``Invalid``) with the reason when the program cannot be started."""
+        try:
+            return self._start(row, snapshot, extra)
+        except EdgewardError as e:
+            e.resource = e.resource or f"App/{row.name}"
+            raise
+
+    def _start(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> Started:
         spec = msgspec.convert(snapshot.spec, AppSpec)
         if spec.process is None:
-            raise Invalid("no process is declared", resource=f"App/{row.name}", field="$.spec.process")
+            raise Invalid("no process is declared", field="$.spec.process")
         env = self.environment(row, snapshot, extra)
         argv = [substitute(t, env, f"$.spec.process.command[{n}]") for n, t in enumerate(spec.process.command)]
         argv += [substitute(t, env, f"$.spec.process.args[{n}]") for n, t in enumerate(spec.process.args)]
@@ -114,12 +121,11 @@ class ProcessRuntime:
             process, popen = proc.spawn_detached(
                 argv, env, folder, log_file, user=uid, group=gid, extra_groups=groups, umask=0o077
             )
-        except (OSError, subprocess.SubprocessError) as e:
+        except (OSError, ValueError, subprocess.SubprocessError) as e:
             cgroup.remove(self.node, row.id)
             reason = getattr(e, "strerror", None) or str(e)
             raise EdgewardError(
                 f"{argv[0]!r} cannot be started: {reason}",
-                resource=f"App/{row.name}",
                 field="$.spec.process.command",
                 remedy="check the program's name, the files and the user",
             ) from None
@@ -162,7 +168,7 @@ class ProcessRuntime:
             return
         for parent in (folder.parent, folder.parent.parent, self.apps, self.apps.parent):
             with contextlib.suppress(OSError):
-                parent.chmod(parent.stat().st_mode | 0o001)
+                parent.chmod(parent.stat().st_mode & ~0o006 | 0o001)
 
     @staticmethod
     def _write_file(folder: Path, path: str, text: str) -> list[Path]:

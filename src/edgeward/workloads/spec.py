@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -177,9 +178,13 @@ def _durations(value: Any, path: str) -> None:
         got = getattr(value, f.name)
         if f.name in ("interval", "timeout", "startup", "window", "backoff", "max", "grace", "drain"):
             try:
-                parse_duration(got)
+                seconds = parse_duration(got)
             except ValueError as e:
                 raise Invalid(str(e), field=f"{path}.{f.name}") from None
+            if not math.isfinite(seconds):
+                raise Invalid(f"{got} is no length of time", field=f"{path}.{f.name}", remedy="write e.g. 10s")
+            if seconds <= 0 and f.name in ("interval", "timeout"):
+                raise Invalid("must be more than 0", field=f"{path}.{f.name}", remedy="write e.g. 5s")
 
 
 def _sizes(spec: AppSpec) -> None:
@@ -188,7 +193,7 @@ def _sizes(spec: AppSpec) -> None:
             continue
         try:
             n = parse_bytes(value)
-        except ValueError as e:
+        except (ValueError, OverflowError) as e:
             raise Invalid(str(e), field=path) from None
         if n < 4096:
             raise Invalid(f"{n} bytes are too few", field=path, remedy="at least 4Ki")

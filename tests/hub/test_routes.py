@@ -1,0 +1,256 @@
+"""What the hub's API has beside the resources, over HTTP, with nodes that answer over a real nats-server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from tests.nodes.fleet import Fleet, app, doc, fleet
+
+from edgeward.core.api import Principal, build_app
+from edgeward.core.errors import NotFound
+from edgeward.core.nkeys import KeyPair
+from edgeward.core.resource import CLUSTER, Key
+from edgeward.hub.routes import HubRoutes
+from edgeward.nodes.calls import CallServer
+from edgeward.nodes.wire import BeatAnswer, BeatAsk
+from edgeward.streams.cloud import StreamsCloud
+
+LONG = "x" * 70_000
+
+
+@asynccontextmanager
+async def api(root: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Fleet, list[dict[str, Any]]]]:
+    """The API, its fleet, and with what arguments nodes were called; plant-1 and shop-1 are there, plant-2 is not."""
+    async with fleet(root) as f:
+        asked: list[dict[str, Any]] = []
+        admitted: list[int] = []
+
+        def handlers(node: str) -> dict[str, Any]:
+            async def logs(args: dict[str, Any]) -> AsyncIterator[bytes]:
+                asked.append(args)
+                if args["tail"] == 7:
+                    yield b"begun"
+                    raise NotFound("wrote nothing", resource="App/web")
+                yield b"one\ntw"  # pieces end anywhere
+                yield b"o\n" + LONG.encode() + b"\n"
+                yield b"no end"
+
+            async def usage(_: dict[str, Any]) -> AsyncIterator[bytes]:
+                yield msgspec.json.encode({"nodes": [{"name": node, "cpu": 0.5}], "apps": [{"name": f"on-{node}"}]})
+
+            return {"logs": logs, "usage": usage}
+
+        async def admit() -> None:
+            admitted.append(1)
+
+        routes = HubRoutes(
+            store=f.store,
+            client=f.hub.client,
+            identity=f.identity,
+            nodes=f.nodes,
+            streams=StreamsCloud(f.hub.client),
+            records=f.records,
+            write=f.write,
+            admit=admit,
+        )
+        served = build_app(
+            f.resources,
+            f.store,
+            auth=lambda token, client: Principal("admin"),
+            extra_routes=routes.routes(),
+            health=lambda: (True, {}),
+            metrics=lambda: "",
+            info={},
+        )
+        tasks = []
+        for node in ("plant-1", "shop-1"):
+            bus = await f.bus(node)
+            before = len(bus.client._subs)
+            tasks.append(asyncio.create_task(CallServer(node, handlers(node)).run(bus.client)))
+            while len(bus.client._subs) == before:  # noqa: ASYNC110 - turn by turn
+                await asyncio.sleep(0)
+            await bus.flush()
+            await f.ask(node, "beat", BeatAsk(1, "run"), BeatAnswer)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://hub/api/v1") as client:
+            client.admitted = admitted  # type: ignore[attr-defined]
+            yield client, f, asked
+        assert not any(t.done() for t in tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def refused(answer: httpx.Response, status: int, **members: Any) -> None:
+    assert answer.status_code == status, answer.text
+    got = answer.json()
+    assert {k: got.get(k) for k in members} == members
+
+
+async def run_on(f: Fleet, *nodes: str) -> None:
+    await f.store.put(app("web"))
+    await f.store.put_status(Key("App", "default", "web"), {"instances": [{"node": n} for n in nodes]})
+
+
+LOGS = "/namespaces/default/apps/web/logs"
+
+
+def test_logs_of_one_node_and_of_several(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with api(tmp_path) as (client, f, asked):
+            await run_on(f, "plant-1")
+            answer = await client.get(f"{LOGS}?tail=5&since=1h&instance=i&follow=TRUE")
+            assert (answer.status_code, answer.headers["content-type"]) == (200, "text/plain; charset=utf-8")
+            assert answer.text == f"one\ntwo\n{LONG}\nno end", "of one node byte by byte as it wrote"
+            assert asked == [
+                {"namespace": "default", "name": "web", "tail": 5, "follow": True, "since": "1h", "instance": "i"}
+            ]
+            await run_on(f, "plant-1", "plant-2", "shop-1", "plant-1")
+            lines = (await client.get(LOGS)).text.splitlines()
+            assert len(asked) == 3, "each node once"
+            assert (asked[-1]["tail"], asked[-1]["follow"]) == (200, False)
+            for node in ("plant-1", "shop-1"):
+                mine = [line for line in lines if line.startswith(f"[{node}] ")]
+                assert mine == [f"[{node}] {x}" for x in ("one", "two", LONG, "no end")], "whole lines only"
+            (other,) = [line for line in lines if not line.startswith("[")]
+            assert other == "edgeward: node plant-2 is not connected; its logs are on it"
+            one = await client.get(f"{LOGS}?node=shop-1")
+            assert one.text.startswith("one\n")
+            failed = await client.get(f"{LOGS}?node=shop-1&tail=7")
+            assert failed.text == "begunedgeward: App/web: wrote nothing\n"
+
+    asyncio.run(body())
+
+
+def test_logs_that_cannot_be_had(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with api(tmp_path) as (client, f, asked):
+            refused(await client.get(LOGS), 404, resource="App/web")
+            await run_on(f)
+            refused(await client.get(LOGS), 404, resource="App/web", detail="runs nowhere yet, so it has no logs")
+            await run_on(f, "plant-1")
+            refused(
+                await client.get(f"{LOGS}?node=shop-1"), 404, resource="App/web", remedy="it runs on: plant-1",
+            )  # fmt: skip
+            for tail in ("-1", "100001", "x", "1e3"):
+                refused(await client.get(LOGS, params={"tail": tail}), 422, field="?tail", remedy="0 to 100000")
+            assert asked == []
+
+    asyncio.run(body())
+
+
+def test_top_tells_of_every_node_also_of_one_that_is_away(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with api(tmp_path) as (client, _, _):
+            assert (await client.get("/top")).json() == {
+                "nodes": [
+                    {"name": "plant-1", "cpu": 0.5},
+                    {"name": "plant-2", "online": False},
+                    {"name": "shop-1", "cpu": 0.5},
+                ],
+                "apps": [{"name": "on-plant-1"}, {"name": "on-shop-1"}],
+            }
+
+    asyncio.run(body())
+
+
+def test_enrolment_gives_a_node_its_credentials(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with api(tmp_path) as (client, f, _):
+            key = KeyPair.create("user").public
+            answer = await client.post("/nodes/plant-1/enrol", json={"publicKey": key})
+            assert answer.status_code == 200
+            assert answer.json()["ca"] == f.identity.ca_pem
+            assert answer.json()["jwt"].count(".") == 2
+            assert client.admitted == [1], "nats-server was told"  # type: ignore[attr-defined]
+            refused(await client.post("/nodes/none/enrol", json={"publicKey": key}), 404, resource="Node/none")
+            for data in (b"", b"{", b"{}", b"[]", b"7", b'"x"'):
+                wrong = await client.post("/nodes/plant-1/enrol", content=data)
+                refused(wrong, 422, resource="Node/plant-1", field="$.publicKey", remedy="send the key")
+            for bad in ("x", 5, KeyPair.create("account").public, ""):
+                wrong = await client.post("/nodes/plant-1/enrol", json={"publicKey": bad})
+                assert 400 <= wrong.status_code < 500, wrong.text
+            assert len(client.admitted) == 1  # type: ignore[attr-defined]
+
+    asyncio.run(body())
+
+
+def test_promoting_an_override_makes_it_everybodys(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with api(tmp_path) as (client, f, _):
+            target = {"kind": "App", "name": "web", "namespace": "default"}
+            await f.store.put(app("web", replicas=1))
+
+            async def promote(override: str, patch: dict[str, Any], **of: Any) -> httpx.Response:
+                await f.store.put(doc("Override", override, {"target": target | of, "site": "plant", "patch": patch}))
+                return await client.post(f"/namespaces/default/overrides/{override}/promote")
+
+            answer = await promote("o", {"replicas": 3, "dependsOn": ["db"]})
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["spec"]["replicas"] == 3
+            assert f.store.get(Key("App", "default", "web")).spec.dependsOn == ["db"]
+            assert f.store.find(Key("Override", "default", "o")) is None
+            site = await promote("s", {"displayName": "P"}, kind="Site", name="plant", namespace="")
+            assert site.json()["spec"] == {"displayName": "P"}
+            for patch, field in (
+                ({"replicas": -1}, "$.spec.replicas"),
+                ({"dependsOn": ["web"]}, "$.spec.dependsOn"),
+                ({"placement": {"site": "nowhere"}}, "$.spec.placement.site"),
+            ):
+                refused(await promote("bad", patch), 422, resource="App/web", field=field)
+                assert f.store.find(Key("Override", "default", "bad")) is not None, "it stays, nothing was promoted"
+            refused(await promote("gone", {}, name="none"), 404, resource="App/none")
+            refused(await client.post("/namespaces/default/overrides/none/promote"), 404, resource="Override/none")
+
+    asyncio.run(body())
+
+
+def test_streams(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with api(tmp_path) as (client, f, _):
+            assert (await client.get("/streams")).json() == {"items": []}
+            export = doc("Export", "e", {"from": {"mqtt": "s/#"}, "to": {"hub": {"stream": "line"}}})
+            await StreamsCloud(f.hub.client).ensure(export)
+            rows = [("s/a", b"%d" % n, 0) for n in range(5)]
+            await f.hub.publish_acked("ew.data.line.plant-1.q", msgspec.msgpack.encode(rows))
+            assert [s["name"] for s in (await client.get("/streams")).json()["items"]] == ["line"]
+
+            async def payloads(query: str) -> list[int]:
+                answer = await client.get(f"/streams/line{query}")
+                assert answer.headers["content-type"] == "application/x-ndjson"
+                return [json.loads(line)["payload"] for line in answer.text.splitlines()]
+
+            assert await payloads("") == [0, 1, 2, 3, 4]
+            assert await payloads("?limit=2") == [0, 1]
+            assert await payloads("?from=4099") == [3, 4]
+            assert await payloads("?from=4098&limit=3&follow=true") == [2, 3, 4], "enough is the end also of a follower"
+            refused(await client.get("/streams/none"), 404, resource="stream/none")
+            refused(await client.get("/streams/line?from=-1"), 422, field="?from")
+            refused(await client.get("/streams/line?limit=many"), 422, field="?limit")
+            refused(await client.get("/streams/LINE"), 422, field="stream")
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("name", ["events", "journal"])
+def test_records(tmp_path: Path, name: str) -> None:
+    async def body() -> None:
+        async with api(tmp_path) as (client, f, _):
+            for n in range(3):
+                await f.records.append(name, {"mark": n})
+            await f.records._follow()
+            items = [r for r in (await client.get(f"/{name}")).json()["items"] if "mark" in r]
+            assert [r["mark"] for r in items] == [0, 1, 2]
+            later = (await client.get(f"/{name}?since={items[1]['seq']}")).json()["items"]
+            assert [r["mark"] for r in later] == [2]
+            refused(await client.get(f"/{name}?limit=0"), 422, field="?limit")
+            assert f.store.find(Key("Node", CLUSTER, "plant-1")) is not None
+
+    asyncio.run(body())

@@ -1,0 +1,274 @@
+"""The hub's side of nodes, asked over a real nats-server as a node asks: what it gives, takes, refuses and folds."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import pytest
+from nats.aio.msg import Msg
+from tests.core.pair import until
+from tests.nodes.fleet import app, config, doc, fleet
+
+from edgeward.core.resource import CLUSTER, Key, Resource, to_stored
+from edgeward.hub.kinds import load
+from edgeward.nodes import cloud as module
+from edgeward.nodes.wire import (
+    BeatAnswer,
+    BeatAsk,
+    LocalChange,
+    Ok,
+    PushAnswer,
+    PushAsk,
+    ReportAsk,
+    Status,
+    SyncAnswer,
+    SyncAsk,
+)
+
+load()
+
+
+def names(answer: SyncAnswer) -> set[str]:
+    return {f"{o.kind}/{o.name}" + ("" if o.stored else " gone") for o in answer.objects}
+
+
+def test_a_node_gets_its_own_view_and_then_what_changed(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            await f.store.put(config("used", "1"))
+            await f.store.put(config("unused", "1"))
+            await f.store.put(app("everywhere"))
+            await f.store.put(app("here", "plant", "used"))
+            await f.store.put(app("there", "shop"))
+            own = {"Site/plant", "Node/plant-1", "Node/plant-2", "App/everywhere", "App/here", "Config/used"}
+            first = await f.sync("plant-1")
+            assert names(first) == own
+            assert first.full and first.view and first.epoch == f.store.epoch
+            assert names(await f.sync("shop-1")) == {"Site/shop", "Node/shop-1", "App/everywhere", "App/there"}
+            await f.store.put_status(Key("App", "default", "there"), {"phase": "Running"})
+            await f.store.put_status(Key("App", "default", "here"), {"phase": "Running"})
+            none = await f.sync("plant-1", first.revision, first.epoch)
+            assert (none.objects, none.full, none.view) == ([], False, first.view)
+            # what an App begins to use is older than the change that makes it needed
+            await f.store.put(app("everywhere", "", "unused"))
+            await f.store.put(app("there", "shop", replicas=2))
+            await f.store.put(app("here", "shop"))
+            then = await f.sync("plant-1", first.revision, first.epoch)
+            assert {"App/everywhere", "Config/unused", "App/here gone"} <= names(then)
+            assert "App/there" not in names(then), "nothing of another site"
+            assert {o.name for o in then.objects if o.stored is None} <= {"here", "there"}
+            for since, epoch in ((then.revision + 1000, first.epoch), (first.revision, "another epoch")):
+                assert (await f.sync("plant-1", since, epoch)).full, "what the node has cannot be trusted"
+
+    asyncio.run(body())
+
+
+def test_a_large_view_comes_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAGE", 2000)
+
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            for n in range(20):
+                await f.store.put(app(f"a{n:02}", "plant"))
+            page = await f.ask("plant-1", "sync", SyncAsk(0, ""), SyncAnswer)
+            assert page.more and not page.view
+            assert len(msgspec.msgpack.encode(page)) < 4000
+            whole = await f.sync("plant-1")
+            keys = [o.key for o in whole.objects]
+            assert keys == sorted(set(keys))
+            assert len(keys) == 23
+            assert whole.view
+
+    asyncio.run(body())
+
+
+def test_a_nodes_own_changes_are_decided_once(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            made = await f.push("plant-1", app("mine", "plant"))
+            assert (made.outcome, made.now.stored is not None) == ("accept", True)
+            key = Key("App", "default", "mine")
+            stored = f.store.get(key)
+            assert made.now.revision == stored.revision
+            # a change on the present revision, and the same answer again when only the answer was lost
+            change = LocalChange(10, *_parts(key), "put", stored.revision, 1.0, "ann", to_stored(app("mine", "plant", replicas=3)))  # fmt: skip  # noqa: E501
+            for outcome in ("accept", "same"):
+                answer = await f.ask("plant-1", "push", PushAsk("replica", [change]), PushAnswer)
+                assert [d.outcome for d in answer.decided] == [outcome]
+                assert f.store.get(key).spec.replicas == 3
+                assert f.store.get(key).metadata.generation == 2
+            # a wiped node counts from 1 again: another store's numbers mean nothing
+            change = msgspec.structs.replace(change, seq=1, base=f.store.get(key).revision,
+                                             stored=to_stored(app("mine", "plant", replicas=4)))  # fmt: skip
+            answer = await f.ask("plant-1", "push", PushAsk("wiped", [change]), PushAnswer)
+            assert [d.outcome for d in answer.decided] == ["accept"]
+            assert f.store.get(key).spec.replicas == 4
+            f._seq = 100
+            await f.push("plant-1", key, f.store.get(key).revision)
+            assert f.store.find(key) is None
+            await until(lambda: len(f.journal()) == 4, 20)
+            assert f.journal() == [("App/mine", "accept")] * 4
+
+    asyncio.run(body())
+
+
+def _parts(key: Key) -> tuple[str, str, str]:
+    return key.kind, key.namespace, key.name
+
+
+def test_when_both_sides_changed_it_the_rule_decides_and_the_loser_is_kept(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            for rule, winner in (("cloud", "hub"), ("edge", "site")):
+                old = await f.store.put(config(rule, "old", conflict=rule))
+                await f.store.put(config(rule, "hub", conflict=rule))
+                decided = await f.push("plant-1", config(rule, "site", conflict=rule), old.revision)
+                assert f.store.get(old.key).spec.data == {"k": winner}
+                assert decided.now.stored is not None and decided.now.stored.spec["data"] == {"k": winner}
+                assert decided.journal is not None
+                loser = "site" if winner == "hub" else "hub"
+                assert decided.journal["lost"]["spec"] == {"data": {"k": loser}}
+            # the secret that lost is not written into the journal
+            old = await f.store.put(doc("Secret", "s", {"data": {"p": "old"}}))
+            await f.store.put(doc("Secret", "s", {"data": {"p": "hub"}}))
+            decided = await f.push("plant-1", doc("Secret", "s", {"data": {"p": "hunter2"}}), old.revision)
+            assert decided.outcome == "reject"
+            assert "hunter2" not in str(decided.journal)
+
+    asyncio.run(body())
+
+
+def test_what_other_sites_use_too_becomes_an_override(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            shared = await f.store.put(app("web", replicas=1))
+            decided = await f.push("plant-1", app("web", replicas=5), shared.revision)
+            assert decided.outcome == "override"
+            assert f.store.get(shared.key).spec.replicas == 1, "nobody else notices"
+            override = f.store.get(Key("Override", "default", "app-web-plant"))
+            assert (override.spec.site, override.spec.patch) == ("plant", {"replicas": 5})
+            assert override.metadata.ownerReferences[0].uid == shared.metadata.uid
+            assert "Override/app-web-plant" in names(await f.sync("plant-2"))
+            assert "Override/app-web-plant" not in names(await f.sync("shop-1"))
+            gone = await f.push("plant-1", shared.key, shared.revision)
+            assert gone.outcome == "reject"
+            assert f.store.find(shared.key) is not None
+            assert (await f.push("plant-1", override.key, override.revision)).outcome == "accept"
+            assert f.store.find(override.key) is None, "a site may give its own override up"
+
+    asyncio.run(body())
+
+
+def test_a_site_reaches_nothing_of_others(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            override = await f.store.put(
+                doc("Override", "o", {"target": {"kind": "Site", "name": "shop"}, "site": "shop", "patch": {}})
+            )
+            tries: list[Resource | Key] = [
+                app("x", "shop"),
+                doc("Node", "shop-1", {"site": "plant"}),
+                doc("Node", "plant-1", {"site": "plant"}, labels={"x": "y"}),
+                doc("Site", "shop", {"displayName": "taken"}),
+                doc("Override", "p", {"target": {"kind": "Site", "name": "shop"}, "site": "plant", "patch": {}}),
+                Key("Node", CLUSTER, "shop-1"),
+                Key("Node", CLUSTER, "plant-2"),
+                Key("Site", CLUSTER, "shop"),
+                override.key,
+            ]
+            before = [(r.key, r.revision) for r in f.store.all()]
+            for what in tries:
+                key = what if isinstance(what, Key) else what.key
+                old = f.store.find(key)
+                decided = await f.push("plant-1", what, old.revision if old else 0)
+                assert decided.outcome == "invalid", key
+                assert "refused by the hub" in decided.why and str(key) in decided.why, decided.why
+                assert "write it at the hub" in decided.why
+            assert [(r.key, r.revision) for r in f.store.all()] == before
+            # its own Site it may name
+            assert (await f.push("plant-1", doc("Site", "plant", {"displayName": "P"}), f.store.get(Key("Site", CLUSTER, "plant")).revision)).outcome == "accept"  # fmt: skip  # noqa: E501
+
+    asyncio.run(body())
+
+
+def test_what_is_not_understood_is_answered(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            for verb, answer in (("sync", SyncAnswer), ("push", PushAnswer), ("report", Ok), ("beat", BeatAnswer)):
+                assert (await f.ask("plant-1", verb, b"\xc1", answer)).error
+                asks = {"sync": SyncAsk(0, ""), "push": PushAsk("r", []), "report": ReportAsk([]), "beat": BeatAsk(1)}
+                error = (await f.ask("stranger", verb, asks[verb], answer)).error
+                assert error == "Node/stranger: the hub knows no such node (enrol it again)"
+            wrong = app("x", "plant")
+            wrong.spec.replicas = -1
+            decided = await f.push("plant-1", wrong)
+            assert decided.outcome == "invalid"
+            assert "$.spec.replicas" in decided.why
+            wrong = app("x", "plant")
+            wrong.spec.dependsOn = ["x"]
+            assert "cannot wait for itself" in (await f.push("plant-1", wrong)).why, "what spans fields is checked too"
+
+    asyncio.run(body())
+
+
+def test_reports_become_the_status_of_app_service_and_node(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            a = await f.store.put(app("web", "plant", ports=[{"name": "http", "env": "PORT"}], replicas=1))
+            await f.store.put(doc("Service", "web", {"app": "web", "port": "http"}))
+            beat = await f.ask("plant-1", "beat", BeatAsk(1, "run"), BeatAnswer)
+            assert (beat.hub, beat.epoch, beat.error) == (f.nodes.run_id, f.store.epoch, "")
+            assert f.nodes.is_online("plant-1"), "the first beat of a run is certain"
+            instance = {"node": "plant-1", "phase": "Running", "ports": {"http": 20001}, "address": "10.0.0.1"}
+            status = {"phase": "Running", "instances": [instance], "version": "v1", "observedGeneration": 1}
+            report = ReportAsk([Status("App", "default", "web", status)], True, {"version": "9"},
+                               [{"seq": 4, "store": "r", "reason": "Started"}])  # fmt: skip
+            for _ in range(2):  # the second time only the answer was lost
+                assert (await f.ask("plant-1", "report", msgspec.msgpack.encode(report), Ok)).error == ""
+            service, node = Key("Service", "default", "web"), Key("Node", CLUSTER, "plant-1")
+            await until(lambda: bool(f.store.get(service).status.get("endpoints")), 20)
+            assert f.store.get(service).status["endpoints"] == [
+                {"node": "plant-1", "site": "plant", "address": "10.0.0.1", "port": 20001}
+            ]
+            assert f.store.get(a.key).status["version"] == "v1"
+            await until(lambda: f.store.get(node).status.get("version") == "9", 20)
+            assert f.store.get(node).status["online"] is True
+            await until(lambda: bool(f.records.items("events")), 20)
+            await f.ask("plant-1", "report", ReportAsk([], False, None, [{"seq": 5, "store": "r", "reason": "B"}]), Ok)
+            await until(lambda: f.records.items("events")[-1]["reason"] == "B", 20)
+            reasons = [r["reason"] for r in f.records.items("events") if r.get("node") == "plant-1"]
+            assert sorted(reasons) == ["B", "NodeOnline", "Started"]
+            # a full report that does not name it any more takes it away
+            await f.ask("plant-1", "report", ReportAsk([], True), Ok)
+            await until(lambda: not f.store.get(service).status.get("endpoints"), 20)
+
+    asyncio.run(body())
+
+
+def test_a_change_pokes_the_nodes_it_concerns(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            poked: list[tuple[str, int]] = []
+
+            async def seen(msg: Msg) -> None:
+                poked.append((msg.subject.split(".")[2], int(msg.data)))
+
+            bus = await f.bus("plant-1")
+            await bus.subscribe("ew.node.*.poke", seen)
+            await bus.flush()
+            for node in ("plant-1", "shop-1"):  # plant-2 is not there
+                await f.ask(node, "beat", BeatAsk(1, "run"), BeatAnswer)
+            online = lambda n: f.store.get(Key("Node", CLUSTER, n)).status.get("online")  # noqa: E731
+            await until(lambda: bool(online("plant-1") and online("shop-1")), 20)
+            mark = await f.store.put(app("mark", "plant"))
+            await until(lambda: any(revision >= mark.revision for _, revision in poked), 20)
+            poked.clear()
+            await f.store.put(app("there", "shop"))
+            await f.store.put(app("everywhere"))
+            await until(lambda: len(poked) >= 3, 20)
+            assert poked[0][0] == "shop-1"
+            assert {node for node, _ in poked[1:]} == {"plant-1", "shop-1"}
+
+    asyncio.run(body())

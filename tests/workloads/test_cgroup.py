@@ -1,0 +1,112 @@
+"""Limits that the kernel really holds, where this host lets us make groups; else the reason why not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edgeward.core import proc
+from edgeward.workloads import cgroup
+from edgeward.workloads.cgroup import Limits
+
+NODE = f"test-{os.getpid()}"
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture
+def instance() -> Iterator[str]:
+    yield "i1"
+    cgroup.remove(NODE, "i1")
+    for root in set(cgroup.host().roots.values()):
+        if (root / NODE).is_dir():
+            (root / NODE).rmdir()
+
+
+def groups() -> list[Path]:
+    return [p for p in cgroup._dirs(NODE, "i1") if p.is_dir()]
+
+
+def need(*controllers: str) -> None:
+    missing = [c for c in controllers if c not in cgroup.available()]
+    if missing:
+        pytest.skip(f"{', '.join(missing)}: {cgroup.host().why or 'not there'}")
+
+
+def test_everything_asked_for_is_enforced_or_refused_with_a_reason(instance: str) -> None:
+    limits = Limits(memory=64 << 20, cpu=0.5, pids=50)
+    verdict = cgroup.prepare(NODE, instance, limits)
+    assert sorted([*verdict.enforced, *verdict.refused]) == ["cpu", "memory", "pids"]
+    assert all(verdict.refused.values())
+    assert set(verdict.enforced) <= set(cgroup.available())
+    assert cgroup.prepare(NODE, instance, limits) == verdict, "again the same"
+    assert cgroup.prepare(NODE, instance, Limits()) == ([], {})
+
+
+def test_no_limits_no_groups(instance: str) -> None:
+    cgroup.prepare(NODE, instance, Limits())
+    assert groups() == []
+    cgroup.enter(NODE, instance, os.getpid())
+    cgroup.remove(NODE, instance)
+
+
+def test_what_the_kernel_does_not_take_is_refused(instance: str) -> None:
+    need("pids")
+    verdict = cgroup.prepare(NODE, instance, Limits(pids=-5))
+    assert verdict.enforced == []
+    assert verdict.refused["pids"]
+
+
+def test_a_removed_group_is_gone_and_a_busy_one_stays(instance: str) -> None:
+    need("pids")
+    cgroup.prepare(NODE, instance, Limits(pids=50))
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as held:
+        cgroup.enter(NODE, instance, held.pid)
+        cgroup.remove(NODE, instance)
+        assert groups()
+        assert str(held.pid) in (groups()[0] / "cgroup.procs").read_text().split()
+        held.communicate()
+    cgroup.remove(NODE, instance)
+    assert groups() == []
+
+
+async def _limited(instance: str, limits: Limits, code: str) -> tuple[int, str]:
+    """Runs Python ``code`` below ``limits``: its status, and what it said."""
+    verdict = cgroup.prepare(NODE, instance, limits)
+    assert not verdict.refused
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", f"import sys; sys.stdin.readline()\n{code}",
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    me = proc.identify(process.pid)
+    assert me is not None
+    cgroup.enter(NODE, instance, process.pid)
+    out, _ = await process.communicate(b"go\n")
+    return process.returncode or 0, out.decode()
+
+
+def test_memory_above_the_limit_ends_the_process(instance: str) -> None:
+    need("memory")
+    code = "d = bytearray(%d)\nfor n in range(0, len(d), 4096): d[n] = 1\nprint('lived')"
+    assert asyncio.run(_limited(instance, Limits(memory=64 << 20), code % (16 << 20))) == (0, "lived\n")
+    assert asyncio.run(_limited(instance, Limits(memory=64 << 20), code % (256 << 20))) == (-9, "")
+
+
+def test_so_many_processes_and_no_more(instance: str) -> None:
+    need("pids")
+    code = (
+        "import os, signal\nn = 0\n"
+        "try:\n"
+        "  for _ in range(50):\n"
+        "    if os.fork() == 0: signal.pause()\n"
+        "    n += 1\n"
+        "except OSError: pass\n"
+        "print(n)\nsys.stdout.flush()\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.killpg(0, signal.SIGTERM)"
+    )
+    code = "import os; os.setsid()\n" + code
+    assert asyncio.run(_limited(instance, Limits(pids=5), code)) == (0, "4\n")
