@@ -20,6 +20,7 @@ _BYTES = {
     "Ti": 2**40,
 }
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LARGEST = 2**62  # bytes; stores count in 64 bits
 _LONGEST = 1e12  # seconds; what is longer breaks timers and dates
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(k|M|G|T|Ki|Mi|Gi|Ti)?B?")
 _PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)")
@@ -34,11 +35,16 @@ def parse_bytes(value: str | int) -> int:
     if isinstance(value, int):
         if value < 0:
             raise ValueError(f"{value} is negative")
+        if value > _LARGEST:
+            raise _no_size(value)
         return value
     match = _SIZE.fullmatch(value)
-    if match is None:
-        raise ValueError(f"{value[:40]!r} is no size: write bytes as 65536, 64Ki, 64Mi, 1G")
-    return int(Fraction(match[1]) * _BYTES[match[2] or ""])
+    if match is None or len(value) > 40:
+        raise _no_size(value)
+    size = int(Fraction(match[1]) * _BYTES[match[2] or ""])
+    if size > _LARGEST:
+        raise _no_size(value)
+    return size
 
 
 def parse_duration(value: str | int | float) -> float:
@@ -58,6 +64,10 @@ def parse_duration(value: str | int | float) -> float:
     if at == 0 or at != len(value) or total > _LONGEST:
         raise _no_duration(value)
     return total
+
+
+def _no_size(value: object) -> ValueError:
+    return ValueError(f"{str(value)[:40]!r} is no size: write bytes as 65536, 64Ki, 64Mi, 1G")
 
 
 def _no_duration(value: object) -> ValueError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -84,7 +83,7 @@ class ExportSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
 def _bytes(value: str | int, field: str) -> int:
     try:
         return parse_bytes(value)
-    except (ValueError, OverflowError) as e:
+    except ValueError as e:
         raise Invalid(str(e), field=f"$.spec.{field}") from None
 
 
@@ -98,11 +97,9 @@ def _check(r: Resource) -> None:
     size, keep = _bytes(spec.bounds.bytes, "bounds.bytes"), _bytes(spec.to.hub.keep, "to.hub.keep")
     _bytes(spec.rate, "rate")
     try:
-        age = parse_duration(spec.bounds.age)
+        parse_duration(spec.bounds.age)
     except ValueError as e:
         raise Invalid(str(e), field="$.spec.bounds.age") from None
-    if not math.isfinite(age):
-        raise Invalid(f"{age} is no length of time", field="$.spec.bounds.age", remedy="write e.g. 24h; 0: none")
     if not 1024**2 <= keep <= HARD_CAP // 2:
         raise Invalid(f"{keep} bytes", field="$.spec.to.hub.keep", remedy="from 1Mi to 4Gi")
     if size < 64 * 1024:
