@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgeward.core.errors import Invalid, Refused
 from edgeward.core.resource import Key, Resource, decode
-from edgeward.core.scope import NodeView, fingerprint, matches, placed_sites, site_of, view
+from edgeward.core.scope import NodeView, check_local, fingerprint, matches, placed_sites, site_of, view
 from edgeward.hub.kinds import load
 
 load()
@@ -107,3 +109,24 @@ def test_fingerprints_are_equal_when_the_views_are(a: dict[Key, int], b: dict[Ke
     random.shuffle(shuffled)
     assert fingerprint(shuffled) == fingerprint(a.items())
     assert (fingerprint(a.items()) == fingerprint(b.items())) is (a == b)
+
+
+def test_what_a_site_may_write_and_delete() -> None:
+    here, there, everywhere = (app("x", p) for p in ({"site": "plant"}, {"site": "shop"}, {}))
+    config, node = make("Config", "x", {"data": {}}), make("Node", "x", {"site": "plant"})
+    mine, other = make("Site", "plant", {}), make("Site", "shop", {})
+    for may in (here, everywhere, config, mine):
+        check_local(may, None, "plant")
+    for may in (here, config):
+        check_local(None, may, "plant")
+    with pytest.raises(Invalid, match=r"App/x: \$\.spec\.placement\.site: names site 'shop'.*place it at this site"):
+        check_local(there, None, "plant")
+    with pytest.raises(Invalid, match=r"names site 'shop'"):
+        check_local(None, there, "plant")
+    with pytest.raises(Refused, match=r"App/x: .*every site.*replicas: 0"):
+        check_local(None, everywhere, "plant")
+    for never in (node, other):
+        with pytest.raises(Invalid, match=r"write it at the hub"):
+            check_local(never, None, "plant")
+    with pytest.raises(Invalid, match="cannot delete a Site"):
+        check_local(None, mine, "plant")

@@ -98,6 +98,9 @@ def test_local_changes_are_decided_by_their_rule(lab: Callable[[str], Any]) -> N
         system.apply(config(rule, "3s"))
     local = {**shared, "spec": {"process": {"command": SLEEP}, "replicas": 2}}
     system.apply(local, "--at", "plant-1")
+    system.run("delete", "app", "shared", "--at", "plant-1", code=3)
+    assert "at every site" in system.stderr
+    assert "replicas: 0" in system.stderr
     system.run("delete", "app", "doomed")
     assert Path(f"/proc/{doomed}").exists(), "cut off, the site does not know yet"
     system.run("lab", "heal", "plant", "--data", str(system.data))

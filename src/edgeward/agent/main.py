@@ -39,6 +39,7 @@ from edgeward.core.outbox import Outbox
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key
 from edgeward.core.resources import Resources
+from edgeward.core.scope import check_local
 from edgeward.core.store import Change
 from edgeward.core.streaming import flag, json, number, record_routes
 from edgeward.nodes.calls import CallServer
@@ -68,7 +69,7 @@ class Agent:
         self.replica = Replica(data / "replica.db", site=self.site)
         self.records = SqliteRecords(data / "records.db")
         self.audit = Audit(data / "audit.db")
-        self.resources = Resources(self.replica, self.audit)
+        self.resources = Resources(self.replica, self.audit, lambda new, old: check_local(new, old, self.site))
         self.link = NodeEdge(self.node, self.replica, self.records, self._flipped)
         self.desired = Desired(self.replica, self.node, self.site)
         self.apps = AppsEdge(

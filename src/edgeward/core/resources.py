@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -43,8 +43,13 @@ def dependents(everything: Iterable[Resource], gone: Resource | Key) -> list[Res
     return found
 
 
+Guard = Callable[[Resource | None, Resource | None], None]
+
+
 class Resources:
-    def __init__(self, store: Store, audit: Audit) -> None:
+    def __init__(self, store: Store, audit: Audit, guard: Guard | None = None) -> None:
+        """``guard`` gets (new or None, old or None) of every write and raises what may not be done here."""
+        self._guard = guard
         self.store = store
         self.audit = audit
 
@@ -142,6 +147,8 @@ class Resources:
             # before the other checks: a stale document is a conflict, whatever else of it is stale with it
             self.store.check_expected(key, self.store.entry(key), expect)
             self._check(resource, old if verb != "create" else None)
+            if self._guard is not None:
+                self._guard(resource, old)
             encode_stored(resource)
             if dry_run:
                 return resource
@@ -161,6 +168,17 @@ class Resources:
     ) -> Resource:
         """Marks it for deletion; it goes at once unless it has finalizers. Dependents go with it."""
         old = self.store.get(key)
+        if self._guard is not None:
+            try:
+                self._guard(None, old)
+            except EdgewardError as e:
+                if not dry_run:
+                    await self._audited("delete", key, actor, source, old, None, f"{e.reason}: {e.message}")
+                raise
+        return await self._delete(old, expect, actor, source, dry_run)
+
+    async def _delete(self, old: Resource, expect: int | None, actor: str, source: str, dry_run: bool) -> Resource:
+        key = old.key
         try:
             self.store.check_expected(key, self.store.entry(key), expect)
             if key == Key("Namespace", CLUSTER, "default"):
@@ -197,7 +215,7 @@ class Resources:
 
     async def _delete_too(self, key: Key, actor: str, source: str = "") -> None:
         with contextlib.suppress(NotFound):  # it went with another of its owners
-            await self.delete(key, actor=actor, source=source)
+            await self._delete(self.store.get(key), None, actor, source, False)
 
     def _orphan(self, r: Resource) -> bool:
         """It has owners, and none of them is there any more (another one of the same name is not it)."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from edgeward.core.errors import Invalid, Refused
 from edgeward.core.registry import kinds
 from edgeward.core.resource import Key, Resource
 
@@ -78,3 +79,42 @@ def fingerprint(revisions: Iterable[tuple[Key, int]]) -> str:
     for key, revision in sorted(revisions):
         h.update(f"{key.kind}/{key.namespace}/{key.name}@{revision}\n".encode())
     return h.hexdigest()[:32]
+
+
+def check_reach(resource: Resource, site: str, *, delete: bool = False) -> None:
+    """Raises ``Invalid`` when a site may not write (or delete) the resource: it is the hub's or another site's.
+
+    A site creates, changes and deletes what is its own. What other sites may share it changes for itself (an Override).
+    """
+    kind = kinds.get(resource.kind)
+    named = site_of(resource) if kind.scope == "site" else placed_sites(resource)
+    # an Override is made at the hub from a change of its target; giving it up is the site's
+    own = ("Override",) if delete else ("Site",)
+    verb = "delete" if delete else "write"
+    if kind.scope == "hub" or (kind.scope == "site" and resource.kind not in own):
+        a = "an" if resource.kind[0] in "AEIO" else "a"
+        raise Invalid(
+            f"a site cannot {verb} {a} {resource.kind}", resource=str(resource.key), remedy=f"{verb} it at the hub"
+        )
+    if named and named != site:
+        place = "$.spec.site" if kind.scope == "site" else "$.spec.placement.site"
+        raise Invalid(
+            f"names site {named!r}, this is site {site!r}",
+            resource=str(resource.key),
+            field="$.metadata.name" if resource.kind == "Site" else place,
+            remedy=f"{verb} it at the hub" + ("" if kind.scope == "site" else ", or place it at this site"),
+        )
+
+
+def check_local(new: Resource | None, old: Resource | None, site: str) -> None:
+    """Raises what the hub would refuse of a change made at a site, as far as the site can know it."""
+    if new is not None:
+        check_reach(new, site)
+    elif old is not None:
+        check_reach(old, site, delete=True)
+        if kinds.get(old.kind).scope in ("placed", "all") and not placed_sites(old):
+            raise Refused(
+                "is placed at every site: a site cannot delete it for the others",
+                resource=str(old.key),
+                remedy="delete it at the hub, or change it for this site alone (an App: replicas: 0)",
+            )

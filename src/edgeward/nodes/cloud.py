@@ -22,7 +22,7 @@ from edgeward.core.bus import Bus
 from edgeward.core.errors import Conflict, EdgewardError, Invalid
 from edgeward.core.reconcile import Loop
 from edgeward.core.records import Records
-from edgeward.core.registry import extensions, kinds
+from edgeward.core.registry import extensions, kinds, redact
 from edgeward.core.resource import (
     CLUSTER,
     Key,
@@ -33,7 +33,7 @@ from edgeward.core.resource import (
     make_patch,
     to_stored,
 )
-from edgeward.core.scope import NodeView, fingerprint, placed_sites, site_of, view
+from edgeward.core.scope import NodeView, check_reach, fingerprint, placed_sites, view
 from edgeward.core.store import same_desired
 from edgeward.core.store_nats import NatsStore
 from edgeward.nodes.liveness import BEAT, Liveness
@@ -291,11 +291,11 @@ class NodesCloud:
         try:
             local = from_stored(change.stored) if change.stored is not None else None
             if local is not None:
-                self._check_reach(local, site)
+                check_reach(local, site)
                 kinds.get(local.kind).check(local)
                 _as_new(local, hub)
             elif hub is not None:
-                self._check_reach(hub, site, delete=True)
+                check_reach(hub, site, delete=True)
             merged = decide(
                 rule=(hub or local).metadata.conflict if (hub or local) else "cloud",  # type: ignore[union-attr]
                 base=change.base,
@@ -319,8 +319,9 @@ class NodesCloud:
         except EdgewardError as e:
             merged_why = f"refused by the hub: {e}"
             journal |= {"outcome": "invalid", "loser": "edge", "why": merged_why}
-            if change.stored is not None and change.kind != "Secret":
-                journal["lost"] = {"metadata": {"name": key.name}, "spec": change.stored.spec}
+            if change.stored is not None:
+                lost_doc = {"kind": key.kind, "metadata": {"name": key.name}, "spec": change.stored.spec}
+                journal["lost"] = redact(lost_doc)
             await self._journal(journal, node, change)
             return Decided(change.seq, "invalid", merged_why, self._now(key), journal)
         if merged.outcome != "same":
@@ -329,31 +330,6 @@ class NodesCloud:
 
     async def _journal(self, journal: dict[str, Any], node: str, change: LocalChange) -> None:
         await self._records.append("journal", journal, unique=f"j-{node}-{change.seq}-{int(change.time * 1000)}")
-
-    @staticmethod
-    def _check_reach(resource: Resource, site: str, *, delete: bool = False) -> None:
-        """A site may create, change and delete what is its own, not other sites' things."""
-        kind = kinds.get(resource.kind)
-        named = site_of(resource) if kind.scope == "site" else placed_sites(resource)
-        # an override is made here from a change of its target; giving it up is the site's
-        own = ("Override",) if delete else ("Site",)
-        if kind.scope == "hub" or (kind.scope == "site" and resource.kind not in own):
-            verb = "delete" if delete else "write"
-            what = f"a site cannot {verb} {'an' if resource.kind[0] in 'AEIO' else 'a'} {resource.kind}"
-            raise Invalid(what, resource=str(resource.key), remedy="write it at the hub")
-        if named and named != site:
-            raise Invalid(
-                f"names site {named!r}, this is site {site!r}",
-                resource=str(resource.key),
-                field="$.metadata.name"
-                if resource.kind == "Site"
-                else "$.spec.site"
-                if kind.scope == "site"
-                else "$.spec.placement.site",
-                remedy="write it at the hub"
-                if kind.scope == "site"
-                else "write it at the hub, or place it at this site",
-            )
 
     async def _override(self, key: Key, site: str, hub: Resource, local: Resource, change: LocalChange) -> None:
         patch = make_patch(msgspec.to_builtins(hub.spec), msgspec.to_builtins(local.spec))
