@@ -107,6 +107,42 @@ def test_a_failing_handler_does_not_end_the_subscription(tmp_path: Path) -> None
     asyncio.run(main())
 
 
+def test_after_a_flush_the_server_knows_what_was_subscribed_in_the_same_turn(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with one(tmp_path) as (server, bus):
+            other = await connect(server)
+            writes: list[bytes] = []
+            transport = bus.client._transport
+            write, writelines = transport.write, transport.writelines
+
+            def noted(data: bytes) -> None:
+                writes.append(bytes(data))
+                write(data)
+
+            def all_noted(lines: list[bytes]) -> None:
+                writes.append(b"".join(lines))
+                writelines(lines)
+
+            transport.write, transport.writelines = noted, all_noted
+
+            async def here(msg: Msg) -> None:
+                await msg.respond(b"here")
+
+            subscribing = asyncio.create_task(bus.client.subscribe("asked", cb=here))
+            async with asyncio.timeout(5):
+                while not bus.client._subs:  # noqa: ASYNC110 - turn by turn: its command is buffered, not yet sent
+                    await asyncio.sleep(0)
+                await bus.flush()
+            sent = b"".join(writes)
+            assert b"SUB asked" in sent
+            assert sent.index(b"SUB asked") < sent.index(b"PING"), "its PONG speaks of the subscription too"
+            assert (await other.request("asked")).data == b"here"
+            await subscribing
+            await other.close()
+
+    asyncio.run(main())
+
+
 def test_streams(tmp_path: Path) -> None:
     async def main() -> None:
         async with one(tmp_path) as (_, bus):
