@@ -27,6 +27,7 @@ class System:
         self.ready_file = data.parent / f"{data.name}.ready"
         self.log = data.parent / f"{data.name}.log"
         argv = [sys.executable, "-m", "edgeward", *command, "--data", str(data), "--ready-file", str(self.ready_file)]
+        self.ready_file.unlink(missing_ok=True)  # of an earlier run on the same directory
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(argv, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
         self.wait("ready", self.ready_file.exists, timeout)

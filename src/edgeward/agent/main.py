@@ -42,6 +42,7 @@ from edgeward.core.resources import Resources
 from edgeward.core.scope import check_local
 from edgeward.core.store import Change
 from edgeward.core.streaming import flag, json, number, record_routes
+from edgeward.core.vault import Vault
 from edgeward.nodes.calls import CallServer
 from edgeward.nodes.edge import NodeEdge
 from edgeward.streams.edge import ExportsEdge
@@ -66,7 +67,8 @@ class Agent:
         self.run_file = daemon.RunFile(data / "run.json")
         self.api_socket = daemon.socket_path(data, "api.sock")
         self.identity = NodeIdentity.open(data / "identity")
-        self.replica = Replica(data / "replica.db", site=self.site)
+        self.vault = Vault.open(data / "identity")
+        self.replica = Replica(data / "replica.db", site=self.site, vault=self.vault)
         self.records = SqliteRecords(data / "records.db")
         self.audit = Audit(data / "audit.db")
         self.resources = Resources(self.replica, self.audit, lambda new, old: check_local(new, old, self.site))
@@ -80,6 +82,7 @@ class Agent:
             report=self._app_status,
             event=self._event,
             address=self.address,
+            vault=self.vault,
         )
         self._ready = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -259,6 +262,7 @@ class Agent:
                 "system": f"{platform.system()} {platform.machine()}",
                 "python": platform.python_version(),
                 "enforced": self.apps.enforced(),
+                "secrets": {"sealed": True, "key": self.vault.source},
             }
         )
 

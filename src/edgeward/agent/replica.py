@@ -24,8 +24,6 @@ from edgeward.core.resource import (
     Key,
     Resource,
     Stored,
-    decode_stored,
-    encode_stored,
     from_stored,
     merge_patch,
     to_stored,
@@ -33,6 +31,7 @@ from edgeward.core.resource import (
 from edgeward.core.scope import fingerprint
 from edgeward.core.store import Entry, Store, same_desired
 from edgeward.core.store_sqlite import open_database
+from edgeward.core.vault import Plain, Vault
 from edgeward.nodes.wire import HubObject, LocalChange
 
 _SCHEMA = """
@@ -65,8 +64,9 @@ class _Row(msgspec.Struct):
 class Replica(Store):
     """A :class:`Store` for the node's API and loops, with the sync's own side door."""
 
-    def __init__(self, path: Path | str, *, site: str) -> None:
+    def __init__(self, path: Path | str, *, site: str, vault: Vault | None = None) -> None:
         super().__init__()
+        self._vault = vault or Plain()
         self.site = site
         #: Who makes the change being written, for the journal.
         self.actor = "local"
@@ -80,8 +80,9 @@ class Replica(Store):
         #: Random id of this file, so that a wiped node's numbers are not taken for the old one's.
         self.store_id = meta.get("store") or self.set_meta("store", clock.new_id(12))
         self.revision = int(meta.get("revision", 0))
-        for row in self._db.execute("SELECT * FROM replica"):
-            self._load(row)
+        plain = [key for row in self._db.execute("SELECT * FROM replica") if (key := self._load(row)) is not None]
+        if plain:
+            self._save(plain)  # from a release that kept secrets in plain
         for key in self._rows:
             resource = self._effective(key)
             row = self._rows[key]
@@ -94,22 +95,25 @@ class Replica(Store):
                 self._tombs[key] = row.seen
             self.revision = max(self.revision, row.seen)
 
-    def _load(self, row: tuple[Any, ...]) -> None:
+    def _load(self, row: tuple[Any, ...]) -> Key | None:
+        """Takes a row; its key when it holds secrets that are not sealed."""
         kind, ns, name, revision, seen, hub_rev, hub, hub_status, op, local, seq, base, at, actor, status = row
         self._rows[Key(kind, ns, name)] = _Row(
             revision,
             seen,
             hub_rev,
-            decode_stored(hub) if hub else None,
+            self._vault.decode(hub) if hub else None,
             msgspec.json.decode(hub_status) if hub_status else {},
             op or "",
-            decode_stored(local) if local else None,
+            self._vault.decode(local) if local else None,
             seq or 0,
             base or 0,
             at or 0.0,
             actor or "",
             msgspec.json.decode(status) if status else {},
         )
+        plain = any(side and self._vault.is_plain(side) for side in (hub, local))
+        return Key(kind, ns, name) if plain else None
 
     def close(self) -> None:
         self._db.close()
@@ -177,10 +181,10 @@ class Replica(Store):
                         row.revision,
                         row.seen,
                         row.hub_revision,
-                        encode_stored(row.hub) if row.hub else None,
+                        self._vault.encode(row.hub) if row.hub else None,
                         msgspec.json.encode(row.hub_status) if row.hub_status else None,
                         row.op or None,
-                        encode_stored(row.local) if row.local else None,
+                        self._vault.encode(row.local) if row.local else None,
                         row.seq,
                         row.base,
                         row.changed_at,

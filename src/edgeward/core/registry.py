@@ -162,26 +162,31 @@ kinds = Kinds()
 extensions = Extensions()
 
 
-def redact(doc: dict[str, Any]) -> dict[str, Any]:
-    """The document with the values of its kind's secret fields hidden; their keys stay.
+def secret_paths(kind: str, spec: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Where in a plain spec secret values are; only those that are there.
 
-    An Override carries a patch of another kind's spec, so that kind's secrets are hidden in it.
+    An Override carries a patch of another kind's spec, so that kind's secrets are in it.
     """
+    fields = {k.name: k.secret_fields for k in kinds}
+    paths: list[tuple[str, ...]] = [(name,) for name in fields.get(kind, ()) if spec.get(name)]
+    patch, target = spec.get("patch"), spec.get("target")
+    if kind == "Override" and isinstance(patch, Mapping) and isinstance(target, Mapping):
+        paths += [("patch", name) for name in fields.get(str(target.get("kind")), ()) if patch.get(name)]
+    return paths
+
+
+def replace_at(spec: Mapping[str, Any], path: tuple[str, ...], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """A copy of ``spec`` with the value at ``path`` changed."""
+    inner = spec[path[0]]
+    return {**spec, path[0]: change(inner) if len(path) == 1 else replace_at(inner, path[1:], change)}
+
+
+def redact(doc: dict[str, Any]) -> dict[str, Any]:
+    """The document with its secret values hidden; their keys stay."""
     spec = doc.get("spec")
     if not isinstance(spec, Mapping):
         return doc
-    hidden = _hide(str(doc.get("kind")), spec)
-    patch, target = hidden.get("patch"), hidden.get("target")
-    if doc.get("kind") == "Override" and isinstance(patch, Mapping) and isinstance(target, Mapping):
-        hidden["patch"] = _hide(str(target.get("kind")), patch)
-    return {**doc, "spec": hidden}
-
-
-def _hide(kind: str, spec: Mapping[str, Any]) -> dict[str, Any]:
-    secret = next((k.secret_fields for k in kinds if k.name == kind), ())
     hidden = dict(spec)
-    for name in secret:
-        value = hidden.get(name)
-        if value:
-            hidden[name] = dict.fromkeys(value, HIDDEN) if isinstance(value, Mapping) else HIDDEN
-    return hidden
+    for path in secret_paths(str(doc.get("kind")), spec):
+        hidden = replace_at(hidden, path, lambda v: dict.fromkeys(v, HIDDEN) if isinstance(v, Mapping) else HIDDEN)
+    return {**doc, "spec": hidden}

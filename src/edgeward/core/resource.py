@@ -273,17 +273,24 @@ _stored_encoder = msgspec.json.Encoder()
 _stored_decoder = msgspec.json.Decoder(Stored)
 
 
-def encode_stored(resource: Resource) -> bytes:
-    data = _stored_encoder.encode(to_stored(resource))
-    if len(data) > MAX_DOCUMENT:
-        raise TooLarge(
-            f"the document has {len(data)} bytes", resource=str(resource.key), remedy=f"at most {MAX_DOCUMENT} bytes"
-        )
+def write_stored(stored: Stored, what: str, *, slack: int = 1) -> bytes:
+    """The bytes of a stored form; ``slack``: how many times the bound they may have (sealed values are longer)."""
+    data = _stored_encoder.encode(stored)
+    if len(data) > MAX_DOCUMENT * slack:
+        raise TooLarge(f"the document has {len(data)} bytes", resource=what, remedy=f"at most {MAX_DOCUMENT} bytes")
     return data
 
 
+def read_stored(data: bytes) -> Stored:
+    return _stored_decoder.decode(data)
+
+
+def encode_stored(resource: Resource) -> bytes:
+    return write_stored(to_stored(resource), str(resource.key))
+
+
 def decode_stored(data: bytes, status: dict[str, Any] | None = None) -> Resource:
-    return from_stored(_stored_decoder.decode(data), status)
+    return from_stored(read_stored(data), status)
 
 
 def merge_patch(target: Any, patch: Any) -> Any:

@@ -24,8 +24,9 @@ from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 from edgeward.core import clock
 from edgeward.core.errors import Conflict, EdgewardError, Unreachable
 from edgeward.core.jsread import read_batch
-from edgeward.core.resource import Key, Resource, decode_stored, encode_stored
+from edgeward.core.resource import Key, Resource
 from edgeward.core.store import Entry, Store
+from edgeward.core.vault import Plain, Vault
 
 log = logging.getLogger("edgeward.store")
 
@@ -36,8 +37,13 @@ _TIMEOUT = 5.0
 class NatsStore(Store):
     """Open with :meth:`open`, keep :meth:`run` running; reads work from the cache at once."""
 
-    def __init__(self, client: Client, bucket: str = "resources", *, domain: str = "") -> None:
+    def __init__(
+        self, client: Client, bucket: str = "resources", *, domain: str = "", vault: Vault | None = None
+    ) -> None:
         super().__init__()
+        self._vault = vault or Plain()
+        #: Keys whose stored secrets are not sealed yet.
+        self._plain: set[Key] = set()
         self._nc = client
         self._bucket = bucket
         self._stream = f"KV_{bucket}"
@@ -76,6 +82,19 @@ class NatsStore(Store):
                 await self._publish("m.epoch", clock.new_id(16).encode(), 0)
         await self._follow()
         self.epoch = self._extra["m.epoch"].decode()
+
+    async def seal(self) -> int:
+        """Seals the secrets that an earlier release stored in plain; how many there were."""
+        sealed = 0
+        while self._plain:
+            key = self._plain.pop()
+            entry = self._entries.get(key)
+            if entry is None:
+                continue
+            with contextlib.suppress(Conflict):  # written meanwhile, and sealed by that
+                await self._put(entry.resource, entry)
+                sealed += 1
+        return sealed
 
     async def _woken(self, _: Msg) -> None:
         self._wake.set()
@@ -141,7 +160,9 @@ class NatsStore(Store):
             return
         status_data = self._statuses.get(key)
         try:
-            resource = decode_stored(data, msgspec.json.decode(status_data) if status_data else {})
+            resource = self._vault.decode(data, msgspec.json.decode(status_data) if status_data else {})
+            if self._vault.is_plain(data):
+                self._plain.add(key)
         except EdgewardError as e:
             # one unreadable object (a newer release's) must not take the others down
             log.error("stored %s is not readable: %s", key, e)
@@ -186,7 +207,7 @@ class NatsStore(Store):
         key = resource.key
         try:
             await self._publish(
-                f"r.{key.kind}.{key.namespace}.{key.name}", encode_stored(resource), self._base(key, old)
+                f"r.{key.kind}.{key.namespace}.{key.name}", self._vault.encode(resource), self._base(key, old)
             )
         except Conflict as e:
             await self._follow()

@@ -48,6 +48,7 @@ def open_database(path: Path | str) -> Database:
         db.execute("PRAGMA busy_timeout=5000")
         db.execute("PRAGMA wal_autocheckpoint=400")
         db.execute("PRAGMA journal_size_limit=4194304")
+        db.execute("PRAGMA secure_delete=ON")  # what was replaced does not stay readable in free pages
     except (sqlite3.Error, Refused) as e:
         raise EdgewardError(
             f"cannot open the database: {e}", resource=str(path), remedy="check the disk and the folder's owner"

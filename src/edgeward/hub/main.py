@@ -27,6 +27,7 @@ from edgeward.core.registry import extensions
 from edgeward.core.resource import Key, Resource
 from edgeward.core.resources import Resources
 from edgeward.core.store_nats import NatsStore
+from edgeward.core.vault import Vault
 from edgeward.hub.front import Links, front_protocol
 from edgeward.hub.kinds import load
 from edgeward.hub.routes import HubRoutes
@@ -57,8 +58,11 @@ class Hub:
         self.nats = NatsServer(self.data / "nats", spec, on_restart=self._say)
         await self.nats.start()
         self.bus = await Bus.connect(self.nats.url, name="hub", user=identity.user)
-        self.store = NatsStore(self.bus.client)
+        vault = Vault.open(self.data / "identity")
+        self.store = NatsStore(self.bus.client, vault=vault)
         await self.store.open()
+        if sealed := await self.store.seal():
+            log.info("%d resources of an earlier release had secrets in plain and are sealed now", sealed)
         self.records = StreamRecords(self.bus.client)
         await self.records.open()
         audit = Audit(self.data / "audit.db")
@@ -111,7 +115,9 @@ class Hub:
         ):
             self._ready = True
             self._say()
-            log.info("hub %s ready on %s:%s", __version__, self.bind, self.port)
+            log.info(
+                "hub %s ready on %s:%s; the vault's key is from %s", __version__, self.bind, self.port, vault.source
+            )
             try:
                 await daemon.until(
                     stop,

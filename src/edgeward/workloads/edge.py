@@ -26,6 +26,7 @@ from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.reconcile import Loop
 from edgeward.core.registry import extensions
 from edgeward.core.resource import Resource
+from edgeward.core.vault import Vault
 from edgeward.workloads import cgroup, health, logs
 from edgeward.workloads.plan import (
     Adopt,
@@ -91,14 +92,23 @@ class AppsEdge:
     """All apps of one node; :meth:`run` until cancelled, then :meth:`shutdown`."""
 
     def __init__(
-        self, *, node: str, site: str, data_dir: Path, source: Source, report: Report, event: Event, address: str = ""
+        self,
+        *,
+        node: str,
+        site: str,
+        data_dir: Path,
+        source: Source,
+        report: Report,
+        event: Event,
+        address: str = "",
+        vault: Vault | None = None,
     ) -> None:
         self.node, self.site = node, site
         self._source = source
         self._report, self._event = report, event
         self._address = address or "127.0.0.1"
         ensure_dir(data_dir)
-        self._db = WorkloadState(data_dir / "workloads.db")
+        self._db = WorkloadState(data_dir / "workloads.db", vault)
         self._runtime: Any = extensions.get("runtime", "process")(node=node, site=site, data_dir=data_dir)
         self._states = self._db.apps()
         self._live: dict[AppKey, dict[str, Live]] = {}

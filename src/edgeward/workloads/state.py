@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from edgeward.core.store_sqlite import open_database
+from edgeward.core.vault import Plain, Vault
 from edgeward.workloads.plan import State
 
 _SCHEMA = """
@@ -23,6 +24,17 @@ CREATE TABLE IF NOT EXISTS instances(id TEXT PRIMARY KEY, namespace TEXT, name T
 """
 #: Versions kept beside the one that serves.
 KEEP = 3
+
+
+_SEALED = b"\0"  # JSON never begins so
+
+
+def _is_sealed(doc: bytes) -> bool:
+    return doc[:1] == _SEALED
+
+
+def _place(namespace: str, name: str, digest: str) -> str:
+    return f"version/{namespace}/{name}/{digest}"
 
 
 class Snapshot(msgspec.Struct):
@@ -48,9 +60,21 @@ class InstanceRow(msgspec.Struct):
 
 
 class WorkloadState:
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, vault: Vault | None = None) -> None:
+        self._vault = vault or Plain()
         self._db = open_database(path)
         self._db.executescript(_SCHEMA)
+        rows = self._db.execute("SELECT namespace, name, digest, doc FROM versions").fetchall()
+        for namespace, name, digest, doc in rows:
+            if not _is_sealed(doc):  # from a release that kept them in plain
+                self._db.execute(
+                    "UPDATE versions SET doc=? WHERE namespace=? AND name=? AND digest=?",
+                    (self._sealed(doc, namespace, name, digest), namespace, name, digest),
+                )
+
+    def _sealed(self, doc: bytes, namespace: str, name: str, digest: str) -> bytes:
+        """A snapshot holds the values of Secrets, so all of it is sealed."""
+        return _SEALED + self._vault.seal(doc, _place(namespace, name, digest))
 
     def close(self) -> None:
         self._db.close()
@@ -69,15 +93,17 @@ class WorkloadState:
                 self._db.execute(f"DELETE FROM {table} WHERE namespace=? AND name=?", (namespace, name))  # noqa: S608
 
     def save_version(self, namespace: str, name: str, digest: str, snapshot: Snapshot) -> None:
-        self._db.execute(
-            "INSERT OR IGNORE INTO versions VALUES(?,?,?,?)", (namespace, name, digest, msgspec.json.encode(snapshot))
-        )
+        row = (namespace, name, digest, self._sealed(msgspec.json.encode(snapshot), namespace, name, digest))
+        self._db.execute("INSERT OR IGNORE INTO versions VALUES(?,?,?,?)", row)
 
     def version(self, namespace: str, name: str, digest: str) -> Snapshot | None:
         row = self._db.execute(
             "SELECT doc FROM versions WHERE namespace=? AND name=? AND digest=?", (namespace, name, digest)
         ).fetchone()
-        return msgspec.json.decode(row[0], type=Snapshot) if row else None
+        if row is None:
+            return None
+        doc = self._vault.unseal(row[0][1:], _place(namespace, name, digest)) if _is_sealed(row[0]) else row[0]
+        return msgspec.json.decode(doc, type=Snapshot)
 
     def trim_versions(self, namespace: str, name: str, keep: set[str]) -> None:
         rows = self._db.execute(
