@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tests.core.pair import Pair, until
 
 from edgeward.core.outbox import Outbox
 from edgeward.core.resource import Resource, decode
+from edgeward.streams.capture import Pace
 from edgeward.streams.edge import ExportsEdge, queue_name
 
 
@@ -28,7 +29,7 @@ def export(
 class Edge:
     """An agent's exports; ``die`` leaves everything as a SIGKILL does."""
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Pair, quota: Callable[[str], float] = lambda _: 0.0) -> None:
         self.pair = pair
         self.reports: dict[str, dict[str, Any] | None] = {}
         self.outbox = Outbox(pair.edge, node="x")
@@ -38,6 +39,7 @@ class Edge:
             data=pair.root / "exports",
             mqtt=("127.0.0.1", pair.mqtt, "u", "p"),
             report=lambda ns, name, status: self.reports.__setitem__(f"{ns}/{name}", status),
+            quota=quota,
         )
         self._tasks = [asyncio.create_task(self.outbox.run()), asyncio.create_task(self.exports.run())]
 
@@ -211,5 +213,53 @@ def test_the_hub_keeps_what_is_declared_and_every_cursor(tmp_path: Path) -> None
                 got = await arrived(p, "s", len(left) + 1)
                 assert [m["payload"]["id"] for m in got] == [*left, 201]
                 await again.die()
+
+    asyncio.run(main())
+
+
+def test_a_pace_is_kept_over_any_batches_and_follows_its_rate() -> None:
+    now, rate = 0.0, 100.0
+    pace = Pace(lambda: rate, lambda: now)
+    taken = 0
+    while now < 10:
+        batch = pace.most(500)
+        assert batch == 100
+        taken += batch
+        now += pace.took(batch)
+    assert taken == 1000
+    rate = 10.0
+    assert (pace.most(500), pace.took(20)) == (10, 2.0)
+    rate = 0.0
+    assert (pace.most(500), pace.took(500)) == (500, 2.0), "what was booked is paid, then there is no limit"
+
+
+def test_a_quota_of_readings_holds_for_all_exports_of_a_namespace_and_loses_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Pair(tmp_path) as p:
+            for name in ("s", "t", "free"):
+                await p.stream(name)
+            rates = {"line": 100.0}
+            edge = Edge(p, lambda ns: rates.get(ns, 0.0))
+            await edge.exports.apply(
+                [
+                    export("a", "line", "sensors/#", "s"),
+                    export("b", "line", "meters/#", "t"),
+                    export("c", "default", "sensors/#", "free"),
+                ]
+            )
+            loop = asyncio.get_running_loop()
+            async with publisher(p) as client:
+                began = loop.time()
+                await publish(client, "sensors/a", range(300))
+                await publish(client, "meters/a", range(300))
+                assert len(await arrived(p, "free", 300)) == 300, "another namespace is not slowed"
+                await arrived(p, "s", 300, 30)
+                await arrived(p, "t", 300, 30)
+                # the first second's worth of each goes at once; the pace bounds from below only
+                assert loop.time() - began >= 3.5
+            for stream in ("s", "t"):
+                got = [m async for m in await p.cloud.reader(stream)]
+                assert [m["payload"]["id"] for m in got] == list(range(300)), "once, and in order"
+            await edge.die()
 
     asyncio.run(main())

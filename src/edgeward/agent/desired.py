@@ -46,6 +46,12 @@ class Desired:
             if not e.metadata.deletionTimestamp and matches(getattr(e.spec, "placement", None), me)
         ]
 
+    def messages(self, namespace: str) -> float:
+        """Readings a second that the namespace's quota lets its Exports take on this node; 0: as many as come."""
+        found = self._replica.find(Key("Namespace", CLUSTER, namespace))
+        quota = found.spec.quota if found is not None else None
+        return float(quota.messages or 0) if quota is not None else 0.0
+
     def service_env(self, namespace: str) -> dict[str, str]:
         """``EDGEWARD_SERVICE_<NAME>``: the endpoints (``host:port``, comma-separated) known of each Service."""
         env: dict[str, str] = {}

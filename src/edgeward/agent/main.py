@@ -149,6 +149,7 @@ class Agent:
             data=self.data / "exports",
             mqtt=(daemon.local(self.bind), nats.ports["mqtt"], MQTT_USER, self._mqtt_password()),
             report=self._export_status,
+            quota=self.desired.messages,
         )
         self._exports = exports
         calls = CallServer(self.node, {"logs": self._logs, "usage": self._usage})

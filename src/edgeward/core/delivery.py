@@ -84,16 +84,21 @@ def ack_timeout(size: int) -> float:
 
 
 class Bucket:
-    """A token bucket over bytes; time is an argument."""
+    """A token bucket, over bytes or readings; time is an argument."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
         self._free_at = 0.0
 
-    def delay(self, now: float, size: int) -> float:
+    def delay(self, now: float, size: float) -> float:
         """Seconds to wait before ``size`` bytes may go; books them."""
         if self.rate <= 0:
             return 0.0
         start = max(now, self._free_at)
         self._free_at = start + size / self.rate
         return start - now
+
+    def book(self, now: float, size: float) -> float:
+        """Books what has gone already; seconds until more may go."""
+        self.delay(now, size)
+        return max(0.0, self._free_at - now)

@@ -8,14 +8,38 @@ import msgspec
 from msgspec import Meta
 
 from edgeward.core.errors import Invalid
+from edgeward.core.quantity import BYTES_PATTERN, parse_bytes
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import CLUSTER, Resource
+
+Size = Annotated[str, Meta(pattern=BYTES_PATTERN)] | int
+
+
+class Quota(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """What a namespace may add up to at a site; what is left out is not bounded."""
+
+    apps: Annotated[Annotated[int, Meta(ge=0)] | None, Meta(description="Apps")] = None
+    cpu: Annotated[
+        Annotated[float, Meta(ge=0)] | None, Meta(description="Processors: the sum of limits.cpu times replicas")
+    ] = None
+    memory: Annotated[Size | None, Meta(description="The sum of limits.memory times replicas, e.g. 2Gi")] = None
+    messages: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Readings a second that its Exports take on one node; more wait in the node's broker"),
+    ] = None
+    bytes: Annotated[Size | None, Meta(description="The sum of its Exports' bounds.bytes, e.g. 1Gi")] = None
+
+    def limits(self) -> dict[str, float]:
+        """Field to number, of those that admission checks."""
+        values = {"apps": self.apps, "cpu": self.cpu, "memory": self.memory, "bytes": self.bytes}
+        return {k: parse_bytes(v) if isinstance(v, str) else float(v) for k, v in values.items() if v is not None}
 
 
 class NamespaceSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """Where names are unique; deleting it deletes everything in it."""
 
     description: Annotated[str, Meta(description="What it is for", max_length=1024)] = ""
+    quota: Annotated[Quota | None, Meta(description="What it may use at most")] = None
 
 
 class ConfigSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -48,6 +72,20 @@ class OverrideSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
     reason: Annotated[str, Meta(description="Who made it and why", max_length=1024)] = ""
 
 
+def _check_namespace(r: Resource) -> None:
+    try:
+        if r.spec.quota is not None:
+            r.spec.quota.limits()
+    except ValueError as e:
+        raise Invalid(str(e), field="$.spec.quota") from None
+
+
+def quota_of(namespace: Resource | None) -> dict[str, float]:
+    """The quota that admission checks; {} for a namespace without one."""
+    quota = namespace.spec.quota if namespace is not None else None
+    return quota.limits() if quota is not None else {}
+
+
 def _override_refs(r: Resource) -> list[Ref]:
     t = r.spec.target
     return [
@@ -73,8 +111,12 @@ kinds.add(
         namespaced=False,
         scope="all",
         short=("ns",),
+        check=_check_namespace,
         columns=(Column("DESCRIPTION", lambda d: d["spec"].get("description", "")),),
-        example="apiVersion: edgeward/v1\nkind: Namespace\nmetadata: {name: line-3}\n",
+        example=(
+            "apiVersion: edgeward/v1\nkind: Namespace\nmetadata: {name: line-3}\n"
+            "spec: {quota: {apps: 20, memory: 2Gi}}\n"
+        ),
     )
 )
 kinds.add(

@@ -50,6 +50,10 @@ def _no_check(_: Resource) -> None:
     return None
 
 
+def _no_usage(_: Resource) -> Mapping[str, float | None]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """What is known of one resource kind."""
@@ -68,6 +72,8 @@ class Kind:
     refs: Callable[[Resource], list[Ref]] = _no_refs
     #: Checks over the whole resource; raises ``Invalid``.
     check: Callable[[Resource], None] = _no_check
+    #: What it takes of its namespace's quota (``core/quota.py``).
+    usage: Callable[[Resource], Mapping[str, float | None]] = _no_usage
     columns: tuple[Column, ...] = ()
     #: Top-level spec fields whose values are secret: never listed, printed, logged or diffed.
     secret_fields: tuple[str, ...] = ()

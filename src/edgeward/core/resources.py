@@ -7,16 +7,18 @@ takes everything in it along, a Site with nodes stays. Storing is the store's bu
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
 
 import msgspec
 
-from edgeward.core import clock
+from edgeward.core import clock, quota
 from edgeward.core.audit import Audit
 from edgeward.core.context import correlation
 from edgeward.core.errors import Conflict, EdgewardError, Invalid, NotFound
+from edgeward.core.kinds import quota_of
 from edgeward.core.registry import kinds
 from edgeward.core.resource import CLUSTER, Key, Resource, encode_stored, parse_revision
 from edgeward.core.store import Store
@@ -52,6 +54,8 @@ class Resources:
         self._guard = guard
         self.store = store
         self.audit = audit
+        #: Of two writes that would each fit a quota alone, the second is checked with the first in place.
+        self._admission = asyncio.Lock()
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
@@ -68,6 +72,9 @@ class Resources:
                     field="$.metadata.namespace",
                     remedy=f"create it first: kind Namespace, name {namespace}",
                 )
+        if kind.namespaced and (limits := quota_of(self.store.find(Key("Namespace", CLUSTER, namespace)))):
+            inside = [r for k in kinds for r in self.store.items(k.name, namespace) if k.namespaced]
+            quota.check(namespace, limits, inside, resource)
         for ref in kind.refs(resource):
             if self.store.find(Key(ref.kind, ref.namespace, ref.name)) is None:
                 raise Invalid(
@@ -132,6 +139,11 @@ class Resources:
         """Raises ``NotFound``, and ``Conflict`` on a stale revision."""
         return await self._write("replace", resource, expect, actor, source, dry_run)
 
+    def _admitted(self, resource: Resource) -> contextlib.AbstractAsyncContextManager[object]:
+        """One write at a time where a quota counts, all at once elsewhere."""
+        home = self.store.find(Key("Namespace", CLUSTER, resource.metadata.namespace))
+        return self._admission if quota_of(home) else contextlib.nullcontext()
+
     async def _write(
         self, verb: str, resource: Resource, expect: int | None, actor: str, source: str, dry_run: bool
     ) -> Resource:
@@ -144,15 +156,16 @@ class Resources:
                 expect = self._expected(resource, expect)
                 if old.metadata.deletionTimestamp and set(resource.metadata.finalizers) - set(old.metadata.finalizers):
                     raise Conflict("is being deleted", resource=str(key), remedy="wait, then create it anew")
-            # before the other checks: a stale document is a conflict, whatever else of it is stale with it
-            self.store.check_expected(key, self.store.entry(key), expect)
-            self._check(resource, old if verb != "create" else None)
-            if self._guard is not None:
-                self._guard(resource, old)
-            encode_stored(resource)
-            if dry_run:
-                return resource
-            stored = await self.store.put(resource, expect=expect)
+            async with self._admitted(resource):
+                # before the other checks: a stale document is a conflict, whatever else of it is stale with it
+                self.store.check_expected(key, self.store.entry(key), expect)
+                self._check(resource, old if verb != "create" else None)
+                if self._guard is not None:
+                    self._guard(resource, old)
+                encode_stored(resource)
+                if dry_run:
+                    return resource
+                stored = await self.store.put(resource, expect=expect)
         except EdgewardError as e:
             e.resource = e.resource or str(key)
             if not dry_run:

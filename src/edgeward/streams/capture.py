@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from edgeward.core.bus import Bus, cancellable
-from edgeward.core.delivery import Cursor, taken_over
+from edgeward.core.delivery import Bucket, Cursor, taken_over
 from edgeward.core.errors import Conflict, EdgewardError, Refused, Unreachable
 from edgeward.core.files import remove, write_atomic
 from edgeward.core.jsread import Message, read_batch
@@ -87,11 +88,34 @@ async def wake_broker(host: str, port: int, user: str, password: str, timeout: f
         raise EdgewardError(f"the node's MQTT listener refused the agent (code {answer[3]})")
 
 
+class Pace:
+    """What the Exports of one namespace may take together, in readings a second; 0: as many as come."""
+
+    def __init__(self, rate: Callable[[], float], now: Callable[[], float]) -> None:
+        self._rate, self._now = rate, now
+        self._bucket = Bucket(0.0)
+
+    def most(self, batch: int) -> int:
+        """Readings to fetch at once: no more than a second's worth."""
+        rate = self._rate()
+        return max(1, min(batch, int(rate))) if rate > 0 else batch
+
+    def took(self, readings: int) -> float:
+        """Seconds to wait after these were taken."""
+        self._bucket.rate = self._rate()
+        return self._bucket.book(self._now(), readings)
+
+
 class Capture:
     """One Export's way from the broker into its queue."""
 
-    def __init__(self, bus: Bus, queue: Queue, topic: str, identity: str, window: int, state: Path) -> None:
+    def __init__(
+        self, bus: Bus, queue: Queue, topic: str, identity: str, window: int, state: Path, pace: Pace | None = None
+    ) -> None:
         """``state``: the file that keeps the window of identities."""
+        self._pace = pace or Pace(lambda: 0.0, time.monotonic)
+        #: Seconds that the quota wants before more is taken.
+        self._owed = 0.0
         self.topic = topic
         self._bus, self._queue = bus, queue
         self._js = bus.jetstream()
@@ -229,6 +253,7 @@ class Capture:
                     end = min(end, got[-1][0])
             found = sorted(m for m in found if m[0] <= end)
             await self._take([(m[0], stamp_of(m[2]), m[1], m[3]) for m in found])
+            await self._pay()
             at = end + 1
 
     async def _pump(self) -> None:
@@ -236,7 +261,7 @@ class Capture:
         try:
             while True:
                 try:
-                    msgs = await cancellable(subscription.fetch(_BATCH, timeout=0.5))
+                    msgs = await cancellable(subscription.fetch(self._pace.most(_BATCH), timeout=0.5))
                 except (nats.errors.TimeoutError, TimeoutError):
                     msgs = []
                     if not self._bus.connected:
@@ -248,9 +273,16 @@ class Capture:
                 if msgs:
                     await self._take([_consumed(m) for m in msgs])
                     await self._acknowledge(msgs[-1])
+                await self._pay()
         finally:
             with contextlib.suppress(nats.errors.Error):
                 await subscription.unsubscribe()
+
+    async def _pay(self) -> None:
+        """Waits as the namespace's quota wants it; meanwhile the broker keeps what comes."""
+        owed, self._owed = self._owed, 0.0
+        if owed:
+            await asyncio.sleep(owed)  # the declared pace
 
     async def _take(self, msgs: list[tuple[int, int, str, bytes]]) -> None:
         """Appends what is new of (sequence, time stamp, subject, payload)."""
@@ -312,6 +344,7 @@ class Capture:
             try:
                 self._appended = await self._queue.append(readings, cursor)
                 self._cursor = cursor
+                self._owed = max(self._owed, self._pace.took(len(readings)))
                 break
             except Refused as e:
                 if self._queue.spec.on_full == "dropNewest":

@@ -19,7 +19,7 @@ from edgeward.core.files import ensure_dir
 from edgeward.core.outbox import Outbox, QueueSpec
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
-from edgeward.streams.capture import STREAM, Capture, wake_broker
+from edgeward.streams.capture import STREAM, Capture, Pace, wake_broker
 from edgeward.streams.spec import ExportSpec
 
 log = logging.getLogger("edgeward.streams")
@@ -57,9 +57,18 @@ class _Running(msgspec.Struct):
 
 class ExportsEdge:
     def __init__(
-        self, bus: Bus, outbox: Outbox, *, data: Path, mqtt: tuple[str, int, str, str], report: Report
+        self,
+        bus: Bus,
+        outbox: Outbox,
+        *,
+        data: Path,
+        mqtt: tuple[str, int, str, str],
+        report: Report,
+        quota: Callable[[str], float] = lambda _: 0.0,
     ) -> None:
-        """``data``: a directory of its own, for what must survive a kill."""
+        """``data``: a directory of its own, for what must survive a kill. ``quota``: readings a second by namespace."""
+        self._quota = quota
+        self._paces: dict[str, Pace] = {}
         self._data = ensure_dir(data)
         self._bus, self._outbox, self._mqtt, self._report = bus, outbox, mqtt, report
         self._running: dict[tuple[str, str], _Running] = {}
@@ -120,7 +129,7 @@ class ExportsEdge:
         spec: ExportSpec = export.spec
         queue = await self._outbox.open(queue_spec(export))
         capture = Capture(self._bus, queue, spec.source.mqtt, spec.identity, spec.identityWindow,
-                          self._data / f"{queue.spec.name}.window")  # fmt: skip
+                          self._data / f"{queue.spec.name}.window", self._pace(key[0]))  # fmt: skip
         try:
             await capture.open()
         except EdgewardError:
@@ -131,6 +140,12 @@ class ExportsEdge:
         if self._group is not None:
             running.task = self._group.create_task(capture.run())
         self._tell(key)
+
+    def _pace(self, namespace: str) -> Pace:
+        """All Exports of a namespace share one."""
+        if namespace not in self._paces:
+            self._paces[namespace] = Pace(lambda: self._quota(namespace), asyncio.get_running_loop().time)
+        return self._paces[namespace]
 
     async def _end(self, key: tuple[str, str], *, forget: bool) -> None:
         running = self._running.pop(key, None)

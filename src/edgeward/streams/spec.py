@@ -111,6 +111,10 @@ def _refs(r: Resource) -> list[Ref]:
     return [Ref("Site", "_", site, "$.spec.placement.site")] if site else []
 
 
+def _usage(r: Resource) -> dict[str, float | None]:
+    return {"bytes": parse_bytes(r.spec.bounds.bytes)}
+
+
 def _pending(d: dict[str, Any]) -> int:
     return sum(int(n.get("pending", 0)) for n in d.get("status", {}).get("nodes", {}).values())
 
@@ -124,6 +128,7 @@ kinds.add(
         scope="placed",
         check=_check,
         refs=_refs,
+        usage=_usage,
         columns=(
             Column("FROM", lambda d: d["spec"]["from"]["mqtt"]),
             Column("STREAM", lambda d: d["spec"]["to"]["hub"]["stream"]),

@@ -271,6 +271,15 @@ def _app_refs(r: Resource) -> list[Ref]:
     return refs
 
 
+def _app_usage(r: Resource) -> dict[str, float | None]:
+    limits, replicas = r.spec.limits, r.spec.replicas
+    return {
+        "apps": 1,
+        "cpu": None if limits.cpu is None else limits.cpu * replicas,
+        "memory": None if limits.memory is None else parse_bytes(limits.memory) * replicas,
+    }
+
+
 def _service_refs(r: Resource) -> list[Ref]:
     return [Ref("App", r.metadata.namespace, r.spec.app, "$.spec.app")]
 
@@ -289,6 +298,7 @@ kinds.add(
         scope="placed",
         check=_check_app,
         refs=_app_refs,
+        usage=_app_usage,
         columns=(
             Column("PHASE", lambda d: d.get("status", {}).get("phase", "Pending")),
             Column("READY", _ready),
