@@ -113,7 +113,7 @@ class Fleet:
 
 
 @asynccontextmanager
-async def fleet(folder: Path) -> AsyncIterator[Fleet]:
+async def fleet(folder: Path, patience: float = 120) -> AsyncIterator[Fleet]:
     identity = HubIdentity.open(folder / "identity")
     server = NatsServer(folder / "nats", HubSpec(identity.operator_jwt, identity.system_account, identity.accounts))
     await server.start()
@@ -142,7 +142,7 @@ async def fleet(folder: Path) -> AsyncIterator[Fleet]:
         await nodes.open()
         f = Fleet(server, identity, bus, resources, records, nodes, write)
         tasks = [asyncio.create_task(work()) for work in (store.run, records.run, nodes.run)]
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(patience):
             yield f
         assert not any(t.done() for t in tasks)
         await f.close()

@@ -293,10 +293,8 @@ class Replica(Store):
         before: dict[Key, _Row | None] = {}
         row = self._touch(before, key)
         self._local(row, "delete")
+        # also of what the hub never told of: it may have taken it over, and only the answer was lost
         row.local, row.status = None, {}
-        if row.hub is None:
-            # never known at the hub: nothing has to travel
-            del self._rows[key]
         self._commit(before)
 
     async def put_status(self, key: Key, status: dict[str, Any]) -> None:

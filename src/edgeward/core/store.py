@@ -93,6 +93,8 @@ class Store(abc.ABC):
         self._entries: dict[Key, Entry] = {}
         self._by_kind: dict[str, dict[Key, Entry]] = {}
         self._tombs: dict[Key, int] = {}
+        #: When it was deleted, seconds since 1970, where that is known.
+        self._buried: dict[Key, float] = {}
         self._watchers: set[Subscription] = set()
         #: The revision of the last change that the cache holds.
         self.revision = 0
@@ -113,6 +115,10 @@ class Store(abc.ABC):
 
     def entry(self, key: Key) -> Entry | None:
         return self._entries.get(key)
+
+    def deleted(self, key: Key) -> tuple[int, float]:
+        """Revision and time (seconds since 1970) of a deletion; zeros where there was none or nobody remembers."""
+        return self._tombs.get(key, 0), self._buried.get(key, 0.0)
 
     def items(self, kind: str, namespace: str | None = None) -> list[Resource]:
         """All of a kind, by namespace and name."""
@@ -230,6 +236,7 @@ class Store(abc.ABC):
             self._entries[key] = entry
             self._by_kind.setdefault(key.kind, {})[key] = entry
             self._tombs.pop(key, None)
+            self._buried.pop(key, None)
         change = Change(revision, key, resource, status_only)
         for watcher in tuple(self._watchers):
             watcher.push(change)

@@ -32,6 +32,8 @@ log = logging.getLogger("edgeward.store")
 
 _BATCH = 500
 _TIMEOUT = 5.0
+#: When something was deleted, by the clock of the hub that did it.
+_TIME = "Ew-Time"
 
 
 class NatsStore(Store):
@@ -152,6 +154,7 @@ class NatsStore(Store):
             self._changed(seq, key, msgspec.structs.replace(entry.resource, status=status), status_only=True)
             return
         if deleted:
+            self._buried[key] = float((headers or {}).get(_TIME) or 0)
             if key in self._entries:
                 self._changed(seq, key, None)
             else:
@@ -177,7 +180,7 @@ class NatsStore(Store):
         if expect is not None:
             headers["Nats-Expected-Last-Subject-Sequence"] = str(expect)
         if operation:
-            headers["KV-Operation"] = operation
+            headers |= {"KV-Operation": operation, _TIME: str(clock.now())}
         try:
             ack = await self._js.publish(f"{self._prefix}{name}", data, timeout=_TIMEOUT, headers=headers or None)
         except nats.js.errors.APIError as e:

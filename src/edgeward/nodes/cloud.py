@@ -57,6 +57,8 @@ log = logging.getLogger("edgeward.nodes")
 T = TypeVar("T")
 #: One page of a sync, in bytes of encoded objects.
 PAGE = 512 * 1024
+#: Changes of a node whose outcome is remembered, in case the answer is lost; a push has at most 50.
+_REMEMBERED = 256
 #: Kinds whose status is made at the hub and needed at the nodes.
 _STATUS_DOWN = ("Service", "Site", "Node")
 
@@ -253,17 +255,34 @@ class NodesCloud:
         async with self._pushing.setdefault(node, asyncio.Lock()):
             saved = self._store.fact(f"pushed.{node}")
             last = msgspec.json.decode(saved) if saved else {}
-            done = last.get("seq", 0) if last.get("store") == ask.store else 0
+            known = last if last.get("store") == ask.store else {}
+            done = known.get("seq", 0)
+            # key -> (base, revision after) of changes taken over from this node: where the answer was lost, the node's
+            # next change has the old base, and what happened since is its own doing
+            mine = {Key(*k): (base, after) for *k, base, after in known.get("mine", [])}
             decided: list[Decided] = []
             for change in ask.changes:
                 if change.seq <= done:
                     # decided before, only the answer was lost
                     decided.append(Decided(change.seq, "same", "taken over before", self._now(change.key)))
                     continue
-                decided.append(await self._decide(node, site, change))
+                base, after = mine.pop(change.key, (0, -1))
+                own = base == change.base and after == self._revision(change.key)
+                entry = self._store.entry(change.key) if own else None
+                seen = (entry.revision if entry else 0) if own else change.base
+                decided.append(await self._decide(node, site, msgspec.structs.replace(change, base=seen)))
                 done = change.seq
-                await self._store.set_fact(f"pushed.{node}", msgspec.json.encode({"store": ask.store, "seq": done}))
+                if decided[-1].outcome == "accept":
+                    mine[change.key] = change.base, self._revision(change.key)
+                kept = [[k.kind, k.namespace, k.name, *v] for k, v in list(mine.items())[-_REMEMBERED:]]
+                fact = {"store": ask.store, "seq": done, "mine": kept}
+                await self._store.set_fact(f"pushed.{node}", msgspec.json.encode(fact))
             return PushAnswer(decided)
+
+    def _revision(self, key: Key) -> int:
+        """Of the object, or of its deletion."""
+        entry = self._store.entry(key)
+        return entry.revision if entry else self._store.deleted(key)[0]
 
     def _now(self, key: Key) -> HubObject:
         entry = self._store.entry(key)
@@ -299,11 +318,11 @@ class NodesCloud:
             merged = decide(
                 rule=(hub or local).metadata.conflict if (hub or local) else "cloud",  # type: ignore[union-attr]
                 base=change.base,
-                hub=Side(hub is not None, entry.revision if entry else 0, _updated(hub)),
+                hub=Side(hub is not None, entry.revision if entry else 0, _updated(hub) or self._store.deleted(key)[1]),
                 edge=Side(local is not None, change.base, change.time),
                 same=hub is not None and local is not None and same_desired(hub, local),
                 shared=hub is not None and self._shared(key, site, hub),
-                hub_tombstone=self._store.revision,
+                hub_tombstone=self._store.deleted(key)[0],
             )
             lost: Resource | None = local if merged.loser == "edge" else hub if merged.loser == "cloud" else None
             journal |= {"outcome": merged.outcome, "loser": merged.loser, "why": merged.why,
