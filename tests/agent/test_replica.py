@@ -17,6 +17,7 @@ from edgeward.core.errors import Conflict, Refused
 from edgeward.core.resource import Key, Stored, decode, to_stored
 from edgeward.core.scope import fingerprint
 from edgeward.hub.kinds import load
+from edgeward.nodes.ancestry import Ancestor
 from edgeward.nodes.wire import HubObject
 
 load()
@@ -201,3 +202,80 @@ def test_a_full_disk_refuses_a_write_whole_and_takes_it_later(tmp_path: Path) ->
         asyncio.run(body())
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+# -- a hub that was restored from a backup -------------------------------------------------------------------------
+
+LINE = [Ancestor("e", 100, 5_000)]
+
+
+def test_what_is_newer_than_the_backup_stays_as_the_sites_own_change(tmp_path: Path) -> None:
+    r = Replica(tmp_path / "r.db", site="plant")
+    objects = [from_hub("old", "1", 80), from_hub("newer", "2", 140), from_hub("made-since", "1", 150)]
+    r.apply_sync([*objects, from_hub("same", "1", 120)], revision=150, epoch="e", full=True)
+    back = [from_hub("old", "1", 4_080), from_hub("newer", "1", 4_070), from_hub("same", "1", 4_075)]
+    kept = r.apply_sync(back, revision=5_000, epoch="f", full=True, line=LINE)
+    assert kept == ([key("made-since"), key("newer")], [])
+    assert (value(r, "newer"), value(r, "made-since"), value(r, "old")) == ("2", "1", "1")
+    assert [(c.name, c.op, c.base) for c in r.pending()] == [("made-since", "put", 150), ("newer", "put", 140)]
+    assert r.hub_view() == fingerprint((key(o.name), o.revision) for o in back)
+    # it is on the disk, and is not done twice
+    r.close()
+    r = Replica(tmp_path / "r.db", site="plant")
+    assert (r.epoch, r.line) == ("f", LINE)
+    assert r.apply_sync(back, revision=5_000, epoch="f", full=True, line=LINE) == ([], [])
+    assert (value(r, "newer"), len(r.pending())) == ("2", 2)
+
+
+def test_a_change_of_a_person_here_stays_theirs(tmp_path: Path) -> None:
+    async def body() -> None:
+        r = Replica(tmp_path / "r.db", site="plant")
+        r.apply_sync([from_hub("a", "2", 140)], revision=140, epoch="e", full=True)
+        r.actor = "ann"
+        await r.put(config("a", "mine"))
+        assert r.apply_sync([from_hub("a", "1", 4_080)], revision=5_000, epoch="f", full=True, line=LINE) == ([], [])
+        (change,) = r.pending()
+        assert (change.actor, change.base, value(r, "a")) == ("ann", 140, "mine")
+
+    asyncio.run(body())
+
+
+def test_only_the_hub_writes_what_is_the_hubs(tmp_path: Path) -> None:
+    def node(labels: dict[str, str], revision: int) -> HubObject:
+        doc = {"apiVersion": "edgeward/v1", "kind": "Node", "metadata": {"name": "plant-1", "labels": labels}}
+        return HubObject("Node", "_", "plant-1", revision, to_stored(decode({**doc, "spec": {"site": "plant"}})))
+
+    r = Replica(tmp_path / "r.db", site="plant")
+    r.apply_sync([node({"new": "1"}, 140)], revision=140, epoch="e", full=True)
+    kept = r.apply_sync([node({}, 4_080)], revision=5_000, epoch="f", full=True, line=LINE)
+    assert kept == ([], [Key("Node", "_", "plant-1")])
+    assert r.get(Key("Node", "_", "plant-1")).metadata.labels == {}
+
+
+def test_an_override_that_the_hub_lost_is_made_again_from_what_it_did(tmp_path: Path) -> None:
+    def app(backoff: str) -> Any:
+        spec = {"process": {"command": ["true"]}, "restart": {"backoff": backoff}}
+        return decode({"apiVersion": "edgeward/v1", "kind": "App", "metadata": {"name": "a"}, "spec": spec})
+
+    target = Key("App", "default", "a")
+    patch = {"target": {"kind": "App", "name": "a", "namespace": "default"}, "site": "plant",
+             "patch": {"restart": {"backoff": "7s"}}}  # fmt: skip
+    override = decode({"apiVersion": "edgeward/v1", "kind": "Override", "metadata": {"name": "o"}, "spec": patch})
+    r = Replica(tmp_path / "r.db", site="plant")
+    base = HubObject("App", "default", "a", 80, to_stored(app("1s")))
+    r.apply_sync([base, HubObject("Override", "default", "o", 140, to_stored(override))],
+                 revision=140, epoch="e", full=True)  # fmt: skip
+    assert r.get(target).spec.restart.backoff == "7s"
+    base.revision = 4_080
+    kept = r.apply_sync([base], revision=5_000, epoch="f", full=True, line=LINE)
+    assert kept == ([target], [])
+    assert r.get(target).spec.restart.backoff == "7s"
+    assert [(c.kind, c.base) for c in r.pending()] == [("App", 80)]
+
+
+def test_a_hub_that_was_made_anew_is_believed(tmp_path: Path) -> None:
+    r = Replica(tmp_path / "r.db", site="plant")
+    r.apply_sync([from_hub("a", "2", 140)], revision=140, epoch="e", full=True)
+    assert r.apply_sync([from_hub("b", "1", 3)], revision=3, epoch="z", full=True) == ([], [])
+    assert (value(r, "a"), value(r, "b")) == (None, "1")
+    assert not r.pending()

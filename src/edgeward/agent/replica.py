@@ -11,9 +11,9 @@ the state before it or after it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -28,10 +28,11 @@ from edgeward.core.resource import (
     merge_patch,
     to_stored,
 )
-from edgeward.core.scope import fingerprint
+from edgeward.core.scope import check_reach, fingerprint
 from edgeward.core.store import Entry, Store, same_desired
 from edgeward.core.store_sqlite import open_database
 from edgeward.core.vault import Plain, Vault
+from edgeward.nodes.ancestry import Ancestor, newer_than
 from edgeward.nodes.wire import HubObject, LocalChange
 
 _SCHEMA = """
@@ -61,6 +62,13 @@ class _Row(msgspec.Struct):
     status: dict[str, Any] = {}
 
 
+class Kept(NamedTuple):
+    """What a site had of a restored hub's lost time: what stays as its own change, and what only the hub may write."""
+
+    stayed: list[Key]
+    lost: list[Key]
+
+
 class Replica(Store):
     """A :class:`Store` for the node's API and loops, with the sync's own side door."""
 
@@ -76,6 +84,8 @@ class Replica(Store):
         meta = dict(self._db.execute("SELECT k, v FROM meta"))
         self.hub_revision = int(meta.get("hub_revision", 0))
         self.epoch = meta.get("epoch", "")
+        #: The epochs that the hub's present store was restored from.
+        self.line: list[Ancestor] = msgspec.json.decode(meta.get("line") or "[]", type=list[Ancestor])
         self._seq = int(meta.get("seq", 0))
         #: Random id of this file, so that a wiped node's numbers are not taken for the old one's.
         self.store_id = meta.get("store") or self.set_meta("store", clock.new_id(12))
@@ -152,15 +162,9 @@ class Replica(Store):
         if row.hub is None:
             return None
         override = self.override_of(key) if key.kind != "Override" else None
-        if override is not None:
-            stored = to_stored(row.hub)
-            spec = merge_patch(stored.spec, override.spec.patch)
-            try:
-                return _with_status(from_stored(Stored(stored.kind, stored.metadata, spec, stored.schema)), status)
-            except EdgewardError:
-                # the base moved so far that the override no longer fits: the base stands, describe shows both
-                return _with_status(row.hub, status)
-        return _with_status(row.hub, status)
+        # where the base moved so far that the override no longer fits, the base stands; describe shows both
+        patched = _patched(row.hub, override) if override is not None else None
+        return _with_status(patched or row.hub, status)
 
     # -- rows and transactions ----------------------------------------------------------------------------------------
 
@@ -334,8 +338,16 @@ class Replica(Store):
         """The fingerprint of the hub's side, to be compared with the hub's own."""
         return fingerprint((k, r.hub_revision) for k, r in self._rows.items() if r.hub is not None)
 
-    def apply_sync(self, objects: list[HubObject], *, revision: int, epoch: str, full: bool) -> None:
-        """Takes the hub's state; ``full`` says that what is not among ``objects`` is gone."""
+    def apply_sync(
+        self, objects: list[HubObject], *, revision: int, epoch: str, full: bool, line: Sequence[Ancestor] = ()
+    ) -> Kept:
+        """Takes the hub's state; ``full`` says that what is not among ``objects`` is gone.
+
+        From a hub that was restored from a backup (``line``) only what it knows is taken: what is newer here stays, as
+        a change of this site's that the hub has yet to decide. Gives what stayed so, and what could not.
+        """
+        limit = newer_than(self.epoch, self.line, epoch, line) if full else None
+        ahead = self._ahead(limit) if limit is not None else {}
         before: dict[Key, _Row | None] = {}
         for o in objects:
             row = self._touch(before, o.key)
@@ -344,8 +356,57 @@ class Replica(Store):
             named = {o.key for o in objects}
             for key in [k for k, r in self._rows.items() if r.hub is not None and k not in named]:
                 self._set_hub(key, self._touch(before, key), None)
-        self._commit(before, hub_revision=str(revision), epoch=epoch)
+        kept = self._keep(ahead, before)
+        if epoch != self.epoch:
+            self.line = list(line)
+        self._commit(before, hub_revision=str(revision), epoch=epoch, line=msgspec.json.encode(self.line).decode())
         self.hub_revision, self.epoch = revision, epoch
+        return kept
+
+    def _ahead(self, limit: int) -> dict[Key, tuple[Resource, int]]:
+        """What the site has and a hub that ends at revision ``limit`` has not, and on which revision; Overrides as the
+        targets that they change. What a person changed here and the hub has not decided is the site's own anyway."""
+        found: dict[Key, tuple[Resource, int]] = {}
+        for key, row in list(self._rows.items()):
+            if row.hub is None or row.hub_revision <= limit:
+                continue
+            at = key
+            if key.kind == "Override":
+                t = row.hub.spec.target
+                at = Key(t.kind, t.namespace or CLUSTER, t.name)
+            held = self._rows.get(at)
+            mine = self._effective(at) if held is not None and held.hub is not None and not held.op else None
+            if held is not None and mine is not None and not mine.metadata.deletionTimestamp:
+                found[at] = (mine, held.hub_revision)
+        return found
+
+    def _keep(self, ahead: dict[Key, tuple[Resource, int]], before: dict[Key, _Row | None]) -> Kept:
+        kept = Kept([], [])
+        overrides = {k: r.hub for k, r in self._rows.items() if k.kind == "Override" and r.hub is not None}
+        for key, (mine, base) in sorted(ahead.items()):
+            row = self._rows.get(key)
+            if row is not None and row.hub is not None and same_desired(self._over(key, row.hub, overrides), mine):
+                continue
+            try:
+                check_reach(mine, self.site)
+            except EdgewardError:
+                kept.lost.append(key)  # only the hub writes it
+                continue
+            row = self._touch(before, key)
+            self._local(row, "put")
+            row.local, row.base, row.actor = _with_status(mine, {}), base, "the restored hub's site"
+            stamp = mine.metadata.updateTimestamp
+            row.changed_at = clock.parse_timestamp(stamp) if stamp else row.changed_at
+            kept.stayed.append(key)
+        return kept
+
+    def _over(self, key: Key, base: Resource, overrides: dict[Key, Resource]) -> Resource:
+        """``base`` with this site's one of ``overrides``, as far as it fits."""
+        for o in overrides.values():
+            t = o.spec.target
+            if o.spec.site == self.site and Key(t.kind, t.namespace or CLUSTER, t.name) == key:
+                return _patched(base, o) or base
+        return base
 
     def _set_hub(self, key: Key, row: _Row, o: HubObject | None) -> None:
         if o is None or o.stored is None:
@@ -373,6 +434,16 @@ class Replica(Store):
             row.base = now.revision if now.stored is not None else 0
         self._set_hub(key, row, now)
         self._commit(before)
+
+
+def _patched(base: Resource, override: Resource) -> Resource | None:
+    """The base as the override has it; None where it does not fit."""
+    stored = to_stored(base)
+    spec = merge_patch(stored.spec, override.spec.patch)
+    try:
+        return from_stored(Stored(stored.kind, stored.metadata, spec, stored.schema))
+    except EdgewardError:
+        return None
 
 
 def _with_status(resource: Resource, status: dict[str, Any]) -> Resource:

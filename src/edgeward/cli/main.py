@@ -40,6 +40,7 @@ class Row:
 
 
 _RUN, _RES, _SEE, _DATA, _MORE = "Run a system", "Resources", "See what happens", "Sites and data", "More"
+_CARE = "Care"
 _LAB = "edgeward.lab.cli"
 _CLI = "edgeward.cli"
 
@@ -62,6 +63,7 @@ COMMANDS: dict[str, Row] = {
     "audit": Row(f"{_CLI}.observe:audit", _SEE, "Who wrote what, and when."),
     "override": Row(f"{_CLI}.overrides:app", _DATA, "What sites changed for themselves.", group=True),
     "stream": Row(f"{_CLI}.streams:app", _DATA, "Read what sites delivered.", group=True),
+    "backup": Row(f"{_CLI}.backup:app", _CARE, "Keep the hub's state, check it, bring it back.", group=True),
     "completion": Row(f"{_CLI}.program:completion", _MORE, "Print the completion script of a shell."),
     "version": Row(f"{_CLI}.program:version", _MORE, "Print the versions of program and hub."),
 }

@@ -30,6 +30,8 @@ from edgeward.core.vault import Plain, Vault
 
 log = logging.getLogger("edgeward.store")
 
+#: The header by which an object of a restored bucket names the revision it had in the backup.
+WAS = "Ew-Was"
 _BATCH = 500
 _TIMEOUT = 5.0
 #: When something was deleted, by the clock of the hub that did it.
@@ -56,6 +58,8 @@ class NatsStore(Store):
         self._moved = asyncio.Condition()
         self._statuses: dict[Key, bytes] = {}
         self._extra: dict[str, bytes] = {}
+        #: The revision that an object had in the store that this one was restored from, while nobody changed it since.
+        self.was: dict[Key, int] = {}
         #: Random id of this bucket; a node that finds another one starts its replica's sync anew.
         self.epoch = ""
 
@@ -154,6 +158,7 @@ class NatsStore(Store):
             self._changed(seq, key, msgspec.structs.replace(entry.resource, status=status), status_only=True)
             return
         if deleted:
+            self.was.pop(key, None)
             self._buried[key] = float((headers or {}).get(_TIME) or 0)
             if key in self._entries:
                 self._changed(seq, key, None)
@@ -161,12 +166,17 @@ class NatsStore(Store):
                 self._tombs[key] = seq
                 self.revision = max(self.revision, seq)
             return
+        was = (headers or {}).get(WAS, "")
+        if was.isdigit():
+            self.was[key] = int(was)
+        else:
+            self.was.pop(key, None)
         status_data = self._statuses.get(key)
         try:
             resource = self._vault.decode(data, msgspec.json.decode(status_data) if status_data else {})
             if self._vault.is_plain(data):
                 self._plain.add(key)
-        except EdgewardError as e:
+        except (EdgewardError, msgspec.DecodeError) as e:
             # one unreadable object (a newer release's) must not take the others down
             log.error("stored %s is not readable: %s", key, e)
             self.revision = max(self.revision, seq)

@@ -28,6 +28,7 @@ from edgeward.core.resource import Key, Resource
 from edgeward.core.resources import Resources
 from edgeward.core.store_nats import NatsStore
 from edgeward.core.vault import Vault
+from edgeward.hub.backup import backup_routes, sealing_key
 from edgeward.hub.front import Links, front_protocol
 from edgeward.hub.kinds import load
 from edgeward.hub.routes import HubRoutes
@@ -99,7 +100,7 @@ class Hub:
             self.resources,
             self.store,
             auth=auth,
-            extra_routes=routes.routes(),
+            extra_routes=[*routes.routes(), *backup_routes(self.bus.client, self.data, sealing_key(self.data), vault)],
             health=self._health,
             metrics=self._metrics,
             info={"role": "hub", "version": __version__},

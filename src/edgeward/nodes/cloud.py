@@ -36,6 +36,7 @@ from edgeward.core.resource import (
 from edgeward.core.scope import NodeView, check_reach, fingerprint, placed_sites, view
 from edgeward.core.store import same_desired
 from edgeward.core.store_nats import NatsStore
+from edgeward.nodes.ancestry import Ancestor, base_now
 from edgeward.nodes.liveness import BEAT, Liveness
 from edgeward.nodes.merge import Side, decide
 from edgeward.nodes.wire import (
@@ -86,10 +87,13 @@ class NodesCloud:
         self._persist: Loop[str] = Loop("persist", self._persist_report)
         self._node_status: Loop[str] = Loop("node-status", self._write_node_status)
         self._pushing: dict[str, asyncio.Lock] = {}
+        #: The stores that this one was restored from.
+        self._line: list[Ancestor] = []
 
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
+        self._line = msgspec.json.decode(self._store.fact("line") or b"[]", type=list[Ancestor])
         for node in self._store.items("Node"):
             saved = self._store.fact(f"report.{node.metadata.name}")
             if saved:
@@ -194,7 +198,8 @@ class NodesCloud:
             page.append(o)
         more = len(page) < len(objects)
         print_ = "" if more else fingerprint((k, r.revision) for k, r in mine.items())
-        return SyncAnswer(self._store.epoch, now, full, page, more, print_)
+        line = self._line if ask.epoch != self._store.epoch else []
+        return SyncAnswer(self._store.epoch, now, full, page, more, print_, line=line)
 
     async def _watch(self) -> None:
         """Pokes the nodes that a change concerns."""
@@ -267,7 +272,7 @@ class NodesCloud:
                     decided.append(Decided(change.seq, "same", "taken over before", self._now(change.key)))
                     continue
                 base, after = mine.pop(change.key, (0, -1))
-                own = base == change.base and after == self._revision(change.key)
+                own = base == change.base and after in (self._revision(change.key), self._store.was.get(change.key))
                 entry = self._store.entry(change.key) if own else None
                 seen = (entry.revision if entry else 0) if own else change.base
                 decided.append(await self._decide(node, site, msgspec.structs.replace(change, base=seen)))
@@ -315,11 +320,18 @@ class NodesCloud:
                 _as_new(local, hub)
             elif hub is not None:
                 check_reach(hub, site, delete=True)
+            base = base_now(
+                change.base,
+                self._line,
+                revision=entry.revision if entry else 0,
+                was=self._store.was.get(key, 0),
+                deleted=self._store.deleted(key)[0],
+            )
             merged = decide(
                 rule=(hub or local).metadata.conflict if (hub or local) else "cloud",  # type: ignore[union-attr]
-                base=change.base,
+                base=base,
                 hub=Side(hub is not None, entry.revision if entry else 0, _updated(hub) or self._store.deleted(key)[1]),
-                edge=Side(local is not None, change.base, change.time),
+                edge=Side(local is not None, base, change.time),
                 same=hub is not None and local is not None and same_desired(hub, local),
                 shared=hub is not None and self._shared(key, site, hub),
                 hub_tombstone=self._store.deleted(key)[0],

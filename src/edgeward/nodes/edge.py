@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -22,6 +22,7 @@ from edgeward.core.bus import Bus
 from edgeward.core.errors import EdgewardError, Unreachable
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key
+from edgeward.nodes.ancestry import Ancestor
 from edgeward.nodes.liveness import BEAT, Liveness
 from edgeward.nodes.wire import (
     BeatAnswer,
@@ -54,7 +55,9 @@ class ReplicaLike(Protocol):
 
     def pending(self) -> list[LocalChange]: ...
     def hub_view(self) -> str: ...
-    def apply_sync(self, objects: list[HubObject], *, revision: int, epoch: str, full: bool) -> None: ...
+    def apply_sync(
+        self, objects: list[HubObject], *, revision: int, epoch: str, full: bool, line: Sequence[Ancestor] = ()
+    ) -> tuple[list[Key], list[Key]]: ...
     def resolve(self, seq: int, now: HubObject) -> None: ...
     def meta(self, name: str) -> str: ...
     def set_meta(self, name: str, value: str) -> str: ...
@@ -225,7 +228,10 @@ class NodeEdge:
                     break
                 last = answer.objects[-1].key
                 ask.after = (last.kind, last.namespace, last.name)
-            self._replica.apply_sync(objects, revision=answer.revision, epoch=answer.epoch, full=answer.full)
+            stayed, lost = self._replica.apply_sync(
+                objects, revision=answer.revision, epoch=answer.epoch, full=answer.full, line=answer.line
+            )
+            await self._restored(stayed, lost)
             self.counters["syncs"] += 1
             self.counters["full_syncs"] += answer.full
             self.synced.set()
@@ -234,6 +240,27 @@ class NodeEdge:
             log.info("the replica differs from the hub's view, asking for all of it")
         if pages == 1:
             raise EdgewardError("the replica differs from the hub's view after a full sync")
+
+    async def _restored(self, stayed: list[Key], lost: list[Key]) -> None:
+        """Says what the site has that its hub lost by a restore, and has it sent."""
+        if stayed:
+            self._push_wanted.set()
+            await self._say_restored(
+                "NewerThanHub",
+                f"the hub was restored from a backup that is older than {_names(stayed)} here: the site keeps what it "
+                "has, and sends it to the hub",
+            )
+        if lost:
+            await self._say_restored(
+                "OlderFromHub",
+                f"the hub was restored from a backup that is older than {_names(lost)} here: only the hub may write "
+                "that, so the hub's stands",
+            )
+
+    async def _say_restored(self, reason: str, message: str) -> None:
+        record = {"type": "Warning", "reason": reason, "resource": f"Node/{self.node}", "message": message}
+        await self._records.append("events", record)
+        self.wake_events()
 
     # -- local changes up ------------------------------------------------------------------------------------------
 
@@ -303,3 +330,9 @@ class NodeEdge:
             self._replica.set_meta("events_sent", str(events[-1]["seq"]))
         if len(events) == _EVENTS:
             self._report_wanted.set()
+
+
+def _names(keys: list[Key]) -> str:
+    """A few of them by name, the others by number."""
+    more = len(keys) - 10
+    return ", ".join(str(k) for k in keys[:10]) + (f" and {more} more" if more > 0 else "")

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from edgeward.core.resource import Key, Stored
+from edgeward.nodes.ancestry import Ancestor
 
 
 class HubObject(msgspec.Struct, omit_defaults=True):
@@ -51,7 +52,10 @@ class SyncAsk(msgspec.Struct, omit_defaults=True):
 
 
 class SyncAnswer(msgspec.Struct, omit_defaults=True):
-    """``view`` is the fingerprint of all the node should hold after applying this (last page only)."""
+    """``view`` is the fingerprint of all the node should hold after applying this (last page only).
+
+    ``line``: which stores this one was restored from, for a node that comes from another epoch.
+    """
 
     epoch: str = ""
     revision: int = 0
@@ -60,6 +64,7 @@ class SyncAnswer(msgspec.Struct, omit_defaults=True):
     more: bool = False
     view: str = ""
     error: str = ""
+    line: list[Ancestor] = []
 
 
 class PushAsk(msgspec.Struct, omit_defaults=True):
