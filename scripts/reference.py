@@ -1,77 +1,85 @@
-"""Makes docs/reference.md from the registry; with ``--check`` says whether it is up to date."""
+"""Makes docs/reference.md from the registry and the command table; with ``--check`` says whether it is up to date.
+
+What `edgeward explain` prints of a field is what stands here: both read the structs that validate a document.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import yaml
 
-from edgeward.core.registry import kinds
-from edgeward.hub.kinds import load
+from edgeward.cli.explain import fields_of, struct_of
+from edgeward.cli.main import COMMANDS, load
+from edgeward.core.registry import Kind, kinds
+from edgeward.core.resource import Metadata
+from edgeward.hub.kinds import load as load_kinds
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
+INTRO = """# Reference
+
+Made from the code by `scripts/reference.py`; do not edit. `edgeward explain KIND.FIELD` prints the same.
+
+A *size* is written `64Mi`, `1.5G` or as a number of bytes; a *duration* `500ms`, `24h`, `1h30m` or as a number of
+seconds.
+
+## Every resource
+
+`apiVersion: edgeward/v1`, `kind`, `metadata`, `spec`; `status` is written by the system only. A resource of a namespace
+is at `/api/v1/namespaces/<namespace>/<plural>/<name>`, another at `/api/v1/<plural>/<name>`, at hub and node alike. The
+rest of `metadata` (`uid`, `resourceVersion`, `generation`, times, `finalizers`, `ownerReferences`) is the system's.
+"""
+HEAD = ["| field | type | default | meaning |", "|---|---|---|---|"]
 
 
-def rows(schema: dict[str, Any], schemas: dict[str, Any], path: str, depth: int = 0) -> list[str]:
-    found = []
-    required = schema.get("required", [])
-    for name, field in schema.get("properties", {}).items():
-        inner = resolve(field, schemas)
-        here = f"{path}.{name}"
-        kind = type_of(field, schemas)
-        default = (
-            "required"
-            if name in required
-            else f"`{field['default']!r}`"
-            if field.get("default") not in (None, {}, [], "")
-            else ""
-        )  # noqa: E501
-        found.append(f"| `{here}` | {kind} | {default} | {field.get('description', '')} |")
-        item = resolve(inner.get("items", {}), schemas) if inner.get("type") == "array" else inner
-        if depth < 5 and item.get("properties"):
-            found += rows(item, schemas, here + ("[]" if inner.get("type") == "array" else ""), depth + 1)
-    return found
+def rows(hint: Any, path: str, depth: int = 0) -> Iterator[str]:
+    types = {f.encode_name: f.type for f in msgspec.structs.fields(struct_of(hint) or Metadata)}
+    for field in fields_of(hint):
+        here = f"{path}.{field['name']}"
+        default = "required" if field["required"] else f"`{plain(field['default'])}`" if "default" in field else ""
+        kind = field["type"].replace("|", "\\|")
+        yield f"| `{here}` | {kind} | {default} | {field['doc'].replace('|', chr(92) + '|')} |"
+        inner = types[field["name"]]
+        if depth < 5 and struct_of(inner) is not None:
+            yield from rows(inner, here + ("[]" if field["type"].startswith("list of") else ""), depth + 1)
 
 
-def resolve(field: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
-    if "$ref" in field:
-        return schemas[field["$ref"].rsplit("/", 1)[1]]
-    for one in field.get("anyOf", []):
-        if "$ref" in one:
-            return schemas[one["$ref"].rsplit("/", 1)[1]]
-    return field
+def plain(value: object) -> str:
+    """A default as a person writes it in YAML."""
+    text: str = yaml.safe_dump(value, default_flow_style=True)
+    return text.removesuffix("...\n").strip()
 
 
-def type_of(field: dict[str, Any], schemas: dict[str, Any]) -> str:
-    if "$ref" in field:
-        return "object"
-    if "anyOf" in field:
-        return " or ".join(dict.fromkeys(type_of(f, schemas) for f in field["anyOf"] if f.get("type") != "null"))
-    if "enum" in field:
-        return ", ".join(f"`{v}`" for v in field["enum"])
-    if field.get("type") == "array":
-        return f"list of {type_of(field.get('items', {}), schemas)}"
-    if "additionalProperties" in field and isinstance(field["additionalProperties"], dict):
-        return f"map of {type_of(field['additionalProperties'], schemas)}"
-    return str(field.get("type", "any"))
+def of_kind(kind: Kind) -> list[str]:
+    where = f"/api/v1/namespaces/<namespace>/{kind.plural}" if kind.namespaced else f"/api/v1/{kind.plural}"
+    names = ", ".join(f"`{s}`" for s in (kind.name.lower(), kind.plural, *kind.short))
+    out = [f"## {kind.name}", "", f"{kind.doc} API: `{where}`.", "", f"On the command line: {names}.", ""]
+    if kind.example:
+        out += ["```yaml", kind.example.rstrip(), "```", ""]
+    return [*out, *HEAD, *rows(kind.spec, "spec"), ""]
+
+
+def commands() -> list[str]:
+    out = ["## Commands", "", "Each says more with `--help`.", "", "| command | what it does |", "|---|---|"]
+    for name, row in COMMANDS.items():
+        if not row.group:
+            out.append(f"| `{name}` | {row.help} |")
+            continue
+        for inner, command in load(name).commands.items():
+            out.append(f"| `{name} {inner}` | {' '.join((command.help or '').split())} |")
+    return [*out, ""]
 
 
 def page() -> str:
-    load()
-    out = ["# Reference", "", "Made from the code by `scripts/reference.py`; do not edit.", ""]
+    load_kinds()
+    out = [INTRO, *HEAD, *rows(Metadata, "metadata"), ""]
     for kind in kinds:
-        (ref,), schemas = msgspec.json.schema_components([kind.spec])
-        schema = resolve(ref, schemas)
-        where = "in a namespace" if kind.namespaced else "without namespace"
-        out += [f"## {kind.name}", "", f"{kind.doc} API: `/api/v1/.../{kind.plural}`, {where}.", ""]
-        short = ", ".join(f"`{s}`" for s in (kind.name.lower(), kind.plural, *kind.short))
-        out += [f"On the command line: {short}.", ""]
-        if kind.example:
-            out += ["```yaml", kind.example.rstrip(), "```", ""]
-        out += ["| field | type | default | meaning |", "|---|---|---|---|", *rows(schema, schemas, "spec"), ""]
-    return "\n".join(out)
+        out += of_kind(kind)
+    return "\n".join([*out, *commands()])
 
 
 if __name__ == "__main__":

@@ -370,8 +370,8 @@ def connect(context: str | None, at: str | None, *, connect_timeout: float = CON
 
 def _agent_api(address: str, context: Context | None, who: str, connect_timeout: float) -> Api:
     token = context.token if context else None
-    where = f"; its context is {context.path}" if context else ""
-    remedy = f"is its agent running?{where}"
+    where = f", and is {context.path} its context" if context else ""
+    remedy = f"is its agent running{where}?"
     url = address if "://" in address else _AF_UNIX_NAME + str(Path(address).expanduser())
     ca_file = context.ca_file if context else None
     return Api(url, token=token, ca_file=ca_file, who=who, remedy=remedy, connect_timeout=connect_timeout)

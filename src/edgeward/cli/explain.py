@@ -17,11 +17,13 @@ from edgeward.cli.kinds import find_kind
 from edgeward.cli.output import emit, write
 from edgeward.cli.session import Session
 from edgeward.core.errors import NotFound
+from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN
 from edgeward.core.registry import Kind
 from edgeward.core.resource import Metadata
 
 #: Metadata that people write; the rest is the system's.
 _WRITTEN = ("name", "namespace", "labels", "annotations", "conflict")
+_QUANTITIES = {BYTES_PATTERN: "size", DURATION_PATTERN: "duration"}
 
 
 def explain(
@@ -41,7 +43,7 @@ def explain(
         "path": ".".join(path) or "spec",
         "type": type_name(at),
         "doc": note or (_doc(at) if path[1:] else kind.doc),
-        "fields": list(_fields(at)),
+        "fields": list(fields_of(at)),
     }
     if output in ("json", "yaml"):
         emit(doc, output)
@@ -95,7 +97,13 @@ def struct_of(hint: Any) -> type[msgspec.Struct] | None:
 
 
 def type_name(hint: Any) -> str:
-    """A type as a reader of YAML calls it."""
+    """A type as a reader of YAML calls it: ``size`` and ``duration`` for what `quantity.py` reads."""
+    quantity = _QUANTITIES.get(_meta(hint, "pattern") or "")
+    if quantity:
+        return quantity
+    low, high = _meta(hint, "ge"), _meta(hint, "le")
+    if low is not None and high is not None:
+        return f"{type_name(_strip(hint))} from {low} to {high}"
     hint = _strip(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
@@ -103,13 +111,26 @@ def type_name(hint: Any) -> str:
     if origin is typing.Literal:
         return " | ".join(str(a) for a in args)
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(type_name(a) for a in args if a is not type(None))
+        names = list(dict.fromkeys(type_name(a) for a in args if a is not type(None)))
+        # a size may be a plain number of bytes, a duration one of seconds; their words say so
+        return next((n for n in names if n in _QUANTITIES.values()), " | ".join(names))
     if origin in (list, tuple):
         return f"list of {type_name(args[0])}" if args else "list"
     if origin is dict or (isinstance(origin, type) and issubclass(origin, Mapping)):
         return f"map of {type_name(args[1])}"
-    names = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "list"}
-    return names.get(hint, "any" if hint is Any else getattr(hint, "__name__", str(hint)))
+    plain = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "list"}
+    return plain.get(hint, "any" if hint is Any else getattr(hint, "__name__", str(hint)))
+
+
+def _meta(hint: Any, name: str) -> Any:
+    """A constraint that an annotated type carries, None without one."""
+    found = None
+    while typing.get_origin(hint) is Annotated:
+        for meta in hint.__metadata__:
+            if isinstance(meta, msgspec.Meta) and getattr(meta, name) is not None:
+                found = getattr(meta, name)
+        hint = hint.__origin__
+    return found
 
 
 def _doc(hint: Any) -> str:
@@ -126,7 +147,8 @@ def _default(field: msgspec.structs.FieldInfo) -> object:
     return None
 
 
-def _fields(hint: Any) -> Iterator[dict[str, Any]]:
+def fields_of(hint: Any) -> Iterator[dict[str, Any]]:
+    """The fields of the struct inside a type, as people read them: name, type, required, default, doc."""
     struct = struct_of(hint)
     for f in msgspec.structs.fields(struct) if struct else ():
         if struct is Metadata and f.encode_name not in _WRITTEN:

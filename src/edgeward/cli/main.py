@@ -9,6 +9,7 @@ print them; that happens here, once.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import signal
 import sys
@@ -82,7 +83,16 @@ def load(name: str) -> Any:
         one.command(name, help=None)(command(target) if row.session else target)
         loaded = typer.main.get_command(one)
     loaded.name = name
-    return skip_coercion(loaded)
+    return skip_coercion(_reflowed(loaded))
+
+
+def _reflowed(loaded: Any) -> Any:
+    """The command with its help in paragraphs: where lines end in the source is no matter of the reader's terminal."""
+    if loaded.help:
+        loaded.help = "\n\n".join(" ".join(p.split()) for p in inspect.cleandoc(loaded.help).split("\n\n"))
+    for inner in getattr(loaded, "commands", {}).values():
+        _reflowed(inner)
+    return loaded
 
 
 class _AsTyped:

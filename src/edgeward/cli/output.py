@@ -1,7 +1,8 @@
 """How resources and records look: tables for people, JSON and YAML for programs, secrets for nobody.
 
-In come plain documents, out goes text on stdout. Colours and widths of a terminal are used on a terminal only
-(`NO_COLOR` is honoured); a pipe gets every column in full. Nothing here talks to the API.
+In come plain documents, out goes text on stdout. Colours are used on a terminal only (`NO_COLOR` is honoured). A table
+is never cut at the terminal's edge: what stands last (a message, a payload) is what people came for. Nothing here talks
+to the API.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Doc = dict[str, Any]
-#: A pipe has no width: nothing is cut or wrapped there.
+#: Nothing is cut or wrapped: a terminal goes on in the next line, as with ls.
 _NO_LIMIT = 100_000
 
 _GOOD = {"running", "true", "online", "healthy", "ready", "created", "configured", "active"}
@@ -37,7 +38,7 @@ def console() -> Console:
     tty = sys.stdout.isatty()
     plain = not tty or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
     return Console(
-        width=None if tty else _NO_LIMIT,
+        width=_NO_LIMIT,
         force_terminal=tty,
         color_system=None if plain else "auto",
         no_color=plain,
@@ -214,6 +215,8 @@ def _figure(name: str, value: object) -> object:
     """A number by what its member's name says of its unit."""
     from edgeward.core.quantity import format_bytes
 
+    if name == "namespace" and value == "_":
+        return None  # how keys write "without namespace"
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and (name.lower().endswith("bytes") or name == "memory"):
         return format_bytes(float(str(value)))

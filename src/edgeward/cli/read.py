@@ -221,8 +221,8 @@ def _prose(value: object, depth: int) -> Iterator[str]:
             if isinstance(inner, dict | list) and inner and not _flat(inner):
                 yield f"{pad}{key}:"
                 yield from _prose(inner, depth + 1)
-            else:
-                yield f"{pad}{key}: {cell(inner)}"
+            elif inner != {}:  # nothing said is nothing to read
+                yield f"{pad}{key}: {', '.join(map(cell, inner)) or '-' if isinstance(inner, list) else cell(inner)}"
     elif isinstance(value, list):
         for inner in value:
             lines = list(_prose(inner, depth + 1)) if isinstance(inner, dict | list) else [f"{pad}  {cell(inner)}"]

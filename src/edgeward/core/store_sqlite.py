@@ -6,6 +6,8 @@ beside the local one; see ``agent/replica.py``. ``:memory:`` gives the store tha
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,17 @@ class Database(sqlite3.Connection):
 
 
 def open_database(path: Path | str) -> Database:
-    """A connection whose commits survive SIGKILL and power loss; raises ``EdgewardError`` with the file's name."""
+    """A connection whose commits survive SIGKILL and power loss; raises ``EdgewardError`` with the file's name.
+
+    The file is its owner's alone whatever the umask: replicas hold Secrets. SQLite gives its ``-wal`` and ``-shm`` the
+    same mode.
+    """
     try:
+        if str(path) != ":memory:":
+            # never opened here when it exists: closing a second descriptor would drop SQLite's own locks
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            Path(path).chmod(0o600)
         db = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False, factory=Database)
         db.path = str(path)
         db.execute("PRAGMA journal_mode=WAL")
@@ -49,7 +60,7 @@ def open_database(path: Path | str) -> Database:
         db.execute("PRAGMA wal_autocheckpoint=400")
         db.execute("PRAGMA journal_size_limit=4194304")
         db.execute("PRAGMA secure_delete=ON")  # what was replaced does not stay readable in free pages
-    except (sqlite3.Error, Refused) as e:
+    except (sqlite3.Error, OSError, Refused) as e:
         raise EdgewardError(
             f"cannot open the database: {e}", resource=str(path), remedy="check the disk and the folder's owner"
         ) from e

@@ -11,11 +11,22 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from edgeward.cli.context import default_data_dir
+from edgeward.cli.context import CONTEXT_ENV, default_data_dir
+from edgeward.cli.session import before
 from edgeward.core.errors import Invalid
 
-DataOption = Annotated[Optional[Path], typer.Option("--data", help="Where the system keeps its state.", metavar="DIR")]  # noqa: UP045
-PortOption = Annotated[int, typer.Option("--port", help="The hub's port; 0: any free one.", min=0, max=65535)]
+
+def _data(default: str) -> Any:
+    return typer.Option("--data", help=f"Where the system keeps its state; else {default}.", metavar="DIR")
+
+
+UpData = Annotated[Optional[Path], _data("the user's state directory")]  # noqa: UP045
+LabData = Annotated[Optional[Path], _data("`lab` in the user's state directory")]  # noqa: UP045
+DemoData = Annotated[Optional[Path], _data("a temporary one, removed at the end")]  # noqa: UP045
+PortOption = Annotated[
+    int, typer.Option("--port", help="The hub's port; 0: any free one.", min=0, max=65535, metavar="N")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seeds the emulated links.", metavar="N")]
 ReadyOption = Annotated[
     Optional[Path],  # noqa: UP045 - typer reads annotations at run time
     typer.Option("--ready-file", help="Write the context here too, when ready and on change.", metavar="FILE"),
@@ -39,7 +50,7 @@ def _run(main: Callable[[asyncio.Event], Awaitable[int]]) -> None:
         raise typer.Exit(code)
 
 
-def up(data: DataOption = None, port: PortOption = 0, ready_file: ReadyOption = None) -> None:
+def up(data: UpData = None, port: PortOption = 0, ready_file: ReadyOption = None) -> None:
     """Run a hub and a first edge (node plant-1 of site plant) on this machine, until Ctrl-C.
 
     State is kept: the next `up` has everything as it was.
@@ -78,12 +89,12 @@ async def _or_stop(work: Any, stop: asyncio.Event) -> None:
 
 
 def demo(
-    data: DataOption = None,
+    data: DemoData = None,
     port: PortOption = 0,
     ready_file: ReadyOption = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the system running at the end, until Ctrl-C.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object, last line.")] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Seeds the emulated links.")] = 1,
+    seed: SeedOption = 1,
 ) -> None:
     """Start a cloud and two edge sites, cut one off, kill it, heal it, and count what was lost: nothing.
 
@@ -103,8 +114,10 @@ lab = typer.Typer(no_args_is_help=True, help="Rehearse outages: sites on emulate
 
 LabDir = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--data", help="The lab's directory (default: the context's).", metavar="DIR"),
+    typer.Option("--data", help="The lab's directory; else the one of the context.", metavar="DIR"),
 ]
+SiteArgument = Annotated[str, typer.Argument(metavar="SITE", show_default=False)]
+NodeArgument = Annotated[str, typer.Argument(metavar="NODE", show_default=False)]
 
 
 def lab_directory(data: Path | None) -> Path:
@@ -113,20 +126,23 @@ def lab_directory(data: Path | None) -> Path:
 
     if data is not None:
         return data.absolute()
-    context = os.environ.get("EDGEWARD_CONTEXT")
-    return Path(context).absolute().parent if context else default_data_dir() / "lab"
+    context = before.context or os.environ.get(CONTEXT_ENV)
+    return Path(context).expanduser().absolute().parent if context else default_data_dir() / "lab"
 
 
 @lab.command("up")
 def lab_up(
     file: Annotated[Path, typer.Option("--file", "-f", help="The topology: sites, nodes, links.", metavar="FILE")],
-    data: DataOption = None,
+    data: LabData = None,
     port: PortOption = 0,
     ready_file: ReadyOption = None,
     backing: Annotated[
-        str, typer.Option("--backing", help="relays, namespaces or auto; the file's own word otherwise.")
+        str,
+        typer.Option(
+            "--backing", help="relays, namespaces or auto; else what the file says, else relays.", metavar="BACKING"
+        ),
     ] = "",
-    seed: Annotated[int, typer.Option("--seed", help="Seeds the emulated links.")] = 1,
+    seed: SeedOption = 1,
 ) -> None:
     """Run a topology on this machine, until Ctrl-C."""
     from edgeward.lab.emulated import open_lab
@@ -158,7 +174,7 @@ def _ask(data: Path | None, verb: str, **args: Any) -> Any:
 @lab.command("status")
 def lab_status(
     data: LabDir = None,
-    output: Annotated[str, typer.Option("-o", "--output", help="table or json")] = "table",
+    output: Annotated[str, typer.Option("-o", "--output", help="table or json", metavar="FORMAT")] = "table",
 ) -> None:
     """Sites, their links, nodes and processes."""
     doc = _ask(data, "status")
@@ -173,42 +189,50 @@ def lab_status(
 
 
 @lab.command("cut")
-def lab_cut(site: str, data: LabDir = None) -> None:
+def lab_cut(site: SiteArgument, data: LabDir = None) -> None:
     """Cut a site's link: packets vanish, nothing is reset."""
     _ask(data, "cut", site=site)
     print(f"{site}: link cut")
 
 
 @lab.command("heal")
-def lab_heal(site: str, data: LabDir = None) -> None:
+def lab_heal(site: SiteArgument, data: LabDir = None) -> None:
     """Heal a site's link, and partitions inside it."""
     _ask(data, "heal", site=site)
     print(f"{site}: link healed")
 
 
 @lab.command("profile")
-def lab_profile(site: str, name: str, data: LabDir = None) -> None:
+def lab_profile(
+    site: SiteArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    data: LabDir = None,
+) -> None:
     """Give a site's link another profile: lan, 4g, satellite, bad-dsl."""
     _ask(data, "profile", site=site, name=name)
     print(f"{site}: link is {name} now")
 
 
 @lab.command("partition")
-def lab_partition(site: str, groups: str, data: LabDir = None) -> None:
+def lab_partition(
+    site: SiteArgument,
+    groups: Annotated[str, typer.Argument(metavar="a,b/c", show_default=False)],
+    data: LabDir = None,
+) -> None:
     """Part the nodes of a site: `a,b/c` keeps a and b together and c apart (namespaces only)."""
     _ask(data, "partition", site=site, groups=[[n for n in g.split(",") if n] for g in groups.split("/")])
     print(f"{site}: parted into {groups}")
 
 
 @lab.command("kill")
-def lab_kill(node: str, data: LabDir = None) -> None:
+def lab_kill(node: NodeArgument, data: LabDir = None) -> None:
     """SIGKILL all processes of a node; it stays down until `lab start`."""
     got = _ask(data, "kill", node=node)
     print(f"{node}: killed {len(got['killed'])} processes")
 
 
 @lab.command("start")
-def lab_start(node: str, data: LabDir = None) -> None:
+def lab_start(node: NodeArgument, data: LabDir = None) -> None:
     """Start a killed node again; returns when its agent is ready."""
     _ask(data, "start", node=node)
     print(f"{node}: running")

@@ -78,7 +78,8 @@ class DirectLinks:
 class Child:
     """One supervised process: the hub, or a node's agent."""
 
-    def __init__(self, name: str, argv: list[str], directory: Path, log_file: Path) -> None:
+    def __init__(self, name: str, argv: list[str], directory: Path, log_file: Path, say: Say = log.warning) -> None:
+        self._say = say
         self.name = name
         self.argv = argv
         self.directory = directory
@@ -136,7 +137,7 @@ class Child:
             if not self.wanted:
                 return
             delay = 0.1 if time.monotonic() - started > 10 else min(5.0, delay * 2)
-            log.warning("%s ended with status %s, starting it again", self.name, self.process.returncode)
+            self._say(f"{self.title} {_ending(self.process.returncode)}, starting it again")
             self.restarts += 1
             await asyncio.sleep(delay)  # the back-off of a child that keeps dying
             if self.wanted:
@@ -153,10 +154,15 @@ class Child:
             async with asyncio.timeout(STOP_TIMEOUT):
                 await process.wait()
         except TimeoutError:
-            log.warning("%s did not stop within %.0f s and is killed", self.name, STOP_TIMEOUT)
+            self._say(f"{self.title} did not stop within {STOP_TIMEOUT:.0f} s and is killed")
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+    @property
+    def title(self) -> str:
+        """What it is, in the product's words."""
+        return "the hub" if self.name == "hub" else f"the agent of {self.name}"
 
     def last_words(self, lines: int = 12) -> str:
         try:
@@ -165,6 +171,16 @@ class Child:
                 return "\n".join(f.read().decode(errors="replace").splitlines()[-lines:])
         except OSError:
             return ""
+
+
+def _ending(status: int | None) -> str:
+    """How a process ended, in words: negative is the signal that killed it."""
+    if status is None or status >= 0:
+        return f"ended with exit status {status}"
+    try:
+        return f"was ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was ended by signal {-status}"
 
 
 class Cluster:
@@ -186,13 +202,13 @@ class Cluster:
         self._port = port
         self._ready_file = ready_file
         self._say: Say = say or (lambda _: None)
-        self.hub = Child("hub", [], data / "hub", data / "hub" / "hub.log")
+        self.hub = Child("hub", [], data / "hub", data / "hub" / "hub.log", self._say)
         self.nodes: dict[str, Child] = {}
         self.site_of: dict[str, str] = {}
         for site in topology.sites:
             for node in site.node_names:
                 directory = data / "nodes" / node
-                self.nodes[node] = Child(node, [], directory, directory / "agent.log")
+                self.nodes[node] = Child(node, [], directory, directory / "agent.log", self._say)
                 self.site_of[node] = site.name
         self._group: asyncio.TaskGroup | None = None
         self._lock: int | None = None

@@ -14,6 +14,7 @@ import http.client
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -28,11 +29,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from edgeward.cli.context import CONTEXT_ENV
 from edgeward.core.daemon import memory_mb
 from edgeward.core.errors import EdgewardError
 from edgeward.lab.emulated import Lab, open_lab
 from edgeward.lab.publisher import Publisher
 from edgeward.lab.topology import parse
+from edgeward.lab.view import example, program
 
 TOPOLOGY = "sites: [{name: plant, nodes: 1, link: 4g}, {name: shop, nodes: 1, link: bad-dsl}]"
 EDGE_REQUESTS = 300
@@ -40,13 +43,9 @@ CLOUD_REQUESTS = 60
 RATE = 120  #: readings per second
 CUT_SECONDS = 8.0
 MIN_SENT = 1000
+#: What an App may limit.
+LIMITS = ("cpu", "memory", "pids", "user")
 MIN_OFFLINE_REQUESTS = 100
-
-
-def example() -> Path:
-    """examples/01 of the checkout, or the copy that the wheel carries."""
-    inside = Path(__file__).parent.parent / "examples" / "01-hello-edge"
-    return inside if inside.exists() else Path(__file__).parents[3] / "examples" / "01-hello-edge"
 
 
 class Show:
@@ -56,7 +55,7 @@ class Show:
         self.console = Console(highlight=False)
 
     def step(self, title: str) -> None:
-        self.console.print(f"\n[bold]{title}[/bold]")
+        self.console.print(f"\n[bold]{title}[/bold]", soft_wrap=True)
 
     def fact(self, text: str, ok: bool = True) -> None:
         self.console.print(f"  {'[green]✓[/green]' if ok else '[red]✗[/red]'} {text}", soft_wrap=True)
@@ -523,9 +522,10 @@ class Demo:
 
     def table(self) -> None:
         r = self.result
-        table = Table(title="What was measured", title_justify="left", title_style="bold")
-        table.add_column("what")
-        table.add_column("value", justify="right")
+        enforced = [what.rpartition(".")[2] for what in r.get("enforced", [])]
+        table = Table(title="What was measured", title_justify="left", title_style="bold", box=None, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(justify="right", no_wrap=True)
         rows = [
             ("answered at the edge, p50 / p99", f"{r.get('edge_p50_ms')} / {r.get('edge_p99_ms')} ms"),
             ("answered by the cloud over 4g, p50 / p99", f"{r.get('cloud_p50_ms')} / {r.get('cloud_p99_ms')} ms"),
@@ -538,15 +538,16 @@ class Demo:
                 "memory: hub / agent / its nats-server",
                 f"{r.get('hub_pss_mb')} / {r.get('agent_pss_mb')} / {r.get('nats_pss_mb')} MB",
             ),
-            ("limits enforced on this machine", ", ".join(r.get("enforced", [])) or "none"),
+            ("limits enforced on this machine", ", ".join(enforced) or "none"),
         ]
         for row in rows:
             table.add_row(*row)
         self.show.console.print()
         self.show.console.print(table)
-        if not r.get("enforced"):
+        missing = [what for what in LIMITS if what not in enforced]
+        if "enforced" in r and missing:
             self.show.console.print(
-                "Memory, processor and user limits need root (cgroups); here they were not enforced."
+                f"\nNot enforced here: {', '.join(missing)} (needs root and cgroups).", soft_wrap=True
             )
 
 
@@ -588,20 +589,18 @@ async def run_demo(
             demo.table()
             took = time.monotonic() - started
             if demo.failed:
-                show.console.print(
-                    f"\n[bold red]{len(demo.failed)} claims did not hold[/bold red] (after {took:.0f} s):"
-                )
+                show.console.print(f"\n[bold red]This did not hold[/bold red] (after {took:.0f} s):")
                 for text in demo.failed:
                     show.fact(text, False)
             else:
                 code = 0
                 show.console.print(f"\n[bold green]Everything held[/bold green], in {took:.0f} s.")
             if keep and not stop.is_set():
-                context = lab.cluster.data / "context.json"
+                called, context = program(), shlex.quote(str(lab.cluster.data / "context.json"))
                 show.console.print(
-                    f"\nLeft running (--keep). Talk to it:\n  edgeward get nodes --context {context}\n"
-                    f"  edgeward stream read line1 --from 0 --context {context}\n"
-                    f"  edgeward lab cut plant --data {lab.cluster.data}\nCtrl-C ends it.",
+                    f"\nLeft running (--keep). In another terminal:\n  export {CONTEXT_ENV}={context}\n"
+                    f"  {called} get nodes\n  {called} stream read line1 --from 0\n  {called} lab cut plant\n"
+                    + ("Ctrl-C ends it." if data else "Ctrl-C ends it and removes its state."),
                     soft_wrap=True,
                 )
                 waiting = asyncio.create_task(lab.run())

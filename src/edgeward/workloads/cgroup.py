@@ -65,16 +65,25 @@ def host() -> _Host:
         probe = base / "edgeward"
         try:
             probe.mkdir(exist_ok=True)
+            _try_group(probe)
             roots[controller] = probe
         except OSError as e:
             why = f"cannot make a cgroup: {e.strerror} (needs root)"
     return _Host(1, roots, why if not roots else "")
 
 
+def _try_group(base: Path) -> None:
+    """Raises ``OSError`` where groups cannot be made: that ``base`` is there does not say that it is ours."""
+    probe = base / f".probe-{os.getpid()}"
+    probe.mkdir(exist_ok=True)
+    probe.rmdir()
+
+
 def _probe_v2() -> _Host:
     base = _ROOT / "edgeward"
     try:
         base.mkdir(exist_ok=True)
+        _try_group(base)
         have = (_ROOT / "cgroup.controllers").read_text().split()
         wanted: list[str] = [c for c in ("memory", "cpu", "pids") if c in have]
         for group in (_ROOT, base):
