@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from edgeward.core.natsserver import HubSpec, NatsServer
 from edgeward.core.resource import Key, decode
 from edgeward.core.store import Store
 from edgeward.core.store_nats import NatsStore
-from edgeward.core.store_sqlite import SqliteStore
+from edgeward.core.store_sqlite import SqliteStore, open_database
 from edgeward.hub.kinds import load
 
 load()
@@ -148,3 +149,17 @@ def test_a_hub_that_starts_reads_all_of_a_large_store(tmp_path: Path) -> None:
             assert two.revision == one.revision
 
     asyncio.run(body())
+
+
+def test_a_database_is_its_owners_alone_whatever_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        (tmp_path / "old.db").touch(0o644)
+        for name in ("new.db", "old.db"):
+            db = open_database(tmp_path / name)
+            db.execute("CREATE TABLE t(x)")
+            assert {p.stat().st_mode & 0o777 for p in tmp_path.glob(f"{name}*")} == {0o600}
+            assert len(list(tmp_path.glob(f"{name}*"))) == 3, "the journal files too"
+            db.close()
+    finally:
+        os.umask(old)

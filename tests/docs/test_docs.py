@@ -76,3 +76,73 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
     assert (tmp_path / "site" / "index.html").exists()
+
+
+def table(page: str, first: str) -> list[list[str]]:
+    """The rows of the table whose head begins with ``first``, without head."""
+    lines = (ROOT / page).read_text().splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = []
+    for line in lines[at + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([c.strip() for c in re.split(r"(?<!\\)\|", line.strip().strip("|"))])
+    return rows
+
+
+def test_the_lab_page_gives_the_profiles_as_they_are() -> None:
+    from edgeward.lab.links import BUILTIN
+
+    def number(value: float | None) -> str:
+        return "no limit" if value is None else f"{value:g}"
+
+    found = {row[0].strip("`"): row[1:] for row in table("docs/lab.md", "link")}
+    for name, p in BUILTIN.items():
+        stall = f"every {p.stall.every_s:g} s for {p.stall.for_ms:g} ms" if p.stall else "none"
+        shown = [number(v) for v in (p.delay_ms, p.jitter_ms, p.up_kbit, p.down_kbit, p.loss)]
+        assert found.pop(name) == [*shown, stall]
+    assert not found
+
+
+def test_the_architecture_page_gives_the_messages_of_the_link_as_they_are() -> None:
+    import msgspec
+
+    from edgeward.nodes import wire
+
+    asks = {"sync": wire.SyncAsk, "push": wire.PushAsk, "report": wire.ReportAsk, "beat": wire.BeatAsk}
+    answers = {"sync": wire.SyncAnswer, "push": wire.PushAnswer, "report": wire.Ok, "beat": wire.BeatAnswer}
+    rows = {row[0]: row[2] for row in table("docs/architecture.md", "subject")}
+    for verb, ask in asks.items():
+        shown = re.findall(r"\{([a-z, ]+)\}", rows[f"`ew.hub.{verb}.<node>`"])
+        fields = [", ".join(f.name for f in msgspec.structs.fields(s)) for s in (ask, answers[verb])]
+        assert shown == fields, verb
+
+
+def test_the_decisions_name_every_dependency() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.split(r"[>=;\[ ]", d, maxsplit=1)[0] for d in project["dependencies"]}
+    shown = {name for row in table("docs/decisions.md", "dependency") for name in re.split(r", ", row[0])}
+    assert shown == wanted
+
+
+def test_exit_codes_are_those_of_the_errors() -> None:
+    from edgeward.core import errors
+
+    codes = {str(e.exit_code) for e in vars(errors).values() if isinstance(e, type) and hasattr(e, "exit_code")}
+    assert codes | {"0", "2"} == {row[0] for row in table("docs/operations.md", "exit code")} | ({"2"} & codes)
+
+
+def test_the_readme_shows_what_the_demo_prints() -> None:
+    source = (ROOT / "src" / "edgeward" / "lab" / "demo.py").read_text()
+    rows = table("README.md", "what")
+    assert len(rows) == len(table("README.zh.md", "内容")) > 5
+    for (label, value), (_, chinese) in zip(rows, table("README.zh.md", "内容"), strict=True):
+        assert f'"{label}"' in source, label
+        assert value == chinese
+
+
+def test_both_readmes_link_to_the_same_pages() -> None:
+    one, other = (re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text()) for name in ("README.md", "README.zh.md"))
+    assert set(one) == set(other)

@@ -66,18 +66,20 @@ def read(
             return
         grid = Grid([c.upper() for c in _COLUMNS], (14, 24, 10, 20, 7))
         block: list[list[object]] = []
-        header = True
+        header, seen = True, False
         for line in api.lines(path, query=query, accept="application/x-ndjson", follow=follow):
             if not line.strip():
                 continue  # keep-alive
-            message = json.loads(line)
+            message, seen = json.loads(line), True
             block.append([_shown(message.get(c)) for c in _COLUMNS])
             if follow or len(block) >= 1000:
                 grid.print(block, header=header)
                 sys.stdout.flush()
                 block, header = [], False
-        if block or header:
+        if block:
             grid.print(block, header=header)
+        if not seen and not follow:
+            typer.echo(f"no messages in stream {name} from {start} on", err=True)
 
 
 def _shown(value: object) -> object:

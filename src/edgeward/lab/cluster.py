@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import msgspec
 
 from edgeward.core import proc
-from edgeward.core.errors import Conflict, EdgewardError, Refused, from_problem
+from edgeward.core.errors import Conflict, EdgewardError, NotFound, Refused, from_problem
 from edgeward.core.files import ensure_dir, read_json, write_json
 from edgeward.core.identity import NodeIdentity
 from edgeward.lab.topology import Topology
@@ -372,7 +372,7 @@ class Cluster:
     def node(self, name: str) -> Child:
         child = self.nodes.get(name)
         if child is None:
-            raise EdgewardError(f"there is no node {name!r}", remedy=f"nodes: {', '.join(self.nodes)}")
+            raise NotFound(f"there is no node {name!r}", remedy=f"nodes: {', '.join(self.nodes)}")
         return child
 
     async def kill(self, name: str) -> list[int]:

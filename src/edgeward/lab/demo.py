@@ -533,7 +533,7 @@ class Demo:
             ("lost / twice / out of order", f"{r.get('lost')} / {r.get('duplicates')} / {r.get('out_of_order')}"),
             ("requests while cut / failed", f"{r.get('offline_requests')} / {r.get('offline_failures')}"),
             ("agent and broker back after SIGKILL, cut off", f"{r.get('offline_restart_s')} s"),
-            ("backlog: first / all", f"{r.get('backlog_first_s')} / {r.get('backlog_done_s')} s"),
+            ("backlog after the heal: first / all", f"{r.get('backlog_first_s')} / {r.get('backlog_done_s')} s"),
             (
                 "memory: hub / agent / its nats-server",
                 f"{r.get('hub_pss_mb')} / {r.get('agent_pss_mb')} / {r.get('nats_pss_mb')} MB",

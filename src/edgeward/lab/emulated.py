@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from edgeward.core.errors import Invalid, Unreachable, from_problem
+from edgeward.core.errors import Invalid, NotFound, Unreachable, from_problem
 from edgeward.lab.backing import Backing, RelayBacking
 from edgeward.lab.cluster import Cluster, Say
 from edgeward.lab.control import Verb, serve
@@ -56,6 +56,8 @@ class Lab:
         self._link = {s.name: (s.link if isinstance(s.link, str) else s.link.name) for s in topology.sites}
         self._profile = {s.name: s.profile for s in topology.sites}
         self._cut: set[str] = set()
+        #: site -> the groups that it is parted into
+        self._parted: dict[str, list[list[str]]] = {}
         self._relays: list[tuple[str, Relay]] = []
 
     async def up(self) -> None:
@@ -71,7 +73,7 @@ class Lab:
 
     def _site(self, site: str) -> str:
         if site not in self._link:
-            raise Invalid(f"there is no site {site!r}", field="site", remedy=f"sites: {', '.join(self._link)}")
+            raise NotFound(f"there is no site {site!r}", remedy=f"sites: {', '.join(self._link)}")
         return site
 
     async def cut(self, site: str) -> None:
@@ -84,6 +86,7 @@ class Lab:
     async def heal(self, site: str) -> None:
         await self.backing.heal(self._site(site))
         self._cut.discard(site)
+        self._parted.pop(site, None)
         for where, relay in self._relays:
             if where == site:
                 relay.heal()
@@ -100,6 +103,7 @@ class Lab:
 
     async def partition(self, site: str, groups: list[list[str]]) -> None:
         await self.backing.partition(self._site(site), groups)
+        self._parted[site] = groups
 
     async def kill(self, node: str) -> dict[str, Any]:
         return {"killed": await self.cluster.kill(node)}
@@ -116,7 +120,13 @@ class Lab:
                 nats = child.state().get("nats") if child.pid else None
                 nodes.append({"name": name, "agent": child.pid, "nats": nats, "ready": child.ready()})
             sites.append(
-                {"name": site.name, "link": self._link[site.name], "cut": site.name in self._cut, "nodes": nodes}
+                {
+                    "name": site.name,
+                    "link": self._link[site.name],
+                    "cut": site.name in self._cut,
+                    "parted": self._parted.get(site.name, []),
+                    "nodes": nodes,
+                }
             )
         return {"sites": sites, "backing": self.describe(), "counters": self.backing.counters()}
 

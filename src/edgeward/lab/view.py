@@ -68,6 +68,11 @@ def proposals(file: Path) -> list[str]:
     return [*lines, f"{called} get nodes", f"{called} apply -f {shlex.quote(str(folder))} --wait", f"{called} get apps"]
 
 
+def _state(site: dict[str, Any]) -> str:
+    parted = "/".join(",".join(group) for group in site["parted"])
+    return ("cut" if site["cut"] else "up") + (f", parted {parted}" if parted else "")
+
+
 def show_status(doc: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False)
     for title in ("SITE", "LINK", "STATE", "NODE", "AGENT", "NATS", "READY"):
@@ -77,7 +82,7 @@ def show_status(doc: dict[str, Any]) -> None:
             table.add_row(
                 site["name"] if n == 0 else "",
                 site["link"] if n == 0 else "",
-                ("cut" if site["cut"] else "up") if n == 0 else "",
+                _state(site) if n == 0 else "",
                 node["name"],
                 str(node["agent"] or "-"),
                 str(node["nats"] or "-"),
