@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +29,7 @@ def main() -> int:
     for name in names:
         console.print(f"[dim]{name} ...[/dim]")
         rows += ALL[name]()
-        save(rows, Path(__file__).parent / "results.json")
+        save(rows)
     table = Table(title="Benchmarks", title_justify="left")
     for title in ("what", "value", "bar", "holds", "baseline", "ratio"):
         table.add_column(title)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -43,6 +45,17 @@ class Row:
     bar: str
     holds: bool
     machine: str = ""
+
+
+def free_ports(n: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(n)]
+    try:
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
 
 
 def row(name: str, value: float, unit: str, bar: float, *, less: bool = True, base: tuple[str, float] | None) -> Row:
@@ -151,8 +164,9 @@ def answers(port: int) -> bool:
         c.close()
 
 
-def bare_web(ports: list[int]) -> float:
-    """Seconds until plain `python3 -m http.server` processes, started together, all answer."""
+def bare_web(n: int) -> float:
+    """Seconds until ``n`` plain `python3 -m http.server` processes, started together, all answer."""
+    ports = free_ports(n)
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         argv = [["python3", "-m", "http.server", str(p), "--bind", "127.0.0.1"] for p in ports]
@@ -166,7 +180,30 @@ def bare_web(ports: list[int]) -> float:
                 p.wait()
 
 
-def save(rows: list[Row], path: Path) -> None:
-    old = {r["name"]: r for r in json.loads(path.read_text())} if path.exists() else {}
-    old |= {r.name: asdict(r) for r in rows}
-    path.write_text(json.dumps(list(old.values()), indent=1) + "\n")
+RESULTS = Path(__file__).parent / "results.json"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+HEAD = "| what | value | bar | holds | baseline | ratio | machine |\n|---|---|---|---|---|---|---|\n"
+
+
+def save(rows: list[Row]) -> None:
+    """Keeps the rows, in place of those of the same name, and shows them on the page of the docs."""
+
+    def what(name: str) -> str:
+        return re.sub(r" of \d+$", "", name)  # over 8 runs or 20, it is the same bar
+
+    kept = {what(r["name"]): r for r in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    kept |= {what(r.name): asdict(r) for r in rows}
+    RESULTS.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
+    before, _, rest = PAGE.read_text().partition(HEAD)
+    after = rest[len(rest) - len(rest.partition("\n\n")[2]) :]
+    PAGE.write_text(f"{before}{table(list(kept.values()))}\n{after}")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as the page has them; docs tests compare it with results.json."""
+    lines = [
+        f"| {r['name']} | {r['value']:.6g} {r['unit']} | {r['bar']} | {'yes' if r['holds'] else 'no'} "
+        f"| {r['baseline']} | {r['ratio'] if r['ratio'] is not None else '-'} | {r['machine']} |\n"
+        for r in rows
+    ]
+    return HEAD + "".join(lines)

@@ -15,6 +15,7 @@ import pytest
 from edgeward.core.proc import (
     ProcId,
     alive,
+    ending,
     find_by_env,
     group_pids,
     identify,
@@ -146,3 +147,16 @@ def test_a_program_that_is_not_there() -> None:
     with pytest.raises(FileNotFoundError):
         spawn_detached(["/no/such/program"])
     assert isinstance(subprocess.DEVNULL, int)
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (0, "ended with exit status 0"),
+        (3, "ended with exit status 3"),
+        (-9, "was ended by SIGKILL"),
+        (-63, "was ended by signal 63"),
+    ],
+)
+def test_how_a_process_ended_in_words(status: int, text: str) -> None:
+    assert ending(status) == text

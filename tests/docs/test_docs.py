@@ -146,3 +146,15 @@ def test_the_readme_shows_what_the_demo_prints() -> None:
 def test_both_readmes_link_to_the_same_pages() -> None:
     one, other = (re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text()) for name in ("README.md", "README.zh.md"))
     assert set(one) == set(other)
+
+
+def test_the_benchmarks_page_shows_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.common import table as rendered
+
+    rows = json.loads((ROOT / "benchmarks" / "results.json").read_text())
+    assert all(r.keys() == {"name", "value", "unit", "baseline", "ratio", "bar", "holds", "machine"} for r in rows)
+    assert all(r["ratio"] and r["baseline"] for r in rows), "each beside a baseline"
+    assert rendered(rows) in (ROOT / "docs" / "benchmarks.md").read_text()

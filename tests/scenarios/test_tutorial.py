@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[2]
 def test_the_tutorial_holds(systems: Callable[..., Any], tmp_path: Path) -> None:
     page = (ROOT / "docs" / "tutorial.md").read_text()
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", page, re.S | re.M)
-    assert [language for language, _ in blocks] == ["text", "sh", "sh", "sh", "python", "sh", "sh", "sh"]
-    (tmp_path / "lab.yaml").write_text(blocks[0][1])
+    assert [language for language, _ in blocks] == ["yaml", "sh", "sh", "sh", "python", *["sh"] * 6]
+    for n, name in ((0, "lab.yaml"), (4, "publish.py")):
+        assert f"/tmp/{name}" in page
+        (tmp_path / name).write_text(blocks[n][1])
     setup, lab_up = blocks[1][1].splitlines()
     assert setup == "make setup"
     words = lab_up.replace("/tmp/lab.yaml", str(tmp_path / "lab.yaml")).split()
@@ -28,10 +30,16 @@ def test_the_tutorial_holds(systems: Callable[..., Any], tmp_path: Path) -> None
     program = tmp_path / "edgeward"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m edgeward "$@"\n')
     program.chmod(0o755)
-    env = {**os.environ, "EDGEWARD_CONTEXT": str(lab.data / "context.json"), "NO_COLOR": "1", "COLUMNS": "200"}
+    env = {**os.environ, "EDGEWARD_CONTEXT": str(lab.data / "context.json"), "NO_COLOR": "1"}
 
     def shell(text: str) -> str:
-        text = text.replace("/tmp/tutorial", str(lab.data)).replace(".venv/bin/edgeward", str(program))
+        for said, is_ in (
+            ("/tmp/tutorial", str(lab.data)),
+            ("/tmp/publish.py", str(tmp_path / "publish.py")),
+            (".venv/bin/edgeward", str(program)),
+            (".venv/bin/python", sys.executable),
+        ):
+            text = text.replace(said, is_)
         done = subprocess.run(
             ["bash", "-euc", text], cwd=ROOT, env=env, capture_output=True, text=True, timeout=90, check=False
         )
@@ -48,15 +56,17 @@ def test_the_tutorial_holds(systems: Callable[..., Any], tmp_path: Path) -> None
         shell(f"python3 -c \"import urllib.request as u; print(u.urlopen('http://{host[1]}:{port[1]}').status)\"")
         == "200\n"
     )
-    subprocess.run([sys.executable, "-c", blocks[4][1]], env=env, timeout=60, check=True)
-    lab.wait("ten readings", lambda: shell(blocks[5][1]).count("celsius") == 10)
-    shell(blocks[6][1])
-    subprocess.run(
-        [sys.executable, "-c", blocks[4][1].replace('"id": n', '"id": 100 + n')], env=env, timeout=60, check=True
-    )
-    heal, journal, get, read = blocks[7][1].splitlines()
-    shell(heal)
+    assert shell(blocks[5][1]) == "", "publishing says nothing"
+    lab.wait("ten readings", lambda: shell(blocks[6][1]).count("celsius") == 10)
+    assert "Running" in shell(blocks[7][1])
+    shell(blocks[8][1])
+    assert shell(blocks[6][1]).count("celsius") == 10, "the link is cut"
+    shell(blocks[9][1])
+    journal, get, read = blocks[10][1].splitlines()
     lab.wait("the journal", lambda: "hello" in shell(journal))
     lab.wait("the site's change at the hub", lambda: "shift: night" in shell(get))
     assert "shift: night" in shell(get + " --at plant-1")
     lab.wait("all twenty", lambda: shell(read).count("celsius") == 20)
+    ids = re.findall(r'"id": ?(\d+)', shell(read + " -o json"))
+    assert len(set(ids)) == 20
+    assert ids == sorted(ids, key=int), "each once, in order"

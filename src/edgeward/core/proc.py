@@ -324,3 +324,13 @@ async def terminate(proc: ProcId, *, sig: int = signal.SIGTERM, grace: float = 1
     with contextlib.suppress(PermissionError):
         kill_group(proc, signal.SIGKILL)
     return await wait_exit(proc, kill_wait)
+
+
+def ending(status: int | None) -> str:
+    """How a process ended, in words; a negative status is the signal that ended it."""
+    if status is None or status >= 0:
+        return f"ended with exit status {status}"
+    try:
+        return f"was ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was ended by signal {-status}"

@@ -27,6 +27,7 @@ from edgeward.core import proc
 from edgeward.core.errors import Conflict, EdgewardError, NotFound, Refused, from_problem
 from edgeward.core.files import ensure_dir, read_json, write_json
 from edgeward.core.identity import NodeIdentity
+from edgeward.core.proc import ending
 from edgeward.lab.topology import Topology
 
 log = logging.getLogger("edgeward.lab")
@@ -137,7 +138,7 @@ class Child:
             if not self.wanted:
                 return
             delay = 0.1 if time.monotonic() - started > 10 else min(5.0, delay * 2)
-            self._say(f"{self.title} {_ending(self.process.returncode)}, starting it again")
+            self._say(f"{self.title} {ending(self.process.returncode)}, starting it again")
             self.restarts += 1
             await asyncio.sleep(delay)  # the back-off of a child that keeps dying
             if self.wanted:
@@ -171,16 +172,6 @@ class Child:
                 return "\n".join(f.read().decode(errors="replace").splitlines()[-lines:])
         except OSError:
             return ""
-
-
-def _ending(status: int | None) -> str:
-    """How a process ended, in words: negative is the signal that killed it."""
-    if status is None or status >= 0:
-        return f"ended with exit status {status}"
-    try:
-        return f"was ended by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was ended by signal {-status}"
 
 
 class Cluster:

@@ -483,9 +483,9 @@ class AppsEdge:
         if failed:
             slot.restarts = 1 if ran > 60 and slot.restarts > 3 else slot.restarts + 1
             slot.not_before = clock.now() + delay_after(slot.restarts, rules)
-            status = "" if live.exit_code is None else f" with status {live.exit_code}"
+            how = "ended" if live.exit_code is None else proc.ending(live.exit_code)
             if live.alive or live.process is not None:
-                self._messages[key] = f"instance {instance} ended{status} after {ran:.1f} s"
+                self._messages[key] = f"instance {instance} {how} after {ran:.1f} s"
                 self._event("Warning", "Ended", self._messages[key], *key)
         elif live.lost:
             # what a power cut ended is started again at once
