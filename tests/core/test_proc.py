@@ -134,7 +134,8 @@ def test_detached_has_own_session_log_and_no_descriptors(tmp_path: Path) -> None
 def test_found_by_the_environment_and_measured() -> None:
     proc, popen = spawn_detached(SLEEP, {"EDGEWARD_TEST_MARK": "xyz1"})
     try:
-        assert find_by_env("EDGEWARD_TEST_MARK", "xyz1") == [proc]
+        # a moment after exec the kernel still shows an empty environment
+        until(lambda: find_by_env("EDGEWARD_TEST_MARK", "xyz1") == [proc])
         assert find_by_env("EDGEWARD_TEST_MARK", "xyz") == []
         used = usage(proc.pid)
         assert used is not None and used.memory > 100_000
