@@ -39,7 +39,8 @@ def program() -> str:
     called, found = sys.argv[0], shutil.which("edgeward")
     if Path(called).name != "edgeward" or (found and Path(found).resolve() == Path(called).resolve()):
         return "edgeward"
-    return called
+    here = Path.cwd()
+    return str(Path(called).relative_to(here)) if Path(called).is_relative_to(here) else called
 
 
 def show_ready(cluster: Cluster, links: str = "") -> None:
