@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,8 @@ def test_edit(edgeward: Program, hub: Any, tmp_path: Path) -> None:
     edgeward("apply", "-f", "-", stdin=WEB)
     assert edgeward("edit", "app", "web", EDITOR="true").stdout == "app/web unchanged\n"
     change = _editor(tmp_path, "sed -i.bak s/plant/ship/ $1")
-    assert edgeward("edit", "app/web", EDITOR=change).stdout == "app/web edited\n"
+    assert edgeward("edit", "app/web", EDITOR=change, TMPDIR=str(tmp_path)).stdout == "app/web edited\n"
+    assert not list(tmp_path.glob("edgeward-*")), "nor the editor's backup is left"
     assert hub.docs["App", "default", "web"]["spec"]["placement"]["site"] == "ship"
     assert "editor" in edgeward("edit", "app/web", EDITOR="false", code=3).stderr
 
@@ -218,16 +220,16 @@ def test_edit_keeps_what_was_typed(edgeward: Program, hub: Any, tmp_path: Path) 
     edgeward("apply", "-f", "-", stdin=WEB)
     broken = _editor(tmp_path, "sed -i.bak s/placement/placment/ $1")
     err = edgeward("edit", "app/web", EDITOR=broken, TMPDIR=str(tmp_path), code=3).stderr
-    kept = next(tmp_path.glob("edgeward-web-*.yaml"))
+    kept = next(tmp_path.glob("edgeward-web-*/web.yaml"))
     assert str(kept) in err and "placment" in kept.read_text()
-    assert kept.stat().st_mode & 0o077 == 0
-    kept.unlink()
+    assert kept.stat().st_mode & 0o077 == 0 and kept.parent.stat().st_mode & 0o077 == 0
+    shutil.rmtree(kept.parent)
 
     doc = hub.docs["App", "default", "web"]
     hub.before_put = lambda _: hub.put(doc)
     change = _editor(tmp_path, "sed -i.bak s/plant/ship/ $1")
     err = edgeward("edit", "app/web", EDITOR=change, TMPDIR=str(tmp_path), code=4).stderr
-    kept = next(tmp_path.glob("edgeward-web-*.yaml"))
+    kept = next(tmp_path.glob("edgeward-web-*/web.yaml"))
     assert str(kept) in err and yaml.safe_load(kept.read_text())["spec"]["placement"]["site"] == "ship"
 
 

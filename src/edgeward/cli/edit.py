@@ -6,9 +6,9 @@ error says which.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -62,8 +62,7 @@ def edit(session: Session, words: OneWords) -> None:
             raise
         finally:
             if not keep:
-                with contextlib.suppress(FileNotFoundError):
-                    file.unlink()
+                shutil.rmtree(file.parent, ignore_errors=True)
     write(f"{label} edited")
 
 
@@ -72,11 +71,11 @@ def _content(text: str) -> bool:
 
 
 def _file(name: str, text: str) -> Path:
-    # mkstemp makes it 0600: it may hold a secret
-    handle, path = tempfile.mkstemp(prefix=f"edgeward-{name}-", suffix=".yaml")
-    with os.fdopen(handle, "w", encoding="utf-8") as f:
-        f.write(text)
-    return Path(path)
+    # it may hold a secret: a folder of its own (0700), so that what the editor leaves beside it goes too
+    file = Path(tempfile.mkdtemp(prefix=f"edgeward-{name}-")) / f"{name}.yaml"
+    file.touch(0o600)
+    file.write_text(text, encoding="utf-8")
+    return file
 
 
 def _run_editor(file: Path) -> None:
