@@ -13,13 +13,14 @@ import pytest
 import uvicorn
 
 from edgeward.cli.kinds import load_kinds
+from edgeward.core.access import record_routes
 from edgeward.core.api import Principal, build_app
 from edgeward.core.audit import Audit
+from edgeward.core.authz import administrator
 from edgeward.core.errors import Unauthorized
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resources import Resources
 from edgeward.core.store_sqlite import SqliteStore
-from edgeward.core.streaming import record_routes
 
 Program = Any
 TOKEN = "real-token-93kd"
@@ -33,7 +34,7 @@ SECRET = "apiVersion: edgeward/v1\nkind: Secret\nmetadata: {name: db}\nspec: {da
 def _auth(token: str | None, _: Any) -> Principal:
     if token != TOKEN:
         raise Unauthorized("no valid token", remedy="use the context that the hub wrote")
-    return Principal("admin")
+    return administrator("admin")
 
 
 @pytest.fixture

@@ -17,8 +17,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from edgeward.core.access import record_routes
 from edgeward.core.api import MAX_PAGE, Principal, build_app, parse_body
 from edgeward.core.audit import Audit
+from edgeward.core.authz import administrator
 from edgeward.core.errors import Invalid, Unauthorized
 from edgeward.core.openapi import document
 from edgeward.core.records import SqliteRecords
@@ -26,7 +28,7 @@ from edgeward.core.registry import kinds
 from edgeward.core.resource import MAX_DOCUMENT, Key
 from edgeward.core.resources import Resources
 from edgeward.core.store_sqlite import SqliteStore
-from edgeward.core.streaming import ndjson, record_routes
+from edgeward.core.streaming import ndjson
 from edgeward.hub.kinds import load
 
 load()
@@ -61,7 +63,7 @@ class Hub:
 def auth(token: str | None, _: Any) -> Principal:
     if token != "good":
         raise Unauthorized("no valid token", remedy="log in")
-    return Principal("eve")
+    return administrator("eve")
 
 
 async def broken(_: Request) -> Response:

@@ -14,7 +14,8 @@ import msgspec
 import pytest
 from tests.nodes.fleet import Fleet, app, doc, fleet
 
-from edgeward.core.api import Principal, build_app
+from edgeward.core.api import build_app
+from edgeward.core.authz import administrator
 from edgeward.core.errors import NotFound
 from edgeward.core.nkeys import KeyPair
 from edgeward.core.resource import CLUSTER, Key
@@ -64,7 +65,7 @@ async def api(root: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Fleet, list[
         served = build_app(
             f.resources,
             f.store,
-            auth=lambda token, client: Principal("admin"),
+            auth=lambda token, client: administrator("admin"),
             extra_routes=routes.routes(),
             health=lambda: (True, {}),
             metrics=lambda: "",

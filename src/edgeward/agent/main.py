@@ -28,8 +28,10 @@ from edgeward.agent.desired import Desired
 from edgeward.agent.kinds import load
 from edgeward.agent.replica import Replica
 from edgeward.core import clock, daemon
-from edgeward.core.api import Principal, build_app
+from edgeward.core.access import Action, declare, needs, record_routes, top_sift
+from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
+from edgeward.core.authz import Principal, administrator
 from edgeward.core.bus import Bus
 from edgeward.core.errors import EdgewardError, NotFound
 from edgeward.core.files import read_json
@@ -39,9 +41,10 @@ from edgeward.core.outbox import Outbox
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key
 from edgeward.core.resources import Resources
+from edgeward.core.roles import AccessTokens
 from edgeward.core.scope import check_local
 from edgeward.core.store import Change
-from edgeward.core.streaming import flag, json, number, record_routes
+from edgeward.core.streaming import flag, json, number
 from edgeward.core.vault import Vault
 from edgeward.nodes.calls import CallServer
 from edgeward.nodes.edge import NodeEdge
@@ -84,6 +87,7 @@ class Agent:
             address=self.address,
             vault=self.vault,
         )
+        self.tokens = AccessTokens(self.replica, site=self.site)
         self._ready = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self.nats: NatsServer | None = None
@@ -96,7 +100,7 @@ class Agent:
         app = build_app(
             self.resources,
             self.replica,
-            auth=lambda token, client: Principal("local"),
+            auth=self._who,
             extra_routes=self._routes(),
             health=self._health,
             metrics=self._metrics,
@@ -109,7 +113,7 @@ class Agent:
             async with server:
                 self.api_socket.chmod(0o600)
                 os.umask(old_umask)
-                await daemon.until(stop, self.apps.run, self._watch, self._messages)
+                await daemon.until(stop, self.apps.run, self._watch, self._messages, self._token_uses)
         finally:
             os.umask(old_umask)
             self._ready = False
@@ -166,6 +170,9 @@ class Agent:
             group.create_task(exports.run())
             group.create_task(self.link.run(bus))
             group.create_task(calls.run(bus.client))
+
+    async def _token_uses(self) -> None:
+        await self.tokens.run(self.replica.put_status)
 
     def _mqtt_password(self) -> str:
         import secrets
@@ -267,12 +274,20 @@ class Agent:
             }
         )
 
+    def _who(self, token: str | None, client: Any) -> Principal:
+        """The socket is its owner's: who can open it without a token is this machine's administrator."""
+        return administrator("local", "local") if token is None else self.tokens.verify(token)
+
     # -- API beside the resources ---------------------------------------------------------------------
 
     def _routes(self) -> list[Route]:
         return [
-            Route("/api/v1/namespaces/{ns}/apps/{name}/logs", self._logs_route, methods=["GET"]),
-            Route("/api/v1/top", self._top_route, methods=["GET"]),
+            Route(
+                "/api/v1/namespaces/{ns}/apps/{name}/logs",
+                needs("logs", "App", "object")(self._logs_route),
+                methods=["GET"],
+            ),
+            Route("/api/v1/top", declare(self._top_route, Action("own", ("top",), "Node")), methods=["GET"]),
             *record_routes(self.records),
         ]
 
@@ -302,7 +317,9 @@ class Agent:
             yield piece
 
     async def _top_route(self, request: Request) -> Response:
-        return json(self._use())
+        node_seen, app_seen = top_sift(request)
+        use = self._use()
+        return json({"nodes": list(filter(node_seen, use["nodes"])), "apps": list(filter(app_seen, use["apps"]))})
 
     async def _usage(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
         yield msgspec.json.encode(self._use())

@@ -1,9 +1,9 @@
 """The HTTP API of hub and agent: the same shape on both, made from the registry.
 
 ``/api/v1/<plural>[/<name>]`` and ``/api/v1/namespaces/<ns>/<plural>[/<name>]``: list with selectors and pages, get,
-create, replace, merge patch, delete, watch by server-sent events, status. Every call carries a token (the agent's unix
-socket is guarded by its file mode instead); every error is a problem document (RFC 9457). What a write must obey is in
-``resources.py``; what is stored, in the store.
+create, replace, merge patch, delete, watch by server-sent events, status. Every call carries a token (on the agent's
+unix socket, which is its owner's, it may lack) and is decided by the caller's rules (``access.py``); every error is a
+problem document (RFC 9457). What a write must obey is in ``resources.py``; what is stored, in the store.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json as stdjson
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -26,31 +25,63 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edgeward.core import clock
+from edgeward.core.access import (
+    Action,
+    access_routes,
+    action_of,
+    ask_for,
+    ask_of,
+    check_write,
+    closed,
+    declare,
+    keep_hidden,
+    needs,
+    opened,
+    principal,
+    shown,
+    sift,
+    sift_records,
+    signed_in,
+)
+from edgeward.core.audit import Audit
+from edgeward.core.authz import Ask, Principal, Rule, perhaps
 from edgeward.core.context import correlation
-from edgeward.core.errors import EdgewardError, Invalid, NotFound, Refused, TooLarge, Unauthorized
+from edgeward.core.errors import (
+    EdgewardError,
+    Forbidden,
+    Gone,
+    Invalid,
+    NotFound,
+    Refused,
+    TooLarge,
+    TooMany,
+    Unauthorized,
+)
 from edgeward.core.manifest import MAX_DEPTH, load
+from edgeward.core.records import KEEP
 from edgeward.core.registry import Kind, kinds
 from edgeward.core.resource import CLUSTER, MAX_DOCUMENT, Key, Resource, check_name, decode, merge_patch, parse_revision
 from edgeward.core.resources import Resources
 from edgeward.core.selectors import parse_fields, parse_labels
 from edgeward.core.store import Change, Store
 from edgeward.core.streaming import flag, json, number
+from edgeward.core.throttle import Throttle, source_of
 
 log = logging.getLogger("edgeward.api")
 
 MAX_PAGE = 1000
 _HEARTBEAT = 15.0
-_OPEN = ("/healthz", "/readyz")
+#: Seconds after which a caller whose answer is still streaming is looked at again: tokens end, roles change.
+_AGAIN = 1.0
 
-
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """Who calls. Roles come with the identity room; every principal of today is an administrator."""
-
-    name: str
-
-
+#: (token, client) to who that is; raises ``Unauthorized``.
 Auth = Callable[[str | None, Any], Principal]
+
+
+def actor_of(request: Request) -> dict[str, str]:
+    """Who writes and from where, for the audit."""
+    client = request.client
+    return {"actor": principal(request).name, "source": client.host if client and client.host else "local"}
 
 
 def _problem(e: EdgewardError, headers: dict[str, str] | None = None) -> Response:
@@ -61,11 +92,54 @@ def _failed_inside() -> Response:
     return _problem(EdgewardError("failed inside", remedy=f"the log says why, under request {correlation.get()}"))
 
 
+class _Ended(Exception):
+    """Ends a stream whose caller may no longer see it."""
+
+
 class _Gate:
     """Around every request: correlation id, token, errors as problems, nothing of the inside in an answer."""
 
-    def __init__(self, app: ASGIApp, auth: Auth, open_metrics: bool) -> None:
-        self._app, self._auth, self._open_metrics = app, auth, open_metrics
+    def __init__(self, app: ASGIApp, auth: Auth, open_paths: frozenset[str], audit: Audit) -> None:
+        self._app, self._auth, self._open, self._audit = app, auth, open_paths, audit
+        # a good token always passes: only bad ones are counted, so nobody can lock another one out
+        self._bad = Throttle(burst=20, rate=1.0)
+        self._refused = Throttle(burst=30, rate=0.5)
+
+    def _login(self, scope: Scope, headers: dict[bytes, bytes]) -> Callable[[], Principal]:
+        """Who calls, as a question that can be asked again. Raises ``Unauthorized``, or ``TooMany`` of such."""
+        client = scope.get("client")
+        scheme, _, secret = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        token = secret.strip() if scheme.lower() == "bearer" else None
+
+        def who() -> Principal:
+            return self._auth(token, client)
+
+        try:
+            scope["principal"] = who()
+        except Unauthorized:
+            wait = self._bad.take(source_of(client[0] if client else ""), clock.monotonic()) if token else 0.0
+            if wait:
+                raise TooMany(
+                    "too many wrong tokens from your address", after=wait, remedy="wait, and use a valid token"
+                ) from None
+            raise
+        return who
+
+    async def _note(self, scope: Scope, e: Forbidden) -> None:
+        """A refused call goes into the audit; a storm of them does not flood it."""
+        who, m = scope.get("principal"), e.members
+        if who is None or self._refused.take(who.name, clock.monotonic()):
+            return
+        client = scope.get("client")
+        key = Key(m.get("kind", ""), m.get("namespace") or CLUSTER, m.get("name", ""))
+        source = client[0] if client and client[0] else "local"
+        try:
+            await self._audit.write(
+                m.get("verb", "?"), key, actor=who.name, source=source, request=correlation.get(),
+                outcome=f"{e.reason}: {e.message}",
+            )  # fmt: skip
+        except EdgewardError as failed:
+            log.warning("a refusal was not audited: %s", failed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -75,27 +149,36 @@ class _Gate:
         request_id = given if 0 < len(given) <= 64 and given.isprintable() else clock.new_id(12)
         token = correlation.set(request_id)
         started = False
+        again: Callable[[], Principal] | None = None
+        looked = clock.monotonic()
 
         async def sending(message: Any) -> None:
-            nonlocal started
+            nonlocal started, looked
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode("latin-1"))]
+            elif again is not None and message.get("more_body") and clock.monotonic() - looked > _AGAIN:
+                looked = clock.monotonic()
+                try:
+                    same = again().rules == scope["principal"].rules
+                except EdgewardError:
+                    same = False
+                if not same:
+                    raise _Ended
             await send(message)
 
         try:
             response: Response | None = None
             try:
-                path = scope["path"]
-                client = scope.get("client")
-                local = client is None or client[0] in ("127.0.0.1", "::1", "")
-                if path not in _OPEN and not (path == "/metrics" and self._open_metrics and local):
-                    scheme, _, secret = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-                    scope["principal"] = self._auth(secret.strip() if scheme.lower() == "bearer" else None, client)
+                if not self._needs_nobody(scope):
+                    again = self._login(scope, headers)
                 await self._app(scope, receive, sending)
+                if isinstance(refusal := scope.get("refusal"), Forbidden):
+                    await self._note(scope, refusal)
             except EdgewardError as e:
-                extra = {"WWW-Authenticate": "Bearer"} if isinstance(e, Unauthorized) else None
-                response = _problem(e, extra)
+                response = refused(e)
+            except _Ended:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
             except (ClientDisconnect, asyncio.CancelledError):
                 raise
             except Exception:
@@ -105,6 +188,28 @@ class _Gate:
                 await response(scope, receive, sending)
         finally:
             correlation.reset(token)
+
+    def _needs_nobody(self, scope: Scope) -> bool:
+        path, client = scope["path"], scope.get("client")
+        local = client is None or client[0] in ("127.0.0.1", "::1", "")
+        if path == "/metrics" and local:
+            scope["principal"] = _SCRAPER
+            return True
+        return path in self._open
+
+
+#: What scrapes metrics on the machine itself.
+_SCRAPER = Principal("metrics", "local", rules=(Rule(verbs=["metrics"], kinds=["Hub"]),))
+
+
+def refused(e: EdgewardError) -> Response:
+    """The problem document of an error, with the headers that go with it."""
+    headers = {}
+    if isinstance(e, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    elif isinstance(e, TooMany):
+        headers["Retry-After"] = str(math.ceil(e.after))
+    return _problem(e, headers or None)
 
 
 async def read_body(request: Request, limit: int = MAX_DOCUMENT) -> bytes:
@@ -192,11 +297,6 @@ class Api:
         )
 
     @staticmethod
-    def _actor(request: Request) -> dict[str, str]:
-        client = request.client
-        return {"actor": request.scope["principal"].name, "source": client.host if client and client.host else "local"}
-
-    @staticmethod
     def _expect(request: Request) -> int | None:
         match = request.headers.get("if-match", "").strip()
         if not match or match == "*":
@@ -211,6 +311,8 @@ class Api:
         content_type = request.headers.get("content-type", "application/json")
         doc = parse_body(await read_body(request), content_type)
         namespace = request.path_params.get("ns", "default")
+        if isinstance(doc, dict):
+            keep_hidden(doc, self.store.find(key) if key is not None else None)
         resource = decode(doc, namespace=namespace)
         if resource.kind != kind.name:
             raise Invalid(f"the path says {kind.name}, the document {resource.kind}", field="$.kind")
@@ -237,28 +339,34 @@ class Api:
         resource.status = {}
 
     @staticmethod
-    def _one(resource: Resource, status: int = 200) -> Response:
-        response = json(resource.document(), status)
+    def _one(request: Request, resource: Resource, status: int = 200) -> Response:
+        response = json(shown(request, resource), status)
         response.headers["etag"] = f'"{resource.metadata.resourceVersion}"'
         return response
 
     # -- reads -----------------------------------------------------------------------------------------------------
 
     async def collection(self, request: Request) -> Response:
-        if request.method == "POST":
-            resource = await self._document(request)
-            dry = flag(request, "dryRun")
-            return self._one(await self.resources.create(resource, dry_run=dry, **self._actor(request)), 201)
         kind = self._kind(request)
         namespace = request.path_params.get("ns")
+        if request.method == "POST":
+            self._perhaps(request, "create", kind, namespace or ("default" if kind.namespaced else CLUSTER))
+            resource = await self._document(request)
+            check_write(request, "create", resource, None)
+            dry = flag(request, "dryRun")
+            return self._one(request, await self.resources.create(resource, dry_run=dry, **actor_of(request)), 201)
+        watching = flag(request, "watch")
+        asked = namespace if kind.namespaced else CLUSTER
+        allowed = sift(request, "watch" if watching else "list", kind.name, asked)
         wanted = parse_labels(request.query_params.get("labelSelector", ""))
         fields = parse_fields(request.query_params.get("fieldSelector", ""))
 
         def chosen(r: Resource) -> bool:
-            return wanted(r.metadata.labels) and fields(r.document())
+            # fields of what is shown: else a selector could feel for a hidden value
+            return allowed(r) and wanted(r.metadata.labels) and fields(shown(request, r))
 
-        if flag(request, "watch"):
-            return self._watch(request, kind, namespace, chosen)
+        if watching:
+            return self._watch(request, kind, namespace, chosen, allowed)
         limit = number(request, "limit", MAX_PAGE, low=1, high=MAX_PAGE)
         after = self._continued(request.query_params.get("continue", ""))
         items: list[dict[str, Any]] = []
@@ -275,7 +383,7 @@ class Api:
                 token = msgspec.json.encode([last["namespace"] if kind.namespaced else "", last["name"]])
                 more = base64.urlsafe_b64encode(token).decode()
                 break
-            items.append(_listed(r))
+            items.append(shown(request, r))
         metadata = {"resourceVersion": str(self.store.revision)}
         if more:
             metadata["continue"] = more
@@ -292,17 +400,33 @@ class Api:
         return found
 
     def _watch(
-        self, request: Request, kind: Kind, namespace: str | None, chosen: Callable[[Resource], bool]
+        self,
+        request: Request,
+        kind: Kind,
+        namespace: str | None,
+        chosen: Callable[[Resource], bool],
+        allowed: Callable[[Resource], bool],
     ) -> Response:
         since_text = request.headers.get("last-event-id") or request.query_params.get("resourceVersion")
         since = parse_revision(since_text) if since_text else None
         if since_text and since is None:
             raise Invalid(f"{since_text[:40]!r} is no revision", field="?resourceVersion", remedy="list first")
-        shown = {r.key for r in self.store.items(kind.name, namespace) if chosen(r)} if since else set()
+        shown_keys = {r.key for r in self.store.items(kind.name, namespace) if chosen(r)} if since else set()
         changes = self.store.watch(since)
         if since is None:
             changes.close()
             changes = self.store.watch(0)
+        who = principal(request)
+
+        def known(key: Key) -> bool:
+            """Whether the caller may hear of an object that is gone: its labels are gone with it."""
+            return who.may(Ask("watch", key.kind, key.namespace, key.name))
+
+        if since and any(
+            c.resource is None and self._in(c.key, kind, namespace) and not known(c.key) for c in changes.backlog()
+        ):
+            changes.close()
+            raise Gone("what was deleted since then cannot be told by its labels", remedy="list again and watch on")
 
         async def events() -> AsyncIterator[bytes]:
             with changes:
@@ -322,7 +446,7 @@ class Api:
                         except EdgewardError as e:
                             yield b"event: ERROR\ndata: %b\n\n" % msgspec.json.encode(e.problem())
                             return
-                        event = self._event(change, kind, namespace, chosen, shown)
+                        event = self._event(request, change, kind, namespace, chosen, allowed, known, shown_keys)
                         if event is not None:
                             yield event
                         following = asyncio.ensure_future(anext(iterator))
@@ -334,37 +458,75 @@ class Api:
         )
 
     @staticmethod
+    def _in(key: Key, kind: Kind, namespace: str | None) -> bool:
+        return key.kind == kind.name and (namespace is None or key.namespace == namespace)
+
     def _event(
-        change: Change, kind: Kind, namespace: str | None, chosen: Callable[[Resource], bool], shown: set[Key]
+        self,
+        request: Request,
+        change: Change,
+        kind: Kind,
+        namespace: str | None,
+        chosen: Callable[[Resource], bool],
+        allowed: Callable[[Resource], bool],
+        known: Callable[[Key], bool],
+        shown_keys: set[Key],
     ) -> bytes | None:
         key = change.key
-        if key.kind != kind.name or (namespace is not None and key.namespace != namespace):
+        if not self._in(key, kind, namespace):
             return None
-        was = key in shown
+        was = key in shown_keys
         if change.resource is not None and chosen(change.resource):
-            name, doc = ("MODIFIED" if was else "ADDED"), change.resource.document()
-            shown.add(key)
-        elif was or change.resource is None:
+            name, doc = ("MODIFIED" if was else "ADDED"), shown(request, change.resource)
+            shown_keys.add(key)
+        elif was or (change.resource is None and known(key)):
             meta = {"name": key.name, "namespace": "" if key.namespace == CLUSTER else key.namespace}
             name = "DELETED"
-            doc = change.resource.document() if change.resource is not None else {"kind": key.kind, "metadata": meta}
-            shown.discard(key)
+            doc = {"kind": key.kind, "metadata": meta}
+            if change.resource is not None and allowed(change.resource):
+                doc = shown(request, change.resource)
+            shown_keys.discard(key)
         else:
             return None
         return b"event: %b\nid: %d\ndata: %b\n\n" % (name.encode(), change.revision, msgspec.json.encode(doc))
 
+    def _perhaps(self, request: Request, verb: str, kind: Kind, namespace: str) -> None:
+        """Refuses before the body is read what no body could make allowed."""
+        who = principal(request)
+        if not perhaps(who.rules, verb, kind.name, namespace):
+            raise who.refusal(Ask(verb, kind.name, namespace, request.path_params.get("name", "")))
+
     async def one(self, request: Request) -> Response:
         key = self._key(request)
-        if request.method in ("GET", "HEAD"):
-            return self._one(self.store.get(key))
-        who, dry = self._actor(request), flag(request, "dryRun")
+        verb = _VERB[request.method]
+        who = principal(request)
+        if verb in ("get", "delete"):
+            who.require(ask_for(self.store, verb, key))
+        else:
+            self._perhaps(request, verb, self._kind(request), key.namespace)
+            if self.store.find(key) is None:
+                who.require(Ask(verb, key.kind, key.namespace, key.name))  # there or not: the same refusal
+        if verb == "get":
+            return self._one(request, self.store.get(key))
+        by, dry = actor_of(request), flag(request, "dryRun")
         expect = self._expect(request)
-        if request.method == "DELETE":
-            return self._one(await self.resources.delete(key, expect=expect, dry_run=dry, **who))
-        if request.method == "PATCH":
-            return self._one(await self._patch(request, key, expect, dry, who))
-        resource = await self._document(request, key)
-        return self._one(await self.resources.replace(resource, expect=expect, dry_run=dry, **who))
+        if verb == "patch":
+            return self._one(request, await self._patch(request, key, expect, dry, by))
+        resource = await self._document(request, key) if verb == "update" else None
+        for _ in range(8):
+            old = self.store.find(key)
+            check_write(request, verb, resource, old)
+            # what was decided by its labels must be what is written over
+            base = expect if expect is not None or who.may(Ask(verb, key.kind, key.namespace)) else _revision(old)
+            own = expect is not None or base is None or (resource is not None and resource.metadata.resourceVersion)
+            try:
+                if resource is None:
+                    return self._one(request, await self.resources.delete(key, expect=base, dry_run=dry, **by))
+                return self._one(request, await self.resources.replace(resource, expect=base, dry_run=dry, **by))
+            except EdgewardError as e:
+                if e.status != 409 or own:
+                    raise
+        raise Refused("changes too fast to be written", resource=str(key), remedy="try again")
 
     async def _patch(self, request: Request, key: Key, expect: int | None, dry: bool, who: dict[str, str]) -> Resource:
         content_type = request.headers.get("content-type", "")
@@ -379,6 +541,7 @@ class Api:
             raise Invalid("a merge patch is an object", field="$", remedy="see RFC 7396")
         for _ in range(8):
             old = self.store.get(key)
+            principal(request).require(ask_of("patch", old))
             doc = old.document()
             doc.pop("status", None)
             asked = (
@@ -386,9 +549,11 @@ class Api:
             )
             doc["metadata"]["resourceVersion"] = ""
             merged = merge_patch(doc, {k: v for k, v in patch.items() if k != "status"})
+            keep_hidden(merged, old)
             resource = decode(merged, namespace=key.namespace)
             if resource.key != key:
                 raise Invalid("a patch cannot rename", resource=str(key), field="$.metadata.name", remedy="remove it")
+            check_write(request, "patch", resource, old)
             base = expect if expect is not None else None if asked else old.revision
             try:
                 return await self.resources.replace(resource, expect=base, dry_run=dry, **who)
@@ -400,19 +565,24 @@ class Api:
 
     async def status(self, request: Request) -> Response:
         key = self._key(request)
-        if request.method in ("GET", "HEAD"):
-            return self._one(self.store.get(key))
+        reading = request.method in ("GET", "HEAD")
+        principal(request).require(ask_for(self.store, "get" if reading else "status", key))
+        if reading:
+            return self._one(request, self.store.get(key))
         doc = parse_body(await read_body(request), request.headers.get("content-type", "application/json"))
         status = doc.get("status", doc) if isinstance(doc, dict) else None
         if not isinstance(status, dict):
             raise Invalid("expected an object", resource=str(key), field="$.status")
         if request.method == "PATCH":
             status = merge_patch(self.store.get(key).status, status)
-        return self._one(await self.resources.status(key, status, **self._actor(request)))
+        return self._one(request, await self.resources.status(key, status, **actor_of(request)))
 
 
-def _listed(r: Resource) -> dict[str, Any]:
-    return r.document()
+_VERB = {"GET": "get", "HEAD": "get", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+
+
+def _revision(resource: Resource | None) -> int | None:
+    return resource.revision if resource is not None else None
 
 
 def build_app(
@@ -447,32 +617,55 @@ def build_app(
         return json(document(str(info.get("version", ""))))
 
     async def audit(request: Request) -> Response:
+        seen = sift_records(request, "audit")
         limit = number(request, "limit", 500, low=1, high=10_000)
-        return json({"items": resources.audit.items(since=number(request, "since", 0), limit=limit)})
+        items = resources.audit.items(since=number(request, "since", 0), limit=KEEP)
+        return json({"items": [i for i in items if seen(i)][-limit:]})
 
     base = "/api/v1"
     reading = ["GET", "HEAD"]
     routes = [
-        Route("/healthz", healthz),
-        Route("/readyz", readyz),
-        Route("/metrics", metric),
-        Route("/openapi.json", openapi),
-        Route(f"{base}/version", version),
-        Route(f"{base}/audit", audit),
-        *extra_routes,
+        Route("/healthz", opened(healthz)),
+        Route("/readyz", opened(readyz)),
+        Route("/metrics", needs("metrics", "Hub")(metric)),
+        Route("/openapi.json", signed_in(openapi)),
+        Route(f"{base}/version", signed_in(version)),
+        Route(f"{base}/audit", declare(audit, Action("own", ("audit",)))),
+        *access_routes(resources, issue=info.get("role") != "agent"),
+        *(closed(route) for route in extra_routes),
     ]
     for prefix in (f"{base}/namespaces/{{ns}}/{{plural}}", f"{base}/{{plural}}"):
         routes += [
-            Route(f"{prefix}/{{name}}/status", api.status, methods=[*reading, "PUT", "PATCH"]),
-            Route(f"{prefix}/{{name}}", api.one, methods=[*reading, "PUT", "PATCH", "DELETE"]),
-            Route(prefix, api.collection, methods=[*reading, "POST"]),
+            Route(
+                f"{prefix}/{{name}}/status",
+                declare(api.status, Action("own", ("get", "status"))),
+                methods=[*reading, "PUT", "PATCH"],
+            ),
+            Route(
+                f"{prefix}/{{name}}",
+                declare(api.one, Action("own", ("get", "update", "patch", "delete"))),
+                methods=[*reading, "PUT", "PATCH", "DELETE"],
+            ),
+            Route(
+                prefix, declare(api.collection, Action("own", ("list", "watch", "create"))), methods=[*reading, "POST"]
+            ),
         ]
     # /api/v1/namespaces/default is the kind Namespace, not a list of kinds in it: two parts behind namespaces decide
     app = Starlette(
         routes=_ordered(routes),
         exception_handlers={EdgewardError: _refused, 404: _not_found, 405: _not_allowed, Exception: _failed},
     )
-    return _Gate(app, auth, open_metrics=True)
+    app.state.store = store
+    return _Gate(app, auth, _open_paths(routes), resources.audit)
+
+
+def _open_paths(routes: Sequence[Route]) -> frozenset[str]:
+    """Paths that need no token. Only whole ones: a pattern would be matched by other eyes than the router's."""
+    found = [r.path for r in routes if (action := action_of(r)) is not None and action.how == "open"]
+    for path in found:
+        if "{" in path:
+            raise ValueError(f"an open route has no parameters in its path: {path}")
+    return frozenset(found)
 
 
 def _ordered(routes: list[Route]) -> list[Route]:
@@ -481,7 +674,8 @@ def _ordered(routes: list[Route]) -> list[Route]:
 
 
 async def _refused(request: Request, exc: Exception) -> Response:
-    return _problem(exc if isinstance(exc, EdgewardError) else EdgewardError("failed inside"))
+    request.scope["refusal"] = exc  # the gate keeps it in the audit
+    return refused(exc if isinstance(exc, EdgewardError) else EdgewardError("failed inside"))
 
 
 async def _failed(request: Request, exc: Exception) -> Response:
@@ -506,3 +700,5 @@ async def _not_allowed(request: Request, exc: Exception) -> Response:
 
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+__all__ = ["Auth", "Handler", "Principal", "actor_of", "build_app", "parse_body", "read_body", "refused"]

@@ -60,7 +60,26 @@ class Unauthorized(EdgewardError):
 
 
 class Forbidden(EdgewardError):
+    """``members``: further members of the problem document; the API names verb, kind and name there."""
+
     reason, status, exit_code = "Forbidden", 403, 3
+
+    def __init__(self, message: str, *, members: Mapping[str, str] | None = None, **where: Any) -> None:
+        super().__init__(message, **where)
+        self.members = {k: v for k, v in (members or {}).items() if v}
+
+    def problem(self) -> dict[str, Any]:
+        return {**super().problem(), **self.members}
+
+
+class TooMany(EdgewardError):
+    """Too many tries from one place; ``after`` seconds later it may try again."""
+
+    reason, status, exit_code = "TooMany", 429, 3
+
+    def __init__(self, message: str, *, after: float = 1.0, **where: Any) -> None:
+        super().__init__(message, **where)
+        self.after = after
 
 
 class NotFound(EdgewardError):
@@ -97,6 +116,7 @@ _BY_REASON: dict[str, type[EdgewardError]] = {
         Conflict,
         Gone,
         TooLarge,
+        TooMany,
         Unreachable,
     )
 }

@@ -1,4 +1,4 @@
-"""The kinds that every room stands on: Namespace, Config, Secret, Override."""
+"""The kinds that every room stands on: Namespace, Config, Secret, Override (and Role, AccessToken of ``roles.py``)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from edgeward.core import roles as _roles
 from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, parse_bytes
 from edgeward.core.registry import Column, Kind, Ref, kinds
@@ -94,6 +95,14 @@ def _override_refs(r: Resource) -> list[Ref]:
     ]
 
 
+def _check_override(r: Resource) -> None:
+    target = next((k for k in kinds if k.name == r.spec.target.kind), None)
+    if target is not None and (target.at_hub_only or target.name == "Override"):
+        raise Invalid(
+            f"a site cannot have a {target.name} of its own", field="$.spec.target.kind", remedy="change it for all"
+        )
+
+
 def _check_data(r: Resource) -> None:
     for key in r.spec.data:
         if not key or "/" in key or "\0" in key or key in (".", "..") or len(key) > 253:
@@ -153,6 +162,7 @@ kinds.add(
         doc="What one site has otherwise than the others.",
         scope="site",
         refs=_override_refs,
+        check=_check_override,
         columns=(
             Column("TARGET", lambda d: f"{d['spec']['target']['kind']}/{d['spec']['target']['name']}"),
             Column("SITE", lambda d: d["spec"]["site"]),
@@ -160,3 +170,5 @@ kinds.add(
         ),
     )
 )
+
+__all__ = ["ConfigSpec", "NamespaceSpec", "OverrideSpec", "SecretSpec", "Target", "_roles"]

@@ -38,8 +38,9 @@ class Column:
 
 
 #: Which nodes get a resource: every one; those of the site it names; those its placement takes; those that have a
-#: resource which refers to it (Secret, Config); those that have one it refers to (Service); none.
-Scope = Literal["all", "site", "placed", "used", "follows", "hub"]
+#: resource which refers to it (Secret, Config); those that have one it refers to (Service); those of the sites that its
+#: ``spec.sites`` lists (``*``: every site); none.
+Scope = Literal["all", "site", "placed", "used", "follows", "sites", "hub"]
 
 
 def _no_refs(_: Resource) -> list[Ref]:
@@ -65,6 +66,10 @@ class Kind:
     namespaced: bool = True
     scope: Scope = "hub"
     short: tuple[str, ...] = ()
+    #: Sites have it, but only the hub's API writes it: a node that was broken into must not make itself a king.
+    at_hub_only: bool = False
+    #: The level of the sync (``SyncAsk.level``) from which on agents know the kind; older ones do not get it.
+    level: int = 0
     #: Version of the stored spec. ``upgrades[n]`` turns the plain spec of version n into version n + 1.
     schema: int = 1
     upgrades: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)

@@ -40,6 +40,12 @@ def site_of(resource: Resource) -> str:
     return resource.metadata.name if resource.kind == "Site" else str(getattr(resource.spec, "site", ""))
 
 
+def for_site(resource: Resource, site: str) -> bool:
+    """Whether a resource of scope ``sites`` is meant for the site."""
+    sites: Iterable[str] = getattr(resource.spec, "sites", ())
+    return site in sites or "*" in sites
+
+
 def placed_sites(resource: Resource) -> str:
     """The one site a placement names, or "" when it may take several."""
     return str(getattr(getattr(resource.spec, "placement", None), "site", "") or "")
@@ -55,6 +61,7 @@ def view(node: NodeView, resources: Iterable[Resource]) -> dict[Key, Resource]:
         if (
             scope == "all"
             or (scope == "site" and site_of(r) == node.site)
+            or (scope == "sites" and for_site(r, node.site))
             or (scope == "placed" and matches(getattr(r.spec, "placement", None), node))
         ):
             got[r.key] = r
@@ -91,7 +98,7 @@ def check_reach(resource: Resource, site: str, *, delete: bool = False) -> None:
     # an Override is made at the hub from a change of its target; giving it up is the site's
     own = ("Override",) if delete else ("Site",)
     verb = "delete" if delete else "write"
-    if kind.scope == "hub" or (kind.scope == "site" and resource.kind not in own):
+    if kind.scope == "hub" or kind.at_hub_only or (kind.scope == "site" and resource.kind not in own):
         a = "an" if resource.kind[0] in "AEIO" else "a"
         raise Invalid(
             f"a site cannot {verb} {a} {resource.kind}", resource=str(resource.key), remedy=f"{verb} it at the hub"

@@ -1,20 +1,19 @@
-"""Small pieces of HTTP that the hub and the agent share: lists of records, lines as they come.
+"""Small pieces of HTTP that the hub and the agent share: numbers of a query, lines and events as they come.
 
 Handlers raise :class:`~edgeward.core.errors.EdgewardError`; the API turns those into problem documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
 
 from edgeward.core.errors import Invalid
-from edgeward.core.records import Records
 
 
 def number(request: Request, name: str, default: int, *, low: int = 0, high: int = 2**53) -> int:
@@ -60,17 +59,8 @@ def ndjson(items: AsyncIterator[dict[str, Any]]) -> Response:
     return StreamingResponse(_lines(items), media_type="application/x-ndjson")
 
 
-def record_routes(records: Records) -> list[Route]:
-    """``/api/v1/events`` and ``/api/v1/journal``: lists, or followed with ``?follow=true``."""
-
-    def route(name: str) -> Route:
-        async def get(request: Request) -> Response:
-            since = number(request, "since", 0)
-            limit = number(request, "limit", 500, low=1, high=10_000)
-            if flag(request, "follow"):
-                return follow(records.follow(name, since=since, limit=limit))
-            return json({"items": records.items(name, since=since, limit=limit)})
-
-        return Route(f"/api/v1/{name}", get, methods=["GET"])
-
-    return [route("events"), route("journal")]
+async def sifted(items: AsyncIterator[dict[str, Any]], seen: Callable[[dict[str, Any]], bool]) -> AsyncIterator[Any]:
+    async with aclosing(items):  # type: ignore[type-var]
+        async for item in items:
+            if seen(item):
+                yield item

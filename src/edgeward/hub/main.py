@@ -15,10 +15,11 @@ from typing import Any
 
 from edgeward import __version__
 from edgeward.core import clock, daemon
-from edgeward.core.api import Principal, build_app
+from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
+from edgeward.core.authz import BUILT_IN, Principal, administrator
 from edgeward.core.bus import Bus
-from edgeward.core.errors import EdgewardError, Unauthorized
+from edgeward.core.errors import EdgewardError, Refused, Unauthorized
 from edgeward.core.files import ensure_dir, read_json
 from edgeward.core.identity import HubIdentity
 from edgeward.core.natsserver import HubSpec, NatsServer
@@ -26,6 +27,7 @@ from edgeward.core.records import StreamRecords
 from edgeward.core.registry import extensions
 from edgeward.core.resource import Key, Resource
 from edgeward.core.resources import Resources
+from edgeward.core.roles import AccessTokens, built_in_roles
 from edgeward.core.store_nats import NatsStore
 from edgeward.core.vault import Vault
 from edgeward.hub.backup import backup_routes, sealing_key
@@ -67,7 +69,8 @@ class Hub:
         self.records = StreamRecords(self.bus.client)
         await self.records.open()
         audit = Audit(self.data / "audit.db")
-        self.resources = Resources(self.store, audit)
+        self.resources = Resources(self.store, audit, _keeps_built_in)
+        self.tokens = AccessTokens(self.store)
         await self._first_objects()
         self.nodes = NodesCloud(self.store, self.bus, self.records, self._write)
         await self.nodes.open()
@@ -89,12 +92,13 @@ class Hub:
         )
 
         def auth(token: str | None, client: Any) -> Principal:
-            name = identity.tokens.verify(token) if token else None
-            if name is None:
+            if not token:
                 raise Unauthorized(
-                    "the token is missing or wrong", remedy="send 'Authorization: Bearer TOKEN'; the context has it"
+                    "the token is missing", remedy="send 'Authorization: Bearer TOKEN'; the context has it"
                 )
-            return Principal(name)
+            # what the hub wrote for its own machine at its first start; all others are AccessTokens
+            name = identity.tokens.verify(token)
+            return administrator(name) if name is not None else self.tokens.verify(token)
 
         app = build_app(
             self.resources,
@@ -128,6 +132,7 @@ class Hub:
                     self.nodes.run,
                     self._controllers,
                     self._retention,
+                    self._token_uses,
                 )
             finally:
                 self._ready = False
@@ -146,6 +151,13 @@ class Hub:
         if self.store.find(Key("Namespace", "_", "default")) is None:
             doc = {"apiVersion": "edgeward/v1", "kind": "Namespace", "metadata": {"name": "default"}}
             await self.store.put(decode(doc))
+        for role in built_in_roles():
+            old = self.store.find(role.key)
+            if old is None or old.spec != role.spec:  # another release's
+                await self.store.put(role)
+
+    async def _token_uses(self) -> None:
+        await self.tokens.run(self.store.put_status)
 
     async def _write(self, resource: Resource | None, key: Key, expect: int, actor: str) -> None:
         """A validated write by the system on behalf of ``actor``; ``expect`` 0 creates."""
@@ -197,6 +209,11 @@ class Hub:
             name = node.metadata.name
             values[f'edgeward_node_online{{node="{name}"}}'] = float(self.nodes.is_online(name))
         return daemon.metrics_text(values)
+
+
+def _keeps_built_in(new: Resource | None, old: Resource | None) -> None:
+    if new is None and old is not None and old.kind == "Role" and old.metadata.name in BUILT_IN:
+        raise Refused("is built in and stays", resource=str(old.key))
 
 
 def main() -> int:

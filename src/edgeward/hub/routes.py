@@ -13,13 +13,24 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from edgeward.core.access import (
+    Action,
+    ask_for,
+    ask_of,
+    declare,
+    needs,
+    principal,
+    record_routes,
+    top_sift,
+)
+from edgeward.core.authz import Ask
 from edgeward.core.errors import EdgewardError, Invalid, NotFound, Unreachable
 from edgeward.core.identity import HubIdentity
 from edgeward.core.records import Records
 from edgeward.core.registry import kinds
 from edgeward.core.resource import CLUSTER, Key, Resource, from_stored, merge_patch, to_stored
 from edgeward.core.store import Store
-from edgeward.core.streaming import flag, json, ndjson, number, record_routes
+from edgeward.core.streaming import flag, json, ndjson, number
 from edgeward.nodes.calls import call
 from edgeward.nodes.cloud import NodesCloud
 from edgeward.streams.cloud import StreamsCloud
@@ -46,12 +57,24 @@ class HubRoutes:
     def routes(self) -> list[Route]:
         base = "/api/v1"
         return [
-            Route(f"{base}/nodes/{{name}}/enrol", self.enrol, methods=["POST"]),
-            Route(f"{base}/namespaces/{{ns}}/apps/{{name}}/logs", self.logs, methods=["GET"]),
-            Route(f"{base}/namespaces/{{ns}}/overrides/{{name}}/promote", self.promote, methods=["POST"]),
-            Route(f"{base}/top", self.top, methods=["GET"]),
-            Route(f"{base}/streams", self.streams, methods=["GET"]),
-            Route(f"{base}/streams/{{name}}", self.stream, methods=["GET"]),
+            Route(f"{base}/nodes/{{name}}/enrol", needs("enrol", "Node", "object")(self.enrol), methods=["POST"]),
+            Route(
+                f"{base}/namespaces/{{ns}}/apps/{{name}}/logs",
+                needs("logs", "App", "object")(self.logs),
+                methods=["GET"],
+            ),
+            Route(
+                f"{base}/namespaces/{{ns}}/overrides/{{name}}/promote",
+                needs("promote", "Override", "object")(self.promote),
+                methods=["POST"],
+            ),
+            Route(f"{base}/top", declare(self.top, Action("own", ("top",), "Node")), methods=["GET"]),
+            Route(f"{base}/streams", needs("streams", "Export", "each")(self.streams), methods=["GET"]),
+            Route(
+                f"{base}/streams/{{name}}",
+                declare(self.stream, Action("own", ("streams",), "Export")),
+                methods=["GET"],
+            ),
             *record_routes(self._records),
         ]
 
@@ -74,6 +97,7 @@ class HubRoutes:
         override = self._store.get(key)
         target = override.spec.target
         target_key = Key(target.kind, target.namespace or CLUSTER, target.name)
+        principal(request).require(ask_for(self._store, "update", target_key))
         base = self._store.get(target_key)
         stored = to_stored(base)
         stored.spec = merge_patch(stored.spec, override.spec.patch)
@@ -83,8 +107,9 @@ class HubRoutes:
         except EdgewardError as e:
             e.resource = e.resource or str(target_key)
             raise
-        await self._write(promoted, target_key, base.revision, "admin")
-        await self._write(None, key, override.revision, "admin")
+        actor = principal(request).name
+        await self._write(promoted, target_key, base.revision, actor)
+        await self._write(None, key, override.revision, actor)
         return json(self._store.get(target_key).document(show_secrets=False))
 
     # -- nodes' answers --------------------------------------------------------------------------------------------
@@ -150,6 +175,7 @@ class HubRoutes:
 
     async def top(self, request: Request) -> Response:
         """Present use of processor and memory, asked of every node that is there."""
+        node_seen, app_seen = top_sift(request)
         nodes = [n.metadata.name for n in self._store.items("Node")]
 
         async def one(node: str) -> dict[str, Any]:
@@ -162,16 +188,32 @@ class HubRoutes:
 
         answers = await asyncio.gather(*(one(n) for n in nodes))
         return json(
-            {"nodes": [n for a in answers for n in a["nodes"]], "apps": [x for a in answers for x in a["apps"]]}
+            {
+                "nodes": [n for a in answers for n in a["nodes"] if node_seen(n)],
+                "apps": [x for a in answers for x in a["apps"] if app_seen(x)],
+            }
         )
 
     # -- streams ------------------------------------------------------------------------------------------
 
     async def streams(self, request: Request) -> Response:
-        return json({"items": await self._streams.list()})
+        items = await self._streams.list()
+        return json({"items": [i for i in items if self._may_read(request, str(i["name"]))]})
+
+    def _may_read(self, request: Request, stream: str) -> bool:
+        """A stream is read by who may read all Exports that fill it; one that none fills any more, by who may all."""
+        who = principal(request)
+        filling = [
+            e for e in self._store.items("Export") if e.spec.to.hub is not None and e.spec.to.hub.stream == stream
+        ]
+        if not filling:
+            return who.may(Ask("streams", "Export"))
+        return all(who.may(ask_of("streams", e)) for e in filling)
 
     async def stream(self, request: Request) -> Response:
         name = request.path_params["name"]
+        if not self._may_read(request, name):
+            raise principal(request).refusal(Ask("streams", "Export", None, name))
         limit = number(request, "limit", 0)
         items = await self._streams.reader(name, number(request, "from", 0), follow=flag(request, "follow"))
         return ndjson(_limited(items, limit) if limit else items)

@@ -1,0 +1,231 @@
+"""Roles and access tokens: the two kinds, the token's text, and who a token stands for.
+
+A token is shown once, when it is made; what is kept is the SHA-256 of its 256 random bits. It names its own
+AccessToken (``ew_<name>_<secret>``), so finding it is one look-up, at the hub as in a node's replica. Tokens and roles
+are written at the hub only; what a site has of them is enough to go on without the link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from edgeward.core import clock
+from edgeward.core.authz import ANY, BUILT_IN, HUB, VERBS, WORK, Principal, Rule
+from edgeward.core.errors import EdgewardError, Invalid, Unauthorized
+from edgeward.core.quantity import parse_duration
+from edgeward.core.registry import Column, Kind, Ref, kinds
+from edgeward.core.resource import CLUSTER, Key, Metadata, Resource, check_name
+from edgeward.core.selectors import parse_labels
+from edgeward.core.store import Store
+
+_TOKEN = re.compile(r"ew_([a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?)_([A-Za-z0-9_-]{43})")
+LONGEST_TTL = 3653 * 86400.0
+DEFAULT_TTL = "90d"
+#: Seconds between two writes of one token's last use.
+USE_PERIOD = 60.0
+
+
+class RoleSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """What its bearers may do. Rules only allow; what no rule allows is refused."""
+
+    rules: Annotated[list[Rule], Meta(description="Each allows something", max_length=32)] = []
+    description: Annotated[str, Meta(description="For people", max_length=1024)] = ""
+
+
+class AccessTokenSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A key to the API for a person or a program. Made by `edgeward token create --role`."""
+
+    role: Annotated[str, Meta(description="The Role whose rules it has")]
+    hash: Annotated[str, Meta(description="SHA-256 of the token, hex", pattern=r"^[0-9a-f]{64}$")]
+    expires: Annotated[str, Meta(description="RFC 3339; it is refused from then on")]
+    sites: Annotated[
+        list[str],
+        Meta(description="Sites whose nodes take it too, also while cut off; `*` is all", max_length=256),
+    ] = []
+    description: Annotated[str, Meta(description="Who has it, and what for", max_length=1024)] = ""
+
+
+def _check_role(r: Resource) -> None:
+    built_in = BUILT_IN.get(r.metadata.name)
+    if built_in is not None and tuple(r.spec.rules) != built_in:
+        raise Invalid("is built in and cannot be changed", field="$.spec.rules", remedy="make a Role of another name")
+    for n, rule in enumerate(r.spec.rules):
+        where = f"$.spec.rules[{n}]"
+        for verb in rule.verbs:
+            if verb != ANY and verb not in VERBS:
+                raise Invalid(f"there is no verb {verb[:40]!r}", field=f"{where}.verbs", remedy=", ".join(VERBS))
+        for kind in rule.kinds:
+            if kind not in (ANY, WORK, HUB):
+                try:
+                    kinds.get(kind)
+                except EdgewardError as e:
+                    e.field = f"{where}.kinds"
+                    raise
+        for namespace in rule.namespaces:
+            if namespace not in (ANY, CLUSTER):
+                check_name(namespace, f"{where}.namespaces")
+        try:
+            parse_labels(rule.labelSelector)
+        except EdgewardError as e:
+            e.field = f"{where}.labelSelector"
+            raise
+
+
+#: Who acts in the audit without an AccessToken; a token of such a name could pass for them there.
+_RESERVED = frozenset({"admin", "local", "system", "hub"})
+
+
+def _check_token(r: Resource) -> None:
+    if r.metadata.name in _RESERVED:
+        raise Invalid("is reserved", field="$.metadata.name", remedy="take another name")
+    try:
+        clock.parse_timestamp(r.spec.expires)
+    except ValueError:
+        raise Invalid("is no time", field="$.spec.expires", remedy="write 2027-01-31T12:00:00Z") from None
+    for n, site in enumerate(r.spec.sites):
+        if site != ANY:
+            check_name(site, f"$.spec.sites[{n}]")
+
+
+def _token_refs(r: Resource) -> list[Ref]:
+    # the built-in ones are in every release's code and need not travel
+    role = [] if r.spec.role in BUILT_IN else [Ref("Role", CLUSTER, r.spec.role, "$.spec.role")]
+    return role + [Ref("Site", CLUSTER, s, f"$.spec.sites[{n}]") for n, s in enumerate(r.spec.sites) if s != ANY]
+
+
+kinds.add(
+    Kind(
+        "Role",
+        "roles",
+        RoleSpec,
+        doc="What its bearers may do. admin, operator and viewer are built in.",
+        namespaced=False,
+        scope="used",
+        at_hub_only=True,
+        level=1,
+        check=_check_role,
+        columns=(
+            Column("RULES", lambda d: len(d["spec"].get("rules", []))),
+            Column("DESCRIPTION", lambda d: d["spec"].get("description", "")),
+        ),
+        example="apiVersion: edgeward/v1\nkind: Role\nmetadata: {name: web-team}\n"
+        "spec:\n  rules:\n"
+        "  - {verbs: [get, list, watch, logs], kinds: ['@work'], namespaces: [web]}\n"
+        "  - {verbs: [create, update, patch, delete], kinds: [App, Config], namespaces: [web]}\n",
+    )
+)
+kinds.add(
+    Kind(
+        "AccessToken",
+        "accesstokens",
+        AccessTokenSpec,
+        doc="A key to the API, bound to a Role; made by `edgeward token create --role ROLE`.",
+        namespaced=False,
+        scope="sites",
+        at_hub_only=True,
+        level=1,
+        refs=_token_refs,
+        check=_check_token,
+        secret_fields=("hash",),
+        columns=(
+            Column("ROLE", lambda d: d["spec"]["role"]),
+            Column("EXPIRES", lambda d: d["spec"]["expires"]),
+            Column("LAST USED", lambda d: d.get("status", {}).get("lastUsed", "never")),
+            Column("SITES", lambda d: ",".join(d["spec"].get("sites", [])), wide=True),
+        ),
+    )
+)
+
+
+def built_in_roles() -> list[Resource]:
+    """The built-in roles as objects, so that they can be listed and read."""
+    return [
+        Resource(kind="Role", metadata=Metadata(name=name), spec=RoleSpec(list(rules), "built in"))
+        for name, rules in BUILT_IN.items()
+    ]
+
+
+def is_access_token(text: str) -> bool:
+    """Whether the text has an AccessToken's form."""
+    return _TOKEN.fullmatch(text) is not None
+
+
+def make_token(name: str) -> tuple[str, str]:
+    """A new token of that name, and the hash to keep."""
+    token = f"ew_{name}_{secrets.token_urlsafe(32)}"
+    return token, hashlib.sha256(token.encode()).hexdigest()
+
+
+def expiry(ttl: object) -> str:
+    """When a token of that life ends. Raises ``Invalid``."""
+    if isinstance(ttl, bool) or not isinstance(ttl, str | int | float):
+        raise Invalid("is no duration", field="$.ttl", remedy=f"write e.g. {DEFAULT_TTL}")
+    try:
+        seconds = parse_duration(ttl)
+    except ValueError as e:
+        raise Invalid(str(e), field="$.ttl") from None
+    if not 0 < seconds <= LONGEST_TTL:
+        raise Invalid("is not within bounds", field="$.ttl", remedy="more than 0, at most 10 years (3653d)")
+    return clock.timestamp(clock.now() + seconds)
+
+
+def rules_of(store: Store, role: str) -> tuple[Rule, ...] | None:
+    """The rules of a role; None when there is no such."""
+    if role in BUILT_IN:
+        return BUILT_IN[role]  # never what a store says of them
+    found = store.find(Key("Role", CLUSTER, role))
+    return None if found is None else tuple(found.spec.rules)
+
+
+class AccessTokens:
+    """Finds who a token stands for, and keeps when it was last used."""
+
+    def __init__(self, store: Store, *, site: str = "") -> None:
+        """``site``: only tokens that are meant for this site too."""
+        self._store, self._site = store, site
+        self._used: dict[str, str] = {}
+        self._wake = asyncio.Event()
+
+    def verify(self, token: str) -> Principal:
+        """Who bears it. Raises ``Unauthorized`` without saying more than the bearer may know."""
+        match = _TOKEN.fullmatch(token)
+        found = self._store.find(Key("AccessToken", CLUSTER, match[1])) if match else None
+        known = found.spec.hash if found is not None else "0" * 64
+        same = hmac.compare_digest(hashlib.sha256(token.encode()).hexdigest(), known)
+        if found is None or not same or found.metadata.deletionTimestamp:
+            raise Unauthorized("the token is wrong", remedy="get a new one: edgeward token create --role ROLE")
+        name, spec = found.metadata.name, found.spec
+        if clock.now() >= clock.parse_timestamp(spec.expires):
+            raise Unauthorized(f"the token {name} expired at {spec.expires}", remedy="get a new one")
+        if self._site and not {ANY, self._site} & set(spec.sites):
+            raise Unauthorized(f"the token {name} is not for this site", remedy="make one with --sites")
+        rules = rules_of(self._store, spec.role)
+        if rules is None:
+            raise Unauthorized(f"the role {spec.role} of token {name} is gone", remedy="get a new token")
+        self._used[name] = clock.timestamp()
+        self._wake.set()
+        return Principal(name, "person", spec.role, rules, spec.expires)
+
+    async def run(self, write: Callable[[Key, dict[str, object]], Awaitable[None]]) -> None:
+        """Writes last uses, each at most once in :data:`USE_PERIOD`."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            used, self._used = self._used, {}
+            for name, at in used.items():
+                found = self._store.find(Key("AccessToken", CLUSTER, name))
+                if found is not None:
+                    try:
+                        await write(found.key, {**found.status, "lastUsed": at})
+                    except EdgewardError:  # the store is away, or the token was deleted meanwhile
+                        self._used.setdefault(name, at)
+            await asyncio.sleep(USE_PERIOD)
