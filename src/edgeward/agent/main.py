@@ -97,7 +97,7 @@ class Agent:
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def run(self, stop: asyncio.Event) -> int:
-        app = build_app(
+        self.app = app = build_app(
             self.resources,
             self.replica,
             auth=self._who,

@@ -14,11 +14,13 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
-from edgeward.cli.context import AGENT_SOCKET_ENV, LOCAL, Context, load_context
+from edgeward.cli.context import AGENT_SOCKET_ENV, LOCAL, TOKEN_ENV, Context, load_context
+from edgeward.core.authz import is_access_token
 from edgeward.core.errors import EdgewardError, Unreachable, from_problem
 from edgeward.core.registry import Kind
 
@@ -347,6 +349,8 @@ def connect(context: str | None, at: str | None, *, connect_timeout: float = CON
         # On the box itself there need not be a context file.
         return _agent_api(socket_path, None, f"the agent ({AGENT_SOCKET_ENV})", connect_timeout)
     loaded: Context = load_context(context)
+    if given := os.environ.get(TOKEN_ENV):
+        loaded = replace(loaded, token=given)
     if at:
         node = loaded.node(at)
         if not node.api:
@@ -369,7 +373,9 @@ def connect(context: str | None, at: str | None, *, connect_timeout: float = CON
 
 
 def _agent_api(address: str, context: Context | None, who: str, connect_timeout: float) -> Api:
-    token = context.token if context else None
+    token = os.environ.get(TOKEN_ENV) or (context.token if context else None)
+    if token and not is_access_token(token):
+        token = None  # the hub's own; a node's socket is its owner's without one
     where = f", and is {context.path} its context" if context else ""
     remedy = f"is its agent running{where}?"
     url = address if "://" in address else _AF_UNIX_NAME + str(Path(address).expanduser())

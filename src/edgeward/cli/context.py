@@ -19,6 +19,8 @@ from edgeward.core.errors import Invalid, NotFound, Unreachable
 
 CONTEXT_ENV = "EDGEWARD_CONTEXT"
 AGENT_SOCKET_ENV = "EDGEWARD_AGENT_SOCKET"
+#: A token that is used instead of the context's.
+TOKEN_ENV = "EDGEWARD_TOKEN"  # noqa: S105 - the variable's name
 #: The word that `--at` takes for "the node on this machine".
 LOCAL = "local"
 

@@ -22,7 +22,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from edgeward.core import clock
 from edgeward.core.access import (
@@ -96,10 +96,11 @@ class _Ended(Exception):
     """Ends a stream whose caller may no longer see it."""
 
 
-class _Gate:
+class Gate:
     """Around every request: correlation id, token, errors as problems, nothing of the inside in an answer."""
 
-    def __init__(self, app: ASGIApp, auth: Auth, open_paths: frozenset[str], audit: Audit) -> None:
+    def __init__(self, app: Starlette, auth: Auth, open_paths: frozenset[str], audit: Audit) -> None:
+        self.routes = app.routes
         self._app, self._auth, self._open, self._audit = app, auth, open_paths, audit
         # a good token always passes: only bad ones are counted, so nobody can lock another one out
         self._bad = Throttle(burst=20, rate=1.0)
@@ -594,7 +595,7 @@ def build_app(
     health: Callable[[], tuple[bool, dict[str, Any]]],
     metrics: Callable[[], str],
     info: dict[str, Any],
-) -> ASGIApp:
+) -> Gate:
     """The whole API as an ASGI app."""
     api = Api(resources, store)
 
@@ -656,7 +657,7 @@ def build_app(
         exception_handlers={EdgewardError: _refused, 404: _not_found, 405: _not_allowed, Exception: _failed},
     )
     app.state.store = store
-    return _Gate(app, auth, _open_paths(routes), resources.audit)
+    return Gate(app, auth, _open_paths(routes), resources.audit)
 
 
 def _open_paths(routes: Sequence[Route]) -> frozenset[str]:

@@ -8,6 +8,7 @@ rule allows is refused. A *role* is a list of rules, three are built in. Nobody 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -221,6 +222,19 @@ class Principal:
                 "namespace": "" if ask.namespace in (None, "_") else str(ask.namespace),
             },
         )
+
+
+_TOKEN = re.compile(r"ew_([a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?)_([A-Za-z0-9_-]{43})")
+
+
+def token_name(text: str) -> str:
+    """The name of the AccessToken that a token's text says it belongs to; empty when it has not such a form."""
+    match = _TOKEN.fullmatch(text)
+    return match[1] if match else ""
+
+
+def is_access_token(text: str) -> bool:
+    return bool(token_name(text))
 
 
 def administrator(name: str, kind: Literal["person", "node", "local"] = "person") -> Principal:

@@ -65,11 +65,17 @@ async def cancellable(wait: Awaitable[_T]) -> _T:
     """Await ``wait`` such that a cancellation of this task is never lost.
 
     nats-py waits with ``asyncio.wait_for``, which up to Python 3.11 swallows a cancellation that comes in the same turn
-    of the loop as the answer (CPython gh-86296): the task would run on for ever, and whoever ends it would hang.
+    of the loop as the answer (CPython gh-86296), be that a result or an error: the task would run on for ever, and
+    whoever ends it would hang.
     """
     task = asyncio.current_task()
     before = task.cancelling() if task else 0
-    got = await wait
+    try:
+        got = await wait
+    except Exception as e:
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError from e
+        raise
     if task and task.cancelling() > before:
         raise asyncio.CancelledError
     return got

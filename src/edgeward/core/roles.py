@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import re
 import secrets
 from collections.abc import Awaitable, Callable
 from typing import Annotated
@@ -19,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from edgeward.core import clock
-from edgeward.core.authz import ANY, BUILT_IN, HUB, VERBS, WORK, Principal, Rule
+from edgeward.core.authz import ANY, BUILT_IN, HUB, VERBS, WORK, Principal, Rule, token_name
 from edgeward.core.errors import EdgewardError, Invalid, Unauthorized
 from edgeward.core.quantity import parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
@@ -27,7 +26,7 @@ from edgeward.core.resource import CLUSTER, Key, Metadata, Resource, check_name
 from edgeward.core.selectors import parse_labels
 from edgeward.core.store import Store
 
-_TOKEN = re.compile(r"ew_([a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?)_([A-Za-z0-9_-]{43})")
+_UTC = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?Z$(?!\n)"
 LONGEST_TTL = 3653 * 86400.0
 DEFAULT_TTL = "90d"
 #: Seconds between two writes of one token's last use.
@@ -46,7 +45,7 @@ class AccessTokenSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=
 
     role: Annotated[str, Meta(description="The Role whose rules it has")]
     hash: Annotated[str, Meta(description="SHA-256 of the token, hex", pattern=r"^[0-9a-f]{64}$")]
-    expires: Annotated[str, Meta(description="RFC 3339; it is refused from then on")]
+    expires: Annotated[str, Meta(description="RFC 3339 in UTC; it is refused from then on", pattern=_UTC)]
     sites: Annotated[
         list[str],
         Meta(description="Sites whose nodes take it too, also while cut off; `*` is all", max_length=256),
@@ -154,11 +153,6 @@ def built_in_roles() -> list[Resource]:
     ]
 
 
-def is_access_token(text: str) -> bool:
-    """Whether the text has an AccessToken's form."""
-    return _TOKEN.fullmatch(text) is not None
-
-
 def make_token(name: str) -> tuple[str, str]:
     """A new token of that name, and the hash to keep."""
     token = f"ew_{name}_{secrets.token_urlsafe(32)}"
@@ -197,13 +191,13 @@ class AccessTokens:
 
     def verify(self, token: str) -> Principal:
         """Who bears it. Raises ``Unauthorized`` without saying more than the bearer may know."""
-        match = _TOKEN.fullmatch(token)
-        found = self._store.find(Key("AccessToken", CLUSTER, match[1])) if match else None
+        name = token_name(token)
+        found = self._store.find(Key("AccessToken", CLUSTER, name)) if name else None
         known = found.spec.hash if found is not None else "0" * 64
         same = hmac.compare_digest(hashlib.sha256(token.encode()).hexdigest(), known)
         if found is None or not same or found.metadata.deletionTimestamp:
             raise Unauthorized("the token is wrong", remedy="get a new one: edgeward token create --role ROLE")
-        name, spec = found.metadata.name, found.spec
+        spec = found.spec
         if clock.now() >= clock.parse_timestamp(spec.expires):
             raise Unauthorized(f"the token {name} expired at {spec.expires}", remedy="get a new one")
         if self._site and not {ANY, self._site} & set(spec.sites):

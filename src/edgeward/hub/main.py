@@ -100,7 +100,7 @@ class Hub:
             name = identity.tokens.verify(token)
             return administrator(name) if name is not None else self.tokens.verify(token)
 
-        app = build_app(
+        self.app = app = build_app(
             self.resources,
             self.store,
             auth=auth,
