@@ -32,6 +32,7 @@ from starlette.routing import Route
 
 from edgeward import __version__
 from edgeward.core import clock
+from edgeward.core.access import needs
 from edgeward.core.errors import EdgewardError, Refused, Unreachable
 from edgeward.core.files import ensure_dir, read_json, write_atomic, write_json
 from edgeward.core.jsread import Message, read_batch
@@ -288,4 +289,4 @@ def backup_routes(client: Client, data: Path, key: SealingKey, vault: Vault) -> 
 
         return StreamingResponse(body(), media_type="application/octet-stream", headers={"cache-control": "no-store"})
 
-    return [Route("/api/v1/backup", backup, methods=["GET"])]
+    return [Route("/api/v1/backup", needs("backup", "Hub")(backup), methods=["GET"])]
