@@ -19,8 +19,9 @@ from edgeward.core.errors import Unauthorized
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key, Resource, decode
 from edgeward.core.resources import Resources
-from edgeward.core.roles import AccessTokens, built_in_roles
+from edgeward.core.roles import built_in_roles
 from edgeward.core.store_sqlite import SqliteStore
+from edgeward.core.tokens import AccessTokens
 from edgeward.hub.kinds import load
 
 load()

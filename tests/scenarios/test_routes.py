@@ -19,8 +19,9 @@ from edgeward.core.api import Gate
 from edgeward.core.authz import VERBS
 from edgeward.core.registry import kinds
 from edgeward.core.resource import decode
-from edgeward.core.roles import AccessTokenSpec, make_token
+from edgeward.core.roles import AccessTokenSpec
 from edgeward.core.store import Store
+from edgeward.core.tokens import make_token
 from edgeward.hub.kinds import load as load_hub
 from edgeward.hub.main import Hub
 

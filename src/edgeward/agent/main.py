@@ -41,10 +41,10 @@ from edgeward.core.outbox import Outbox
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key
 from edgeward.core.resources import Resources
-from edgeward.core.roles import AccessTokens
 from edgeward.core.scope import check_local
 from edgeward.core.store import Change
 from edgeward.core.streaming import flag, json, number
+from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
 from edgeward.nodes.calls import CallServer
 from edgeward.nodes.edge import NodeEdge

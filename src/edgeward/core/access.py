@@ -18,14 +18,15 @@ from starlette.routing import Route
 
 from edgeward.core import clock
 from edgeward.core.authz import ANY, HUB, VERBS, Ask, Principal, Rule, beyond, perhaps
-from edgeward.core.errors import Invalid
+from edgeward.core.errors import Invalid, Unauthorized
 from edgeward.core.records import KEEP, Records
 from edgeward.core.registry import HIDDEN, Kind, kinds
 from edgeward.core.resource import CLUSTER, Key, Metadata, Resource, check_name
 from edgeward.core.resources import Resources
-from edgeward.core.roles import DEFAULT_TTL, AccessTokenSpec, expiry, make_token, rules_of
+from edgeward.core.roles import AccessTokenSpec
 from edgeward.core.store import Store
 from edgeward.core.streaming import flag, follow, json, number, sifted
+from edgeward.core.tokens import DEFAULT_TTL, expiry, make_token, rules_of
 
 Handler = Callable[[Request], Awaitable[Response]]
 #: open: nobody need say who they are. signed: anybody who is known. whole: the verb on the kind without bounds.
@@ -87,7 +88,9 @@ def closed(route: Route) -> Route:
 
 
 def principal(request: Request) -> Principal:
-    found: Principal = request.scope["principal"]
+    found = request.scope.get("principal")
+    if not isinstance(found, Principal):
+        raise Unauthorized("nobody was found to be asking", remedy="the API's gate must stand before every route")
     return found
 
 

@@ -27,8 +27,9 @@ from edgeward.core.records import StreamRecords
 from edgeward.core.registry import extensions
 from edgeward.core.resource import Key, Resource
 from edgeward.core.resources import Resources
-from edgeward.core.roles import AccessTokens, built_in_roles
+from edgeward.core.roles import built_in_roles
 from edgeward.core.store_nats import NatsStore
+from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
 from edgeward.hub.backup import backup_routes, sealing_key
 from edgeward.hub.front import Links, front_protocol
