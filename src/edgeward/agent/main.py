@@ -48,6 +48,7 @@ from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
 from edgeward.nodes.calls import CallServer
 from edgeward.nodes.edge import NodeEdge
+from edgeward.nodes.wan import LinkWatch, redial
 from edgeward.streams.edge import ExportsEdge
 from edgeward.workloads.edge import AppsEdge
 
@@ -93,6 +94,7 @@ class Agent:
         self.nats: NatsServer | None = None
         self.bus: Bus | None = None
         self.outbox: Outbox | None = None
+        self.wan: LinkWatch | None = None
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -165,6 +167,10 @@ class Agent:
         self._report_node()
         log.info("agent %s of node %s ready", __version__, self.node)
         async with asyncio.TaskGroup() as group:
+            if spec.hub_url:
+                again = lambda: redial(nats.url, nats.secret)  # noqa: E731
+                self.wan = LinkWatch(self.link, int(self.hub["port"]), lambda: nats.pid, again)
+                group.create_task(self.wan.run())
             group.create_task(nats.run())
             group.create_task(self.outbox.run())
             group.create_task(exports.run())
@@ -335,6 +341,7 @@ class Agent:
                     "load1": round(load1, 2),
                     "agentMB": round(daemon.memory_mb(os.getpid()), 1),
                     "natsMB": round(daemon.memory_mb(self.nats.pid if self.nats else None), 1),
+                    "wan": self.wan.usage() if self.wan else {},
                 }
             ],
             "apps": self.apps.usage(),

@@ -338,6 +338,10 @@ class Replica(Store):
         """The fingerprint of the hub's side, to be compared with the hub's own."""
         return fingerprint((k, r.hub_revision) for k, r in self._rows.items() if r.hub is not None)
 
+    def hub_keys(self) -> list[Key]:
+        """All that the hub's side holds."""
+        return [k for k, r in self._rows.items() if r.hub is not None]
+
     def apply_sync(
         self, objects: list[HubObject], *, revision: int, epoch: str, full: bool, line: Sequence[Ancestor] = ()
     ) -> Kept:

@@ -29,6 +29,7 @@ EVENT_COLUMNS = ("time", "type", "node", "resource", "reason", "message")
 JOURNAL_COLUMNS = ("time", "resource", "site", "node", "rule", "outcome", "loser", "why")
 AUDIT_COLUMNS = ("time", "actor", "verb", "kind", "namespace", "name", "revision", "outcome", "source")
 NODE_COLUMNS = ("name", "site", "online", "load1", "agentMB", "natsMB")
+WAN_COLUMNS = ("name", "site", "online", "sent", "received", "kbitUp", "kbitDown", "rttMs", "connections")
 APP_COLUMNS = ("namespace", "name", "node", "instance", "cpu", "memory")
 
 
@@ -137,18 +138,34 @@ def audit(session: Session, limit: Limit = "200") -> None:
 def top(
     session: Session,
     what: Annotated[str, typer.Argument(metavar="nodes|apps")] = "nodes",
+    wan: Annotated[bool, typer.Option("--wan", help="What each node's link carries, with TLS and TCP.")] = False,
 ) -> None:
-    """Print what nodes or apps use now."""
+    """Print what nodes or apps use now.
+
+    With --wan the bytes that each node's link carried since its agent started, and kbit/s over the last five minutes.
+    """
     output = session.output(allowed=_RECORD_FORMATS)
     plural = {"node": "nodes", "no": "nodes", "app": "apps"}.get(what, what)
     if plural not in ("nodes", "apps"):
         raise UsageError(f"top {what}: top nodes, or top apps")
+    if wan and plural != "nodes":
+        raise UsageError("top apps --wan: only nodes have a link; write top nodes --wan")
     with session.api() as api:
         answer = api.request("GET", "/api/v1/top")
     items = list(answer.get(plural) or [])
     if plural == "apps" and not session.all_namespaces:
         items = [i for i in items if i.get("namespace", session.namespace) == session.namespace]
-    _records({"items": items}, output, NODE_COLUMNS if plural == "nodes" else APP_COLUMNS, plural, everything=True)
+    if plural == "nodes":
+        # beside the node's own use, or instead of it
+        own = ("name", "site", "online")
+        items = [
+            {k: i[k] for k in own if k in i} | (i.get("wan") or {})
+            if wan
+            else {k: v for k, v in i.items() if k != "wan"}
+            for i in items
+        ]
+    columns = APP_COLUMNS if plural == "apps" else WAN_COLUMNS if wan else NODE_COLUMNS
+    _records({"items": items}, output, columns, plural, everything=True)
 
 
 def _records(

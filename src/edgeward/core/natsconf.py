@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,8 +64,8 @@ class HubSpec:
     max_file_store: int = 0
     max_memory_store: int = 256 << 20
     max_payload: int = MAX_PAYLOAD
-    #: Seconds between pings; two missed ones end a connection.
-    ping_interval: int = 5
+    #: Seconds between pings; two missed ones end a connection. A node whose beats come is never pinged.
+    ping_interval: int = 20
 
     @property
     def ports(self) -> Mapping[str, tuple[str, int]]:
@@ -124,7 +125,9 @@ class NodeSpec:
     max_file_store: int = 4 << 30
     max_memory_store: int = 64 << 20
     max_payload: int = MAX_PAYLOAD
-    ping_interval: int = 5
+    #: Seconds. A leaf's own pings cross the link whatever else does; the agent's beats find a dead link sooner, and it
+    #: has the leaf dialled anew (``nodes/wan.py``).
+    ping_interval: int = 120
 
     @property
     def server_name(self) -> str:
@@ -163,8 +166,12 @@ class NodeSpec:
             "mqtt": mqtt,
         }
         if self.hub_url:
-            settings["leafnodes"] = {"reconnect": "1s", "remotes": [self._remote()]}
+            settings["leafnodes"] = {"reconnect": f"{self._reconnect_ms()}ms", "remotes": [self._remote()]}
         return settings
+
+    def _reconnect_ms(self) -> int:
+        # each node has its own period, so that a fleet that lost its hub at one moment does not dial as one for ever
+        return 700 + zlib.crc32(self.node.encode()) % 700
 
     def _remote(self) -> dict[str, Any]:
         remote: dict[str, Any] = {

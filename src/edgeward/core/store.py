@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import logging
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -19,6 +20,8 @@ import msgspec
 from edgeward.core import clock
 from edgeward.core.errors import Conflict, Gone, NotFound
 from edgeward.core.resource import CLUSTER, Key, Resource, to_stored
+
+log = logging.getLogger("edgeward.store")
 
 #: Changes a watcher may lag behind before it is told to list again.
 WATCH_QUEUE = 4096
@@ -96,6 +99,7 @@ class Store(abc.ABC):
         #: When it was deleted, seconds since 1970, where that is known.
         self._buried: dict[Key, float] = {}
         self._watchers: set[Subscription] = set()
+        self._listeners: list[Callable[[Change], None]] = []
         #: The revision of the last change that the cache holds.
         self.revision = 0
         #: Watches from below this revision are refused: deletions up to it were forgotten.
@@ -148,6 +152,13 @@ class Store(abc.ABC):
         subscription = Subscription(self, backlog)
         self._watchers.add(subscription)
         return subscription
+
+    def listen(self, listener: Callable[[Change], None]) -> None:
+        """Call ``listener`` within each change, so that what it keeps is never behind what this store answers.
+
+        It must be quick and may not write.
+        """
+        self._listeners.append(listener)
 
     def unsubscribe(self, subscription: Subscription) -> None:
         self._watchers.discard(subscription)
@@ -238,6 +249,11 @@ class Store(abc.ABC):
             self._tombs.pop(key, None)
             self._buried.pop(key, None)
         change = Change(revision, key, resource, status_only)
+        for listener in self._listeners:
+            try:
+                listener(change)
+            except Exception:  # the change is durable, and others must hear of it
+                log.exception("a listener failed at %s", key)
         for watcher in tuple(self._watchers):
             watcher.push(change)
 

@@ -4,6 +4,9 @@ Requests of nodes come in on ``ew.hub.*.<node>``, answered from the store; chang
 nodes that they concern. A node only ever gets its own view (``core/scope.py``) and only ever speaks for itself: its
 name is the subject's last part, which NATS lets no other node use. Nothing here knows what an App is: each kind
 registers how reports become its status (``fold/<Kind>`` in the registry).
+
+What a change costs grows with the nodes that it concerns, not with the fleet (``nodes/views.py``), and what a thousand
+nodes set off at once becomes a bounded number of writes, one node or object at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 from nats.aio.msg import Msg
@@ -33,12 +36,13 @@ from edgeward.core.resource import (
     make_patch,
     to_stored,
 )
-from edgeward.core.scope import NodeView, check_reach, fingerprint, placed_sites, view
-from edgeward.core.store import same_desired
+from edgeward.core.scope import check_reach, placed_sites
+from edgeward.core.store import Change, Entry, same_desired
 from edgeward.core.store_nats import NatsStore
 from edgeward.nodes.ancestry import Ancestor, base_now
-from edgeward.nodes.liveness import BEAT, Liveness
+from edgeward.nodes.liveness import LOOK, Liveness
 from edgeward.nodes.merge import Side, decide
+from edgeward.nodes.views import STATUS_DOWN, SiteView, Views
 from edgeward.nodes.wire import (
     BeatAnswer,
     BeatAsk,
@@ -60,8 +64,15 @@ T = TypeVar("T")
 PAGE = 512 * 1024
 #: Changes of a node whose outcome is remembered, in case the answer is lost; a push has at most 50.
 _REMEMBERED = 256
-#: Kinds whose status is made at the hub and needed at the nodes.
-_STATUS_DOWN = ("Service", "Site", "Node")
+#: Bytes of encoded objects kept for the next node that needs the same ones.
+_ENCODED = 16 << 20
+#: Seconds that reports, and statuses on their way to nodes, are gathered for.
+_GATHER = 1.0
+_SERVICE_GATHER = 0.05
+#: Nodes a second that the hub wants to hear of after it came back; the nodes spread their reports to it.
+_WELCOME = 200
+#: Flips of one node whose events wait to be written.
+_FLIPS = 16
 
 Fold = Callable[[Resource, list[Resource], Mapping[str, dict[str, Any]]], dict[str, Any]]
 
@@ -86,23 +97,42 @@ class NodesCloud:
         self._fold: Loop[Key] = Loop("fold", self._fold_status)
         self._persist: Loop[str] = Loop("persist", self._persist_report)
         self._node_status: Loop[str] = Loop("node-status", self._write_node_status)
+        self._flips: Loop[str] = Loop("flips", self._write_flips)
+        self._poke: Loop[str] = Loop("poke", self._poke_site)
+        #: What is in one of the loops' timers: to be gathered, not to be put off again.
+        self._gathered: set[tuple[str, str]] = set()
+        self._flipped_events: dict[str, list[dict[str, Any]]] = {}
         self._pushing: dict[str, asyncio.Lock] = {}
         #: The stores that this one was restored from.
         self._line: list[Ancestor] = []
+        self._views = Views(store.entry)
+        self._site_of: dict[str, str] = {}
+        self._nodes_at: dict[str, set[str]] = {}
+        #: "Kind/ns/name" -> nodes that report of it
+        self._reporters: dict[str, set[str]] = {}
+        #: node -> the revision of its view that an answer to a beat named last
+        self._told: dict[str, int] = {}
+        self._encoded: dict[tuple[Key, int, int], bytes] = {}
+        self._encoded_size = 0
 
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
         self._line = msgspec.json.decode(self._store.fact("line") or b"[]", type=list[Ancestor])
+        self._views.load(self._store.all())
+        self._store.listen(self._changed)
         for node in self._store.items("Node"):
-            saved = self._store.fact(f"report.{node.metadata.name}")
+            name = node.metadata.name
+            self._place(name, node.spec.site)
+            saved = self._store.fact(f"report.{name}")
             if saved:
                 doc = msgspec.json.decode(saved)
-                self._reports[node.metadata.name] = doc.get("statuses", {})
-                self._node_reports[node.metadata.name] = doc.get("node", {})
-                self._event_seq[node.metadata.name] = tuple(doc.get("events") or ("", 0))
+                for what, status in doc.get("statuses", {}).items():
+                    self._reported(name, what, status)
+                self._node_reports[name] = doc.get("node", {})
+                self._event_seq[name] = tuple(doc.get("events") or ("", 0))
             # the last state known stands until the node is heard of, or stays silent for long enough
-            live = self._live[node.metadata.name] = Liveness()
+            live = self._live[name] = Liveness()
             live.online = bool(node.status.get("online"))
             live.heard = live.since = clock.monotonic()
         handlers: list[tuple[str, Callable[[str, bytes], Any]]] = [
@@ -120,7 +150,8 @@ class NodesCloud:
             group.create_task(self._fold.run())
             group.create_task(self._persist.run())
             group.create_task(self._node_status.run())
-            group.create_task(self._watch())
+            group.create_task(self._flips.run())
+            group.create_task(self._poke.run())
             group.create_task(self._tick())
 
     def _answer(self, handler: Callable[[str, bytes], Any]) -> Callable[[Msg], Any]:
@@ -132,7 +163,7 @@ class NodesCloud:
             except (EdgewardError, msgspec.DecodeError, TimeoutError) as e:
                 log.warning("%s of node %s failed: %s", msg.subject, node, e or type(e).__name__)
                 reply = Ok(error=str(e) or type(e).__name__)
-            return msgspec.msgpack.encode(reply)
+            return reply if isinstance(reply, bytes) else msgspec.msgpack.encode(reply)
 
         return answer
 
@@ -142,10 +173,25 @@ class NodesCloud:
             raise Invalid("the hub knows no such node", resource=f"Node/{name}", remedy="enrol it again")
         return node
 
-    def node_view(self, name: str) -> NodeView:
-        site = self._node(name).spec.site
-        labels = tuple(n.metadata.labels for n in self._store.items("Node") if n.spec.site == site)
-        return NodeView(name, site, labels)
+    def _place(self, node: str, site: str | None) -> None:
+        """Which site a node stands in; None: it is gone."""
+        old = self._site_of.pop(node, None)
+        if old is not None and old != site:
+            self._told.pop(node, None)
+        if old is not None:
+            self._nodes_at.get(old, set()).discard(node)
+        if site is not None:
+            self._site_of[node] = site
+            self._nodes_at.setdefault(site, set()).add(node)
+
+    def _view(self, node: str) -> SiteView:
+        return self._views.of(self._node(node).spec.site, self._store.revision)
+
+    def _heard(self, node: str, *, certain: bool = False) -> None:
+        """Any request of a node says that it is there."""
+        live = self._live.setdefault(node, Liveness())
+        if live.beat(clock.monotonic(), certain=certain):
+            self._flipped(node)
 
     def is_online(self, node: str) -> bool:
         live = self._live.get(node)
@@ -156,107 +202,130 @@ class NodesCloud:
     def _object(self, key: Key, resource: Resource | None, revision: int) -> HubObject:
         if resource is None:
             return HubObject(key.kind, key.namespace, key.name, revision)
-        status = resource.status if key.kind in _STATUS_DOWN and resource.status else None
+        status = resource.status if key.kind in STATUS_DOWN and resource.status else None
         return HubObject(key.kind, key.namespace, key.name, revision, to_stored(resource), status)
+
+    def _packed(self, key: Key, entry: Entry) -> bytes:
+        """A present object as it goes over the link; nodes of one site, and all for what is everywhere, share it."""
+        which = (key, entry.revision, entry.seen if key.kind in STATUS_DOWN else 0)
+        data = self._encoded.get(which)
+        if data is None:
+            data = msgspec.msgpack.encode(self._object(key, entry.resource, entry.revision))
+            if self._encoded_size > _ENCODED:
+                self._encoded.clear()
+                self._encoded_size = 0
+            self._encoded[which] = data
+            self._encoded_size += len(data)
+        return data
 
     async def _on_sync(self, node: str, data: bytes) -> SyncAnswer:
         ask = msgspec.msgpack.decode(data, type=SyncAsk)
+        self._node(node)
+        self._heard(node)
         now = self._store.revision
-        mine = view(self.node_view(node), self._store.all())
+        mine = self._view(node)
         full = ask.epoch != self._store.epoch or ask.since < self._store.compacted or ask.since > now or ask.since == 0
-        objects: list[HubObject] = []
-        with self._store.watch(0 if full else ask.since) as subscription:
-            changed = subscription.backlog()
-        for change in changed:
-            if change.key in mine:
-                if full or not change.status_only or change.key.kind in _STATUS_DOWN:
-                    entry = self._store.entry(change.key)
-                    objects.append(self._object(change.key, change.resource, entry.revision if entry else 0))
-            elif not full and not change.status_only:
-                # it may have been in this view before; a status moves nothing out of it
-                objects.append(self._object(change.key, None, change.revision))
-        if not full:
-            named = {o.key for o in objects}
-            for o in list(objects):  # what a new App uses may be older than the App
-                if o.stored is None:
-                    continue
-                for ref in kinds.get(o.kind).refs(mine[o.key]):
-                    key = Key(ref.kind, ref.namespace, ref.name)
-                    if key in mine and key not in named:
-                        named.add(key)
-                        objects.append(self._object(key, mine[key], mine[key].revision))
-        objects.sort(key=lambda o: o.key)
-        if ask.after is not None:
-            behind = Key(*ask.after)
-            objects = [o for o in objects if o.key > behind]
-        page: list[HubObject] = []
+        names: list[Key] | None = None
+        gone: dict[Key, int] = {}
+        if full:
+            keys = list(mine.entries)
+        else:
+            difference = mine.since(ask.since)
+            keys, names = difference.changed, difference.names
+            gone = {k: self._store.deleted(k)[0] or at for k, at in difference.gone.items()}
+        behind = Key(*ask.after) if ask.after is not None else None
+        wanted = sorted(k for k in (*keys, *gone) if behind is None or k > behind)
+        page: list[msgspec.Raw] = []
         size = 0
-        for o in objects:
-            size += len(msgspec.msgpack.encode(o))
+        for key in wanted:
+            entry = self._store.entry(key) if key not in gone else None
+            packed = (
+                self._packed(key, entry)
+                if entry is not None
+                else msgspec.msgpack.encode(self._object(key, None, gone.get(key, now)))
+            )
+            size += len(packed)
             if page and size > PAGE:
                 break
-            page.append(o)
-        more = len(page) < len(objects)
-        print_ = "" if more else fingerprint((k, r.revision) for k, r in mine.items())
+            page.append(msgspec.Raw(packed))
+        more = len(page) < len(wanted)
         line = self._line if ask.epoch != self._store.epoch else []
-        return SyncAnswer(self._store.epoch, now, full, page, more, print_, line=line)
+        return SyncAnswer(
+            self._store.epoch,
+            now,
+            full,
+            cast(list[HubObject], page),  # encoded before
+            more,
+            "" if more else mine.print,
+            line=line,
+            names=None if more or names is None else [(k.kind, k.namespace, k.name) for k in names],
+        )
 
-    async def _watch(self) -> None:
-        """Pokes the nodes that a change concerns."""
-        while True:
-            try:
-                with self._store.watch() as changes:
-                    async for change in changes:
-                        key = change.key
-                        if change.status_only and key.kind not in _STATUS_DOWN:
-                            continue
-                        if key.kind == "Node" and change.resource is not None and key.name not in self._live:
-                            self._live[key.name] = Liveness(heard=clock.monotonic(), since=clock.monotonic())
-                        if key.kind == "Node" and change.resource is None:
-                            self._forget(key.name)
-                        if change.resource is not None and not change.status_only and self._folds(key.kind):
-                            self._fold.add(key)
-                        await self._poke(change.resource, key)
-            except EdgewardError as e:
-                log.info("watch starts anew: %s", e)
-                for node in self._live:
-                    await self._poke_node(node)
+    def _changed(self, change: Change) -> None:
+        """Within a change of the store: keeps the views and pokes the nodes that it concerns."""
+        key = change.key
+        if change.status_only and key.kind not in STATUS_DOWN:
+            return
+        if key.kind == "Node" and change.resource is not None:
+            self._place(key.name, change.resource.spec.site)
+            if key.name not in self._live:
+                self._live[key.name] = Liveness(heard=clock.monotonic(), since=clock.monotonic())
+        touched = self._views.change(key, change.resource, status_only=change.status_only)
+        if key.kind == "Node" and change.resource is None:
+            self._forget(key.name)
+        if change.resource is not None and not change.status_only and self._folds(key.kind):
+            self._fold.add(key)
+        for site in self._nodes_at if touched is None else touched:
+            if not change.status_only:
+                self._poke.add(site)
+            else:
+                self._gather("poke", self._poke, site, _SERVICE_GATHER if key.kind == "Service" else _GATHER)
+
+    def _gather(self, what: str, loop: Loop[str], key: str, seconds: float) -> None:
+        """Has ``key`` handled after a while, once for all that happens until then."""
+        if (what, key) not in self._gathered:
+            self._gathered.add((what, key))
+            loop.add_after(key, seconds)
 
     @staticmethod
     def _folds(kind: str) -> bool:
         return kind in extensions.names("fold")
 
-    async def _poke(self, resource: Resource | None, key: Key) -> None:
-        site = ""
-        if resource is not None:
-            site = str(getattr(resource.spec, "site", "") or "") or placed_sites(resource)
-            if kinds.get(key.kind).scope == "hub":
-                return
-        for node in self._live:
-            if site:
-                known = self._store.find(Key("Node", CLUSTER, node))
-                if known is not None and known.spec.site != site:
-                    # it may have left that other site; the next beat's revision tells that node, without hurry
-                    continue
-            await self._poke_node(node)
-
-    async def _poke_node(self, node: str) -> None:
-        if self.is_online(node):
-            with contextlib.suppress(EdgewardError):
-                await self._bus.publish(f"ew.node.{node}.poke", str(self._store.revision).encode())
+    async def _poke_site(self, site: str) -> float | None:
+        self._gathered.discard(("poke", site))
+        revision = str(self._store.revision).encode()
+        for node in sorted(self._nodes_at.get(site, ())):
+            if self.is_online(node):
+                with contextlib.suppress(EdgewardError):
+                    await self._bus.publish(f"ew.node.{node}.poke", revision)
+        return None
 
     def _forget(self, node: str) -> None:
-        for known in (self._live, self._reports, self._node_reports, self._event_seq, self._runs):
+        site = self._site_of.get(node, "")
+        self._place(node, None)
+        for what in self._reports.get(node, {}):
+            self._reporters.get(what, set()).discard(node)
+        for known in (self._live, self._reports, self._node_reports, self._event_seq, self._runs, self._told):
             known.pop(node, None)
-        for kind in extensions.names("fold"):
-            for r in self._store.items(kind):
-                self._fold.add(r.key)
+        for key in self._views.of(site, self._store.revision).entries:
+            if self._folds(key.kind):
+                self._fold.add(key)
+
+    def _reported(self, node: str, what: str, status: dict[str, Any] | None) -> None:
+        """Takes a node's report of ``what``; None: it is not there any more."""
+        if status is None:
+            self._reports.get(node, {}).pop(what, None)
+            self._reporters.get(what, set()).discard(node)
+        else:
+            self._reports.setdefault(node, {})[what] = status
+            self._reporters.setdefault(what, set()).add(node)
 
     # -- local changes of a site -----------------------------------------------------------------------------------
 
     async def _on_push(self, node: str, data: bytes) -> PushAnswer:
         ask = msgspec.msgpack.decode(data, type=PushAsk)
         site = self._node(node).spec.site
+        self._heard(node)
         async with self._pushing.setdefault(node, asyncio.Lock()):
             saved = self._store.fact(f"pushed.{node}")
             last = msgspec.json.decode(saved) if saved else {}
@@ -300,9 +369,8 @@ class NodesCloud:
             return False
         if kind.scope in ("hub", "site"):
             return False
-        everything = self._store.all()
-        sites = {n.spec.site: n.metadata.name for n in self._store.items("Node")}
-        return any(key in view(self.node_view(n), everything) for s, n in sites.items() if s != site)
+        sites = [s for s, nodes in self._nodes_at.items() if nodes]
+        return self._views.elsewhere(key, site, sites, self._store.revision)
 
     async def _decide(self, node: str, site: str, change: LocalChange) -> Decided:
         key = change.key
@@ -390,23 +458,20 @@ class NodesCloud:
     async def _on_report(self, node: str, data: bytes) -> Ok:
         ask = msgspec.msgpack.decode(data, type=ReportAsk)
         self._node(node)
+        self._heard(node)
         known = self._reports.setdefault(node, {})
-        touched: set[str] = set()
+        named = {f"{s.kind}/{s.namespace}/{s.name}": s.status for s in ask.statuses}
         if ask.full:
-            touched |= set(known)
-            known.clear()
-        for s in ask.statuses:
-            name = f"{s.kind}/{s.namespace}/{s.name}"
-            touched.add(name)
-            if s.status is None:
-                known.pop(name, None)
-            else:
-                known[name] = s.status
-        for name in touched:
-            self._fold.add(Key(*name.split("/")))
+            named = {**dict.fromkeys(known), **named}
+        touched = {what for what, status in named.items() if known.get(what) != status}
+        for what in touched:
+            self._reported(node, what, named[what])
+            self._fold.add(Key(*what.split("/")))
+        news = ask.node is not None and self._node_reports.get(node) != ask.node
         if ask.node is not None:
             self._node_reports[node] = ask.node
-            self._node_status.add(node)
+            if news:
+                self._node_status.add(node)
         for event in ask.events:
             seq, store = event.pop("seq", 0), event.pop("store", "")
             had, done = self._event_seq.get(node, ("", 0))
@@ -414,48 +479,66 @@ class NodesCloud:
                 continue  # taken over before, only the answer was lost
             await self._records.append("events", {**event, "node": node}, unique=f"e-{node}-{store}-{seq}")
             self._event_seq[node] = (store, seq)
-            self._persist.add(node)
-        if touched or ask.node is not None:
-            self._persist.add(node)
+        if touched or news or ask.events:
+            self._gather("persist", self._persist, node, _GATHER)
         return Ok()
 
-    async def _on_beat(self, node: str, data: bytes) -> BeatAnswer:
-        ask = msgspec.msgpack.decode(data, type=BeatAsk)
-        self._node(node)
-        live = self._live.setdefault(node, Liveness())
-        # the first beat of a run of the agent is certain: it just came up and asked for its state
-        if live.beat(clock.monotonic(), certain=self._runs.get(node) != ask.start):
-            await self._flipped(node)
-        self._runs[node] = ask.start
-        return BeatAnswer(self._store.revision, self.run_id, self._store.epoch)
+    async def _on_beat(self, node: str, data: bytes) -> BeatAnswer | bytes:
+        mine = self._view(node)
+        if not data:
+            self._heard(node)
+            if self._told.get(node, -1) >= mine.changed:
+                return b""
+            ask = None
+        else:
+            ask = msgspec.msgpack.decode(data, type=BeatAsk)
+            # the first beat of a run of the agent is certain: it just came up and asked for its state
+            self._heard(node, certain=self._runs.get(node) != ask.start)
+            self._runs[node] = ask.start
+        self._told[node] = mine.changed
+        answer = BeatAnswer(mine.changed, self.run_id, self._store.epoch, short=True)
+        if ask is not None and ask.view:
+            answer.sync = ask.view != mine.print
+            answer.revision = 0  # the fingerprint says it better
+        # a few nodes need no order; of many each takes its turn
+        if len(self._live) > _WELCOME // 10:
+            answer.spread = round(len(self._live) / _WELCOME, 1)
+        return answer
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(BEAT / 4)  # the period of looking at silence
+            await asyncio.sleep(LOOK)  # the period of looking at silence
             for node, live in list(self._live.items()):
                 if live.tick(clock.monotonic()):
-                    await self._flipped(node)
+                    self._flipped(node)
 
-    async def _flipped(self, node: str) -> None:
+    def _flipped(self, node: str) -> None:
         online = self.is_online(node)
         self._node_status.add(node)
-        for name in self._reports.get(node, {}):
-            self._fold.add(Key(*name.split("/")))
-        try:
-            await self._records.append(
-                "events",
-                {
-                    "type": "Normal" if online else "Warning",
-                    "reason": "NodeOnline" if online else "NodeOffline",
-                    "resource": f"Node/{node}",
-                    "message": "the hub hears the node"
-                    if online
-                    else "nothing heard of the node; its site goes on by itself",
-                    "node": node,
-                },
-            )
-        except EdgewardError as e:
-            log.warning("event not kept: %s", e)
+        for what in self._reports.get(node, {}):
+            self._fold.add(Key(*what.split("/")))
+        waiting = self._flipped_events.setdefault(node, [])
+        waiting.append(
+            {
+                "type": "Normal" if online else "Warning",
+                "reason": "NodeOnline" if online else "NodeOffline",
+                "resource": f"Node/{node}",
+                "message": "the hub hears the node"
+                if online
+                else "nothing heard of the node; its site goes on by itself",
+                "node": node,
+                "time": clock.timestamp(),
+            }
+        )
+        del waiting[:-_FLIPS]
+        self._flips.add(node)
+
+    async def _write_flips(self, node: str) -> float | None:
+        while waiting := self._flipped_events.get(node):
+            await self._records.append("events", waiting[0])
+            waiting.pop(0)
+        self._flipped_events.pop(node, None)
+        return None
 
     async def _write_node_status(self, node: str) -> float | None:
         key = Key("Node", CLUSTER, node)
@@ -471,29 +554,43 @@ class NodesCloud:
         await self._store.put_status(key, status)
         return None
 
+    def _nodes_for(self, resource: Resource) -> list[Resource]:
+        """The nodes that may have to do with a placed resource: those of its site, if it names one."""
+        site = placed_sites(resource)
+        if not site:
+            return self._store.items("Node")
+        found = (self._store.find(Key("Node", CLUSTER, n)) for n in sorted(self._nodes_at.get(site, ())))
+        return [n for n in found if n is not None]
+
     async def _fold_status(self, key: Key) -> float | None:
         resource = self._store.find(key)
         if resource is None or not self._folds(key.kind):
             return None
         fold: Fold = extensions.get("fold", key.kind)
         name = f"{key.kind}/{key.namespace}/{key.name}"
-        reports = {n: r[name] for n, r in self._reports.items() if name in r}
-        await self._store.put_status(key, fold(resource, self._store.items("Node"), reports))
-        for service in self._store.items("Service", key.namespace):
-            if key.kind == "App" and self._folds("Service"):
-                fold_service: Fold = extensions.get("fold", "Service")
-                apps = {a.metadata.name: a.status for a in self._store.items("App", key.namespace)}
-                await self._store.put_status(service.key, fold_service(service, self._store.items("Node"), apps))
+        if key.kind == "Service":
+            apps = {a.metadata.name: a.status for a in self._store.items("App", key.namespace)}
+            await self._store.put_status(key, fold(resource, self._store.items("Node"), apps))
+            return None
+        nodes = self._nodes_for(resource)
+        reports = {n: self._reports[n][name] for n in sorted(self._reporters.get(name, ()))}
+        await self._store.put_status(key, fold(resource, nodes, reports))
+        if key.kind == "App" and self._folds("Service"):
+            for service in self._views.followers(key):
+                self._fold.add(service)
         return None
 
     async def _persist_report(self, node: str) -> float | None:
-        await asyncio.sleep(1.0)  # folds a burst of reports into one write
-        doc = {
-            "statuses": self._reports.get(node, {}),
-            "node": self._node_reports.get(node, {}),
-            "events": self._event_seq.get(node, ("", 0)),
-        }
-        await self._store.set_fact(f"report.{node}", msgspec.json.encode(doc))
+        self._gathered.discard(("persist", node))
+        doc = msgspec.json.encode(
+            {
+                "statuses": self._reports.get(node, {}),
+                "node": self._node_reports.get(node, {}),
+                "events": self._event_seq.get(node, ("", 0)),
+            }
+        )
+        if doc != self._store.fact(f"report.{node}"):
+            await self._store.set_fact(f"report.{node}", doc)
         return None
 
 

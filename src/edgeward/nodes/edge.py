@@ -3,6 +3,9 @@
 Everything is a request over the local nats-server, whose leaf connection carries it when the link is there; without it
 the server answers "no responders" at once, so trying costs nothing. The four tasks are level-triggered: each knows what
 it still owes (a revision, undecided changes, unreported state) and pays when the hub answers again, at once.
+
+An idle link carries one empty message each way every :data:`~edgeward.nodes.liveness.BEAT` seconds, on reply subjects
+that are subscribed once. All else that is asked and answered stands in for a beat.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ from nats.aio.msg import Msg
 from edgeward.core import clock
 from edgeward.core.bus import Bus
 from edgeward.core.errors import EdgewardError, Unreachable
+from edgeward.core.identity import inbox_prefix
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key
 from edgeward.nodes.ancestry import Ancestor
-from edgeward.nodes.liveness import BEAT, Liveness
+from edgeward.nodes.liveness import Liveness, Pace
 from edgeward.nodes.wire import (
     BeatAnswer,
     BeatAsk,
@@ -44,6 +48,8 @@ T = TypeVar("T")
 _TIMEOUT = 10.0
 _PUSH = 50
 _EVENTS = 200
+#: Beats that may be on their way at once; each answer comes on a subject that says which it is for.
+_SLOTS = 4
 
 
 class ReplicaLike(Protocol):
@@ -55,6 +61,7 @@ class ReplicaLike(Protocol):
 
     def pending(self) -> list[LocalChange]: ...
     def hub_view(self) -> str: ...
+    def hub_keys(self) -> list[Key]: ...
     def apply_sync(
         self, objects: list[HubObject], *, revision: int, epoch: str, full: bool, line: Sequence[Ancestor] = ()
     ) -> tuple[list[Key], list[Key]]: ...
@@ -75,12 +82,19 @@ class NodeEdge:
         self._on_flip = on_flip
         self._bus: Bus | None = None
         self._live = Liveness()
+        self._pace = Pace()
+        self._asked = [0.0] * _SLOTS
+        self._beat = 0
+        #: The hub takes empty beats, and any request for a sign of life.
+        self._short = False
+        self._timers: set[asyncio.TimerHandle] = set()
         self._run = clock.new_id(12)
-        self._hub = ""
+        self.hub = ""
         self._sync_wanted = asyncio.Event()
         self._push_wanted = asyncio.Event()
         self._report_wanted = asyncio.Event()
         self._beat_now = asyncio.Event()
+        self._look_again = asyncio.Event()
         #: True once a sync succeeded in this run, or there was one in an earlier run.
         self.synced = asyncio.Event()
         if replica.epoch:
@@ -135,17 +149,30 @@ class NodeEdge:
             self._sync_wanted.set()
 
         await bus.subscribe(f"ew.node.{self.node}.poke", poked)
+        for slot in range(_SLOTS):
+            await bus.subscribe(f"{inbox_prefix(self.node)}.{slot}", self._answered)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._beats())
             group.create_task(self._owed(self._sync_wanted, self._sync, "sync"))
             group.create_task(self._owed(self._push_wanted, self._push, "push"))
             group.create_task(self._owed(self._report_wanted, self._send_reports, "report"))
 
+    def link_changed(self) -> None:
+        """There is a new connection to the hub, or none any more: find out now, not at the next beat."""
+        self._pace.doubt()
+        self._beat_now.set()
+
     async def _request(self, verb: str, ask: Any, answer: type[T], timeout: float = _TIMEOUT) -> T:
         if self._bus is None:
             raise Unreachable("the link is not started")
         subject = f"ew.hub.{verb}.{self.node}"
-        msg = await self._bus.request(subject, msgspec.msgpack.encode(ask), timeout=timeout)
+        began = clock.monotonic()
+        try:
+            msg = await self._bus.request(subject, msgspec.msgpack.encode(ask), timeout=timeout)
+        except Unreachable:
+            self._pace.doubt()
+            self._look_again.set()
+            raise
         try:
             got = msgspec.msgpack.decode(msg.data, type=answer)
         except msgspec.DecodeError as e:
@@ -153,43 +180,109 @@ class NodeEdge:
         error = getattr(got, "error", "")
         if error:
             raise EdgewardError(f"the hub refused {verb}: {error}")
+        if self._short:
+            self._exchanged(began)
         return got
 
+    def _exchanged(self, asked: float, *, certain: bool = False) -> None:
+        now = clock.monotonic()
+        self._pace.answer(now, asked)
+        if self._live.beat(now, certain=certain):
+            self._flipped()
+        self._look_again.set()
+
     async def _beats(self) -> None:
-        """One small request each period tells both sides that the other is there, and what is new."""
-        n = 0
+        """One small question each period tells both sides that the other is there, and what is new."""
         while True:
-            n += 1
-            try:
-                answer = await self._request("beat", BeatAsk(n, self._run), BeatAnswer, timeout=BEAT)
-            except Unreachable:
-                pass
-            except EdgewardError as e:
-                log.warning("%s", e)
-            else:
-                self.counters["beats"] += 1
-                if self._live.beat(clock.monotonic(), certain=not self.synced.is_set() or n <= 2):
-                    self._flipped()
-                if answer.hub != self._hub:
-                    self._hub, self._full = answer.hub, True
-                    self._report_wanted.set()
-                if answer.epoch != self._replica.epoch or answer.revision > self._replica.hub_revision:
-                    self._sync_wanted.set()
-                if self._replica.pending():
-                    self._push_wanted.set()
-            if self._live.tick(clock.monotonic()):
+            now = clock.monotonic()
+            if self._live.tick(now):
                 self._flipped()
-            pause = BEAT if self.online else BEAT / 8
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause * random.uniform(0.9, 1.1)):  # noqa: S311 - jitter
-                    await self._beat_now.wait()
-            self._beat_now.clear()
+            due = self._pace.due(online=self.online, jitter=random.random())  # noqa: S311 - jitter
+            if now >= due or self._beat_now.is_set():
+                self._beat_now.clear()
+                await self._send_beat()
+                continue
+            if self.online:
+                due = min(due, self._live.heard + self._live.patience + 0.01)
+            self._look_again.clear()
+            waits = [asyncio.ensure_future(e.wait()) for e in (self._beat_now, self._look_again)]
+            try:
+                await asyncio.wait(waits, timeout=due - now, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for w in waits:
+                    w.cancel()
+
+    async def _send_beat(self) -> None:
+        self._beat += 1
+        slot = self._beat % _SLOTS
+        data = b""
+        if not (self._pace.sure and self._short):
+            view = self._replica.hub_view() if self._replica.epoch else ""
+            data = msgspec.msgpack.encode(BeatAsk(self._beat, self._run, view))
+        now = self._asked[slot] = clock.monotonic()
+        self._pace.ask(now)
+        if self._bus is None:
+            return
+        try:
+            await self._bus.publish(f"ew.hub.beat.{self.node}", data, reply=f"{inbox_prefix(self.node)}.{slot}")
+        except EdgewardError:
+            self._pace.refuse(clock.monotonic())
+
+    async def _answered(self, msg: Msg) -> None:
+        asked = self._asked[int(msg.subject[-1])]
+        if msg.headers and msg.headers.get("Status") == "503" and not msg.data:
+            self._pace.refuse(clock.monotonic())
+            self._look_again.set()
+            return
+        if msg.data:
+            try:
+                answer = msgspec.msgpack.decode(msg.data, type=BeatAnswer)
+            except msgspec.DecodeError as e:
+                log.warning("the hub's answer to beat is not understood: %s", e)
+                return
+            if answer.error:
+                log.warning("the hub refused beat: %s", answer.error)
+                return
+            self._heed(answer)
+        self.counters["beats"] += 1
+        self._exchanged(asked, certain=not self.synced.is_set() or self.counters["beats"] <= 2)
+        if self._replica.pending():
+            self._push_wanted.set()
+
+    def _heed(self, answer: BeatAnswer) -> None:
+        """What an answer says that is not empty."""
+        self._short = answer.short
+        wait = 0.0
+        if answer.hub != self.hub:
+            # it asks the whole fleet for this: each node takes its turn
+            wait = random.uniform(0, answer.spread) if self.hub else 0.0  # noqa: S311 - jitter
+            self.hub, self._full = answer.hub, True
+            self._later(wait, self._report_wanted)
+        known = self._replica
+        if answer.sync or answer.epoch != known.epoch or answer.revision > known.hub_revision:
+            self._later(wait, self._sync_wanted)
+
+    def _later(self, seconds: float, event: asyncio.Event) -> None:
+        if seconds <= 0:
+            event.set()
+            return
+
+        def now() -> None:
+            self._timers.discard(handle)
+            event.set()
+
+        handle = asyncio.get_running_loop().call_later(seconds, now)
+        self._timers.add(handle)
 
     def _flipped(self) -> None:
         log.info("link %s", "up" if self.online else "down")
         if self.online:
-            for event in (self._sync_wanted, self._push_wanted, self._report_wanted):
-                event.set()
+            self._push_wanted.set()
+            if not self._full:  # a full report has its own time
+                self._report_wanted.set()
+            if not self._short:  # a hub that does not compare what we hold
+                self._sync_wanted.set()
+                self._report_wanted.set()
         if self._on_flip is not None:
             self._on_flip(self.online)
 
@@ -228,6 +321,10 @@ class NodeEdge:
                     break
                 last = answer.objects[-1].key
                 ask.after = (last.kind, last.namespace, last.name)
+            if answer.names is not None:
+                keep = {Key(*n) for n in answer.names}
+                gone = [k for k in self._replica.hub_keys() if k not in keep]
+                objects += [HubObject(k.kind, k.namespace, k.name, answer.revision) for k in gone]
             stayed, lost = self._replica.apply_sync(
                 objects, revision=answer.revision, epoch=answer.epoch, full=answer.full, line=answer.line
             )

@@ -1,29 +1,58 @@
-"""Whether a peer is there, with separate thresholds up and down: pure, time is an argument.
+"""Whether a peer is there, and when to beat next: pure, time is an argument.
 
-Beats (or their answers) come in, the state goes out. One lost beat never flips it: *down* needs ``down_after`` seconds
-of silence, *up* needs ``up_after`` beats in a row with no longer gap than that.
+Beats (or any other sign of life) come in, the state goes out. *Down* needs ``down_after`` seconds of silence, *up*
+needs ``up_after`` signs in a row with no longer gap than that. How long a silence must be depends on the link: over TCP
+a lost packet is a late one, so a link that is seen to be late again and again gets more patience, and a good one none.
+
+One small message each :data:`BEAT` seconds, answered, serves both directions; whatever else was asked and answered
+meanwhile stands in for it.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-#: Seconds between two beats of a node.
-BEAT = 4.0
+#: Seconds between two beats of a node. With its answer and TCP's acknowledgement one costs some 280 bytes on the link.
+BEAT = 11.0
+#: Seconds of silence after which a peer on a good link is not there.
+DOWN = 14.5
+#: ... and on the worst.
+DOWN_MOST = 45.0
+#: Seconds between two looks at who is silent.
+LOOK = 0.5
+
+_WINDOW = 16
+#: A beat that is less late than this is the scheduler's doing, or one short stall of the link.
+_EARLY = 0.75
+_PER_LATE_SECOND = 8.0
 
 
 class Liveness(msgspec.Struct):
-    down_after: float = 3 * BEAT
+    interval: float = BEAT
+    down_after: float = DOWN
+    most: float = DOWN_MOST
     up_after: int = 2
     online: bool = False
     #: When the state last flipped, and the last beat was heard (monotonic seconds).
     since: float = 0.0
     heard: float = float("-inf")
     streak: int = 0
+    #: How late the last beats were that were due, newest last.
+    late: list[float] = []
+
+    @property
+    def patience(self) -> float:
+        """Seconds of silence that this link may have: by the second worst of its last beats, for one is an accident."""
+        worst = sorted(self.late)[-2] if len(self.late) > 1 else 0.0
+        return min(self.most, self.down_after + _PER_LATE_SECOND * max(0.0, worst - _EARLY))
 
     def beat(self, now: float, *, certain: bool = False) -> bool:
-        """A beat was heard; ``certain`` (a fresh sync, say) counts as enough. True when that flipped the state."""
-        self.streak = self.streak + 1 if now - self.heard <= self.down_after else 1
+        """A beat was heard; ``certain`` (a fresh start, say) counts as enough. True when that flipped the state."""
+        gap = now - self.heard
+        patience = self.patience
+        self.streak = self.streak + 1 if gap <= patience else 1
+        if self.online and self.interval / 2 < gap <= self.most:
+            self.late = [*self.late[1 - _WINDOW :], max(0.0, gap - self.interval)]
         self.heard = now
         if not self.online and (certain or self.streak >= self.up_after):
             self.online, self.since = True, now
@@ -32,7 +61,64 @@ class Liveness(msgspec.Struct):
 
     def tick(self, now: float) -> bool:
         """Time passed. True when that flipped the state to offline."""
-        if self.online and now - self.heard > self.down_after:
+        if self.online and now - self.heard > self.patience:
             self.online, self.since, self.streak = False, now, 0
             return True
         return False
+
+
+#: Seconds between two tries while there is no link: they end at the node's own nats-server and cost nothing.
+_RETRY = 0.5
+_LEAST_WAIT, _MOST_WAIT = 2.0, 5.0
+
+
+class Pace(msgspec.Struct):
+    """When a node beats next.
+
+    A beat that is not answered in good time is followed by another: on a lossy link the second one makes TCP repeat the
+    first at once. Each says whether it is ``sure``: the last one was answered, so an empty one says enough.
+    """
+
+    interval: float = BEAT
+    #: Of the last beat, the last exchange of any sort (when its question was sent), the last refusal.
+    sent: float = float("-inf")
+    exchanged: float = float("-inf")
+    refused: float = float("-inf")
+    answered: bool = True
+    #: Smoothed seconds from a question to its answer.
+    rtt: float = 0.1
+
+    def ask(self, now: float) -> None:
+        """A beat is sent."""
+        self.sent, self.answered = now, False
+
+    def answer(self, now: float, asked: float) -> None:
+        """Something that was asked at ``asked`` is answered."""
+        self.rtt += (min(30.0, max(0.0, now - asked)) - self.rtt) / 4
+        self.exchanged = max(self.exchanged, asked)
+        if asked >= self.sent:
+            self.answered = True
+
+    def refuse(self, now: float) -> None:
+        """Nobody is there: the node's own server says so at once."""
+        self.refused, self.answered = now, False
+
+    def doubt(self) -> None:
+        """Something happened to the link: what was answered before proves nothing now."""
+        self.answered = False
+
+    @property
+    def sure(self) -> bool:
+        return self.answered
+
+    def due(self, *, online: bool, jitter: float) -> float:
+        """When to beat next; ``jitter`` in [0, 1)."""
+        if self.refused >= self.sent > float("-inf"):
+            return self.refused + _RETRY * (0.8 + 0.4 * jitter)
+        if not self.answered:
+            wait = min(_MOST_WAIT, max(_LEAST_WAIT, 0.5 + 2 * self.rtt))
+            return self.sent + wait * (0.9 + 0.2 * jitter)
+        if not online:
+            return self.sent + _RETRY * (0.8 + 0.4 * jitter)
+        # early rather than late, so that a beat is not late by our own doing
+        return max(self.sent, self.exchanged) + self.interval * (1 - 0.04 * jitter)

@@ -55,6 +55,7 @@ class SyncAnswer(msgspec.Struct, omit_defaults=True):
     """``view`` is the fingerprint of all the node should hold after applying this (last page only).
 
     ``line``: which stores this one was restored from, for a node that comes from another epoch.
+    ``names``: the keys of all it may keep, when the hub does not know any more what left its view (last page only).
     """
 
     epoch: str = ""
@@ -65,6 +66,7 @@ class SyncAnswer(msgspec.Struct, omit_defaults=True):
     view: str = ""
     error: str = ""
     line: list[Ancestor] = []
+    names: list[tuple[str, str, str]] | None = None
 
 
 class PushAsk(msgspec.Struct, omit_defaults=True):
@@ -102,15 +104,23 @@ class ReportAsk(msgspec.Struct, omit_defaults=True):
 
 
 class BeatAsk(msgspec.Struct, omit_defaults=True):
+    """The first beat of a run, and the first after any doubt. An empty message says: as before, nothing new."""
+
     n: int
     start: str = ""  #: id of this run of the agent
+    view: str = ""  #: fingerprint of what the node holds of the hub's state
 
 
 class BeatAnswer(msgspec.Struct, omit_defaults=True):
-    revision: int = 0
+    """The answer to a beat that says something. An empty message says: as before, nothing new."""
+
+    revision: int = 0  #: above the node's own: it should sync
     hub: str = ""  #: id of this run of the hub: a new one wants a full report
     epoch: str = ""
     error: str = ""
+    sync: bool = False  #: what the node holds is not what it should hold
+    short: bool = False  #: this hub takes empty beats
+    spread: float = 0.0  #: seconds over which the fleet should spread what a new hub wants of it
 
 
 class Ok(msgspec.Struct, omit_defaults=True):
