@@ -495,6 +495,7 @@ class NodesCloud:
             # the first beat of a run of the agent is certain: it just came up and asked for its state
             self._heard(node, certain=self._runs.get(node) != ask.start)
             self._runs[node] = ask.start
+            self._live[node].rtt = min(30.0, max(0.0, ask.rtt))
         self._told[node] = mine.changed
         answer = BeatAnswer(mine.changed, self.run_id, self._store.epoch, short=True)
         if ask is not None and ask.view:

@@ -87,6 +87,7 @@ class NodeEdge:
         self._beat = 0
         #: The hub takes empty beats, and any request for a sign of life.
         self._short = False
+        self._told_rtt = -1.0
         self._timers: set[asyncio.TimerHandle] = set()
         self._run = clock.new_id(12)
         self.hub = ""
@@ -187,6 +188,7 @@ class NodeEdge:
     def _exchanged(self, asked: float, *, certain: bool = False) -> None:
         now = clock.monotonic()
         self._pace.answer(now, asked)
+        self._live.rtt = self._pace.rtt
         if self._live.beat(now, certain=certain):
             self._flipped()
         self._look_again.set()
@@ -216,9 +218,11 @@ class NodeEdge:
         self._beat += 1
         slot = self._beat % _SLOTS
         data = b""
-        if not (self._pace.sure and self._short):
+        rtt = round(self._pace.rtt * 2) / 2
+        if not (self._pace.sure and self._short) or rtt != self._told_rtt:
             view = self._replica.hub_view() if self._replica.epoch else ""
-            data = msgspec.msgpack.encode(BeatAsk(self._beat, self._run, view))
+            data = msgspec.msgpack.encode(BeatAsk(self._beat, self._run, view, rtt))
+            self._told_rtt = rtt
         now = self._asked[slot] = clock.monotonic()
         self._pace.ask(now)
         if self._bus is None:

@@ -17,14 +17,17 @@ BEAT = 11.0
 #: Seconds of silence after which a peer on a good link is not there.
 DOWN = 14.5
 #: ... and on the worst.
-DOWN_MOST = 45.0
+DOWN_MOST = 60.0
 #: Seconds between two looks at who is silent.
 LOOK = 0.5
 
-_WINDOW = 16
-#: A beat that is less late than this is the scheduler's doing, or one short stall of the link.
-_EARLY = 0.75
-_PER_LATE_SECOND = 8.0
+_WINDOW = 32
+#: A beat that is less late than this is the scheduler's doing.
+_EARLY = 0.5
+_PER_LATE_SECOND = 25.0
+#: A link whose round trip takes longer than this loses more by a lost packet.
+_QUICK = 0.4
+_PER_ROUND_TRIP = 12.0
 
 
 class Liveness(msgspec.Struct):
@@ -37,21 +40,23 @@ class Liveness(msgspec.Struct):
     since: float = 0.0
     heard: float = float("-inf")
     streak: int = 0
-    #: How late the last beats were that were due, newest last.
+    #: How late the last beats were that were due, newest last; the link's round trip in seconds, as far as it is known.
     late: list[float] = []
+    rtt: float = 0.0
 
     @property
     def patience(self) -> float:
         """Seconds of silence that this link may have: by the second worst of its last beats, for one is an accident."""
         worst = sorted(self.late)[-2] if len(self.late) > 1 else 0.0
-        return min(self.most, self.down_after + _PER_LATE_SECOND * max(0.0, worst - _EARLY))
+        slow = _PER_ROUND_TRIP * max(0.0, self.rtt - _QUICK)
+        return min(self.most, self.down_after + slow + (_PER_LATE_SECOND * worst if worst > _EARLY else 0.0))
 
     def beat(self, now: float, *, certain: bool = False) -> bool:
         """A beat was heard; ``certain`` (a fresh start, say) counts as enough. True when that flipped the state."""
         gap = now - self.heard
-        patience = self.patience
-        self.streak = self.streak + 1 if gap <= patience else 1
-        if self.online and self.interval / 2 < gap <= self.most:
+        self.streak = self.streak + 1 if gap <= self.patience else 1
+        # a gap that ended was no end: also when it was taken for one
+        if self.interval / 2 < gap <= self.most:
             self.late = [*self.late[1 - _WINDOW :], max(0.0, gap - self.interval)]
         self.heard = now
         if not self.online and (certain or self.streak >= self.up_after):
@@ -85,8 +90,8 @@ class Pace(msgspec.Struct):
     exchanged: float = float("-inf")
     refused: float = float("-inf")
     answered: bool = True
-    #: Smoothed seconds from a question to its answer.
-    rtt: float = 0.1
+    #: Seconds from a question to its answer on this link at its best.
+    rtt: float = 0.0
 
     def ask(self, now: float) -> None:
         """A beat is sent."""
@@ -94,7 +99,9 @@ class Pace(msgspec.Struct):
 
     def answer(self, now: float, asked: float) -> None:
         """Something that was asked at ``asked`` is answered."""
-        self.rtt += (min(30.0, max(0.0, now - asked)) - self.rtt) / 4
+        took = min(30.0, max(0.0, now - asked))
+        # what the link takes when nothing is lost: quick to fall, slow to rise
+        self.rtt = took if not self.rtt or took < self.rtt else self.rtt + (took - self.rtt) / 32
         self.exchanged = max(self.exchanged, asked)
         if asked >= self.sent:
             self.answered = True

@@ -101,7 +101,10 @@ class Views:
             self.change(r.key, r)
 
     def change(self, key: Key, resource: Resource | None, *, status_only: bool = False) -> set[str] | None:
-        """The sites whose view may have changed by it; None: any site's."""
+        """The sites whose view may have changed by it; None: any site's.
+
+        A site that was named before and has not asked for its view since may be left out.
+        """
         if status_only and key.kind not in STATUS_DOWN:
             return set()
         scope = kinds.get(key.kind).scope

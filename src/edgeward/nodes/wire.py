@@ -109,6 +109,7 @@ class BeatAsk(msgspec.Struct, omit_defaults=True):
     n: int
     start: str = ""  #: id of this run of the agent
     view: str = ""  #: fingerprint of what the node holds of the hub's state
+    rtt: float = 0.0  #: seconds that an answer takes on this node's link, to half a second
 
 
 class BeatAnswer(msgspec.Struct, omit_defaults=True):
