@@ -61,6 +61,20 @@ def test_top_journal_audit(edgeward: Program, hub: Any) -> None:
     assert "admin" in edgeward("audit").stdout
 
 
+def test_top_shows_what_the_link_carries(edgeward: Program, hub: Any) -> None:
+    wan = {"sent": 2048, "received": 100, "kbitUp": 0.112, "kbitDown": 0.098, "rttMs": 35.2, "connections": 2}
+    plain = {"name": "plant-1", "site": "plant", "online": True, "agentMB": 31.5}
+    hub.extra["/api/v1/top"] = {"nodes": [plain | {"wan": wan}, {"name": "away", "online": False}], "apps": []}
+    out = edgeward("top", "nodes", "--wan").stdout
+    assert "KBIT UP" in out and "0.112" in out and "35.2" in out and "AGENT MB" not in out
+    assert "away" in out
+    first = json.loads(edgeward("top", "nodes", "--wan", "-o", "json").stdout)["items"][0]
+    assert first == {"name": "plant-1", "site": "plant", "online": True} | wan
+    assert "KBIT" not in edgeward("top").stdout
+    assert json.loads(edgeward("top", "-o", "json").stdout)["items"][0] == plain
+    edgeward("top", "apps", "--wan", code=2)
+
+
 def test_stream_list(edgeward: Program, hub: Any) -> None:
     hub.extra["/api/v1/streams"] = {"items": [{"name": "line1", "messages": 3, "bytes": 2048, "nodes": ["plant-1"]}]}
     out = edgeward("stream", "list").stdout

@@ -11,9 +11,11 @@ from nats.aio.msg import Msg
 from tests.core.pair import until
 from tests.nodes.fleet import app, config, doc, fleet
 
+from edgeward.core import clock
 from edgeward.core.resource import CLUSTER, Key, Resource, to_stored
 from edgeward.hub.kinds import load
 from edgeward.nodes import cloud as module
+from edgeward.nodes.liveness import Liveness
 from edgeward.nodes.wire import (
     BeatAnswer,
     BeatAsk,
@@ -269,5 +271,118 @@ def test_a_change_pokes_the_nodes_it_concerns(tmp_path: Path) -> None:
             await until(lambda: len(poked) >= 3, 20)
             assert poked[0][0] == "shop-1"
             assert {node for node, _ in poked[1:]} == {"plant-1", "shop-1"}
+
+    asyncio.run(body())
+
+
+def test_a_beat_says_only_what_is_new(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            bus = await f.bus("plant-1")
+
+            async def empty() -> bytes:
+                return (await bus.request("ew.hub.beat.plant-1", b"")).data
+
+            async def full(view: str = "", start: str = "run") -> BeatAnswer:
+                answer: BeatAnswer = await f.ask("plant-1", "beat", BeatAsk(1, start, view, 1.5), BeatAnswer)
+                return answer
+
+            await f.store.put(app("here", "plant"))
+            told = msgspec.msgpack.decode(await empty(), type=BeatAnswer)
+            assert (told.hub, told.epoch, told.short) == (f.nodes.run_id, f.store.epoch, True)
+            assert told.revision > 0, "a hub that knows nothing of the node says all"
+            await f.sync("plant-1")
+            assert f.nodes.is_online("plant-1"), "two signs of life"
+            await f.nodes._node_status.settled()  # its site's nodes are told that it is there
+            assert await empty() != b""
+            first = await f.sync("plant-1")
+            assert await empty() == b""
+            # another site's changes, statuses made of reports, the hub's own facts: nothing of it concerns this node
+            await f.store.put(app("there", "shop"))
+            await f.store.put_status(Key("App", "default", "here"), {"phase": "Running"})
+            await f.store.set_fact("x", b"1")
+            assert await empty() == b""
+            answer = await full(first.view)
+            assert (answer.sync, answer.revision) == (False, 0)
+            assert f.nodes._live["plant-1"].rtt == 1.5
+            assert (await full()).revision <= first.revision, "an agent of the release before compares revisions"
+            changed = await f.store.put(app("here", "plant", replicas=2))
+            news = msgspec.msgpack.decode(await empty(), type=BeatAnswer)
+            assert news.revision >= changed.revision
+            assert (await full(first.view)).sync
+            assert (await full()).revision >= changed.revision
+            # a node that moves has another view
+            await f.store.put(doc("Node", "plant-1", {"site": "shop"}))
+            assert msgspec.msgpack.decode(await empty(), type=BeatAnswer).revision >= changed.revision
+            assert (
+                "App/there" in names(await f.sync("plant-1", first.revision, first.epoch))
+                or (await full(first.view)).sync
+            )
+            stranger = await f.bus("stranger")
+            assert b"no such node" in (await stranger.request("ew.hub.beat.stranger", b"")).data
+
+    asyncio.run(body())
+
+
+def test_a_new_hub_names_what_a_node_may_keep(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            await f.store.put(app("kept", "plant"))
+            await f.store.put(app("doomed", "plant"))
+            first = await f.sync("plant-1")
+            assert first.names is None
+            await f.store.remove(Key("App", "default", "doomed"))
+            await f.store.put(app("there", "shop"))
+            await f.store.remove(Key("App", "default", "there"))
+            known = await f.sync("plant-1", first.revision, first.epoch)
+            assert (known.names, names(known)) == (None, {"App/doomed gone"})
+            # the hub process is another one: what left a view is not known any more, what is in it is
+            f.nodes._views = module.Views(f.store.entry)
+            f.nodes._views.load(f.store.all())
+            then = await f.sync("plant-1", first.revision, first.epoch)
+            assert not then.full and then.names is not None
+            assert {n for _, _, n in then.names} == {"plant", "plant-1", "plant-2", "kept"}
+            assert then.view == known.view
+            assert "there" not in str(then), "nothing of another site, not even that it is gone"
+            # what a fleet of any size is asked for at once is spread
+            assert (await f.ask("plant-1", "beat", BeatAsk(1, "r"), BeatAnswer)).spread == 0
+            for n in range(100):
+                f.nodes._live[f"x{n}"] = Liveness(heard=clock.monotonic())
+            assert (await f.ask("plant-1", "beat", BeatAsk(1, "r"), BeatAnswer)).spread > 0.4
+
+    asyncio.run(body())
+
+
+def test_what_a_node_repeats_is_not_written_again(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            await f.store.put(app("web", "plant", ports=[{"name": "http", "env": "PORT"}], replicas=1))
+            service = await f.store.put(doc("Service", "web", {"app": "web", "port": "http"}))
+            instance = {"node": "plant-1", "phase": "Running", "ports": {"http": 20001}, "address": "10.0.0.1"}
+            status = {"phase": "Running", "instances": [instance]}
+            report = ReportAsk([Status("App", "default", "web", status)], True, {"version": "9"}, [])
+            await f.ask("plant-1", "beat", BeatAsk(1, "run"), BeatAnswer)
+            await f.ask("plant-1", "report", report, Ok)
+            await until(lambda: bool(f.store.get(service.key).status.get("endpoints")), 20)
+            await until(lambda: f.store.get(Key("Node", CLUSTER, "plant-1")).status.get("version") == "9", 20)
+            await until(lambda: b"Running" in (f.store.fact("report.plant-1") or b""), 20)
+            for loop in (f.nodes._fold, f.nodes._persist, f.nodes._node_status):
+                await loop.settled()
+            revision = f.store.revision
+            for _ in range(3):
+                await f.ask("plant-1", "report", report, Ok)
+            for loop in (f.nodes._fold, f.nodes._persist, f.nodes._node_status):
+                await loop.settled()
+            assert f.store.revision == revision
+            # a Service that is edited keeps its endpoints
+            await f.store.put(doc("Service", "web", {"app": "web", "port": "http"}, labels={"a": "b"}))
+            await f.nodes._fold.settled()
+            assert f.store.get(service.key).status["endpoints"]
+            # a node that is gone leaves nothing behind
+            await f.store.remove(Key("Node", CLUSTER, "plant-1"))
+            await f.nodes._fold.settled()
+            assert f.nodes._reporters.get("App/default/web") == set()
+            assert "plant-1" not in f.nodes._nodes_at["plant"]
+            assert f.store.get(service.key).status["endpoints"] == []
 
     asyncio.run(body())

@@ -220,3 +220,92 @@ def test_a_replica_that_differs_is_asked_for_anew(tmp_path: Path) -> None:
                 await until(lambda: node.edge.online, 30)
 
     asyncio.run(body())
+
+
+def test_an_idle_link_carries_empty_messages_and_news_are_heeded(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with alone(tmp_path) as bus:
+            node = Node(tmp_path)
+            asks: list[bytes] = []
+            news: list[BeatAnswer] = []
+            hub = ["one", True]
+
+            async def beat(msg: Msg) -> bytes:
+                asks.append(msg.data)
+                if not msg.data or news:
+                    return msgspec.msgpack.encode(news.pop(0)) if news else b""
+                return msgspec.msgpack.encode(BeatAnswer(0, str(hub[0]), "e", short=bool(hub[1]), spread=0.01))
+
+            reports: list[ReportAsk] = []
+
+            async def report(msg: Msg) -> bytes:
+                reports.append(msgspec.msgpack.decode(msg.data, type=ReportAsk))
+                return msgspec.msgpack.encode(Ok())
+
+            syncs: list[dict[str, Any]] = []
+
+            async def sync(msg: Msg) -> bytes:
+                syncs.append(msgspec.msgpack.decode(msg.data))
+                return msgspec.msgpack.encode(SyncAnswer("e", 5, not syncs[:-1], [], False, ""))
+
+            await bus.serve("ew.hub.beat.*", beat)
+            await bus.serve("ew.hub.report.*", report)
+            await bus.serve("ew.hub.sync.*", sync)
+
+            async def again(change: Callable[[], None] | None = None) -> None:
+                """One more beat, now."""
+                n = len(asks)
+                if change is not None:
+                    change()
+                else:
+                    node.edge._beat_now.set()
+                await until(lambda: len(asks) > n and node.edge._pace.answered, 20)
+
+            async with node.running(bus):
+                await until(lambda: node.edge.online and node.edge.synced.is_set() and bool(reports), 20)
+                assert asks[0], "the first says who asks"
+                await again()
+                await again()
+                assert asks[-1] == b""
+                done = len(syncs)
+                await again(node.edge.link_changed)
+                assert asks[-1] != b"", "in doubt it says all again"
+                assert msgspec.msgpack.decode(asks[-1])["view"] == node.replica.hub_view()
+                assert len(syncs) == done, "nothing new, nothing asked"
+                news.append(BeatAnswer(9, "one", "e", short=True))
+                await again()
+                await until(lambda: len(syncs) > done, 20)
+                done, told = len(syncs), len(reports)
+                hub[0] = "two"
+                news.append(BeatAnswer(0, "two", "e", sync=True, short=True, spread=0.01))
+                await again()
+                await until(lambda: len(reports) > told and len(syncs) > done, 20)
+                assert reports[-1].full, "another hub process wants all of it"
+                hub[1] = False
+                await again(node.edge.link_changed)
+                await again()
+                await again()
+                assert asks[-1] != b"", "a hub of the release before knows no empty beats"
+
+    asyncio.run(body())
+
+
+def test_what_the_hub_does_not_name_is_dropped(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            await f.store.put(app("web", "plant"))
+            await f.store.put(app("doomed", "plant"))
+            node = Node(tmp_path)
+            async with node.running(await f.bus("plant-1")):
+                await until(lambda: node.holds("web", "doomed"), 20)
+            await f.store.remove(Key("App", "default", "doomed"))
+            f.nodes._views = type(f.nodes._views)(f.store.entry)  # a hub process that does not know what there was
+            f.nodes._views.load(f.store.all())
+            f.nodes._told.clear()
+            f.nodes.run_id = "another"
+            fulls = node.edge.counters["full_syncs"]
+            async with node.running(await f.bus("plant-1")):
+                await until(lambda: node.holds("web"), 20)
+                assert node.edge.counters["full_syncs"] == fulls, "by their names, not by all of them again"
+
+    asyncio.run(body())

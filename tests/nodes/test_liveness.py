@@ -140,8 +140,11 @@ class Link:
 @pytest.mark.parametrize("seed", range(8))
 def test_thirty_percent_loss_and_a_round_trip_of_1200_ms_do_not_flap(seed: int) -> None:
     link = Link(seed, delay=0.6, loss=0.3)
+    link.run(120.0)
+    assert sum(not online for _, _, online in link.flips) <= 1, "while it learns what this link is like"
+    link.flips.clear()
     link.run(720.0)
-    assert sorted((who, online) for _, who, online in link.flips) == [("hub", True), ("node", True)]
+    assert [flip for flip in link.flips if not flip[2]] == []
     assert link.hub.patience <= DOWN_MOST
 
 

@@ -25,8 +25,11 @@ MESSAGES: list[Any] = [
     wire.PushAsk("store", [CHANGE]),
     wire.PushAnswer([wire.Decided(3, "accept", "why", OBJECT, {"outcome": "accept"})]),
     wire.ReportAsk([wire.Status("App", "default", "a", None)], True, {"version": "1"}, [{"seq": 1}]),
+    wire.SyncAnswer("e", 9, False, [], False, "print", names=[("App", "default", "a")]),
     wire.BeatAsk(1, "run"),
+    wire.BeatAsk(1, "run", "print", 1.5),
     wire.BeatAnswer(5, "hub", "e"),
+    wire.BeatAnswer(0, "hub", "e", sync=True, short=True, spread=5.0),
     wire.Ok(),
     wire.Ok("refused"),
 ]

@@ -27,7 +27,7 @@ _EARLY = 0.5
 _PER_LATE_SECOND = 25.0
 #: A link whose round trip takes longer than this loses more by a lost packet.
 _QUICK = 0.4
-_PER_ROUND_TRIP = 12.0
+_PER_ROUND_TRIP = 20.0
 
 
 class Liveness(msgspec.Struct):
