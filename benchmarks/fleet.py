@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from edgeward.core.resource import Key
 from edgeward.core.scope import fingerprint
 from edgeward.hub.kinds import load
 from edgeward.lab.cluster import Api
+from edgeward.nodes.ancestry import Ancestor
 from edgeward.nodes.edge import NodeEdge
 from edgeward.nodes.wire import HubObject, LocalChange
 
@@ -62,7 +63,9 @@ class Replica:
     def hub_keys(self) -> list[Key]:
         return list(self.objects)
 
-    def apply_sync(self, objects: list[HubObject], *, revision: int, epoch: str, full: bool) -> None:
+    def apply_sync(
+        self, objects: list[HubObject], *, revision: int, epoch: str, full: bool, line: Sequence[Ancestor] = ()
+    ) -> tuple[list[Key], list[Key]]:
         if full:
             self.objects.clear()
         for o in objects:
@@ -71,6 +74,7 @@ class Replica:
             else:
                 self.objects[o.key] = o
         self.hub_revision, self.epoch = revision, epoch
+        return [], []
 
     def resolve(self, seq: int, now: HubObject) -> None:
         raise AssertionError("nothing was pushed")

@@ -230,10 +230,15 @@ def test_an_idle_link_carries_empty_messages_and_news_are_heeded(tmp_path: Path)
             news: list[BeatAnswer] = []
             hub = ["one", True]
 
-            async def beat(msg: Msg) -> bytes:
+            async def beat(msg: Msg) -> bytes | None:
                 asks.append(msg.data)
-                if not msg.data or news:
-                    return msgspec.msgpack.encode(news.pop(0)) if news else b""
+                if not msg.data:
+                    assert not msg.reply, "short"
+                    answer = msgspec.msgpack.encode(news.pop(0)) if news else b""
+                    await bus.publish("ew.node.plant-1.b", answer)
+                    return None
+                if news:
+                    return msgspec.msgpack.encode(news.pop(0))
                 return msgspec.msgpack.encode(BeatAnswer(0, str(hub[0]), "e", short=bool(hub[1]), spread=0.01))
 
             reports: list[ReportAsk] = []

@@ -46,6 +46,16 @@ def test_a_link_that_is_late_again_and_again_gets_patience_and_loses_it() -> Non
     assert live.patience == DOWN
 
 
+def test_silence_of_our_own_is_forgiven() -> None:
+    live = Liveness()
+    live.beat(100.0, certain=True)
+    live.forgive(30.0, 131.0)
+    assert not live.tick(131.0)
+    live.forgive(3600.0, 140.0)
+    assert live.heard == 140.0
+    assert live.tick(140.0 + DOWN + LOOK)
+
+
 class Stream:
     """One direction of a TCP connection over a link with delay and loss, in simulated time.
 

@@ -127,7 +127,7 @@ class NodeSpec:
     max_payload: int = MAX_PAYLOAD
     #: Seconds. A leaf's own pings cross the link whatever else does; the agent's beats find a dead link sooner, and it
     #: has the leaf dialled anew (``nodes/wan.py``).
-    ping_interval: int = 120
+    ping_interval: int = 240
 
     @property
     def server_name(self) -> str:

@@ -155,7 +155,7 @@ class NodesCloud:
             group.create_task(self._tick())
 
     def _answer(self, handler: Callable[[str, bytes], Any]) -> Callable[[Msg], Any]:
-        async def answer(msg: Msg) -> bytes:
+        async def answer(msg: Msg) -> bytes | None:
             node = msg.subject.rsplit(".", 1)[1]
             try:
                 async with asyncio.timeout(30):
@@ -163,7 +163,12 @@ class NodesCloud:
             except (EdgewardError, msgspec.DecodeError, TimeoutError) as e:
                 log.warning("%s of node %s failed: %s", msg.subject, node, e or type(e).__name__)
                 reply = Ok(error=str(e) or type(e).__name__)
-            return reply if isinstance(reply, bytes) else msgspec.msgpack.encode(reply)
+            packed = reply if isinstance(reply, bytes) else msgspec.msgpack.encode(reply)
+            if msg.reply:
+                return packed
+            # an empty beat names no reply subject, to be short: its answer has one of its own
+            await self._bus.publish(f"ew.node.{node}.b", packed)
+            return None
 
         return answer
 
@@ -507,10 +512,15 @@ class NodesCloud:
         return answer
 
     async def _tick(self) -> None:
+        last = clock.monotonic()
         while True:
             await asyncio.sleep(LOOK)  # the period of looking at silence
+            now = clock.monotonic()
+            slept, last = now - last - LOOK, now
             for node, live in list(self._live.items()):
-                if live.tick(clock.monotonic()):
+                if slept > LOOK:
+                    live.forgive(slept, now)
+                if live.tick(now):
                     self._flipped(node)
 
     def _flipped(self, node: str) -> None:

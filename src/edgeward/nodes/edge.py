@@ -4,8 +4,9 @@ Everything is a request over the local nats-server, whose leaf connection carrie
 the server answers "no responders" at once, so trying costs nothing. The four tasks are level-triggered: each knows what
 it still owes (a revision, undecided changes, unreported state) and pays when the hub answers again, at once.
 
-An idle link carries one empty message each way every :data:`~edgeward.nodes.liveness.BEAT` seconds, on reply subjects
-that are subscribed once. All else that is asked and answered stands in for a beat.
+An idle link carries one empty message each way every :data:`~edgeward.nodes.liveness.BEAT` seconds. All else that is
+asked and answered stands in for a beat. In doubt a beat says all, and names a reply subject, so that the node's own
+server says at once when there is no link.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from edgeward.core.identity import inbox_prefix
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key
 from edgeward.nodes.ancestry import Ancestor
-from edgeward.nodes.liveness import Liveness, Pace
+from edgeward.nodes.liveness import LOOK, Liveness, Pace
 from edgeward.nodes.wire import (
     BeatAnswer,
     BeatAsk,
@@ -84,6 +85,7 @@ class NodeEdge:
         self._live = Liveness()
         self._pace = Pace()
         self._asked = [0.0] * _SLOTS
+        self._asked_last = 0.0
         self._beat = 0
         #: The hub takes empty beats, and any request for a sign of life.
         self._short = False
@@ -150,6 +152,7 @@ class NodeEdge:
             self._sync_wanted.set()
 
         await bus.subscribe(f"ew.node.{self.node}.poke", poked)
+        await bus.subscribe(f"ew.node.{self.node}.b", self._answered)
         for slot in range(_SLOTS):
             await bus.subscribe(f"{inbox_prefix(self.node)}.{slot}", self._answered)
         async with asyncio.TaskGroup() as group:
@@ -213,27 +216,32 @@ class NodeEdge:
             finally:
                 for w in waits:
                     w.cancel()
+            if (slept := clock.monotonic() - due) > LOOK:
+                self._live.forgive(slept, clock.monotonic())
 
     async def _send_beat(self) -> None:
         self._beat += 1
         slot = self._beat % _SLOTS
-        data = b""
+        data, reply = b"", ""
         rtt = round(self._pace.rtt * 2) / 2
         if not (self._pace.sure and self._short) or rtt != self._told_rtt:
             view = self._replica.hub_view() if self._replica.epoch else ""
             data = msgspec.msgpack.encode(BeatAsk(self._beat, self._run, view, rtt))
+            reply = f"{inbox_prefix(self.node)}.{slot}"
             self._told_rtt = rtt
-        now = self._asked[slot] = clock.monotonic()
+        now = self._asked[slot] = self._asked_last = clock.monotonic()
         self._pace.ask(now)
         if self._bus is None:
             return
         try:
-            await self._bus.publish(f"ew.hub.beat.{self.node}", data, reply=f"{inbox_prefix(self.node)}.{slot}")
+            await self._bus.publish(f"ew.hub.beat.{self.node}", data, reply=reply)
         except EdgewardError:
             self._pace.refuse(clock.monotonic())
 
     async def _answered(self, msg: Msg) -> None:
-        asked = self._asked[int(msg.subject[-1])]
+        # an answer to an empty beat does not say which one: one that was late is taken for the last one, no harm done
+        slot = msg.subject[-1]
+        asked = self._asked[int(slot)] if slot.isdigit() else self._asked_last
         if msg.headers and msg.headers.get("Status") == "503" and not msg.data:
             self._pace.refuse(clock.monotonic())
             self._look_again.set()

@@ -64,6 +64,10 @@ class Liveness(msgspec.Struct):
             return True
         return False
 
+    def forgive(self, seconds: float, now: float) -> None:
+        """We did not listen for so long (this process or its machine stood still): that silence was our own."""
+        self.heard = min(now, self.heard + seconds)
+
     def tick(self, now: float) -> bool:
         """Time passed. True when that flipped the state to offline."""
         if self.online and now - self.heard > self.patience:
