@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from edgeward.core import identity as module
+from edgeward.core import certs
 from edgeward.core.errors import Invalid, NotFound, Refused
 from edgeward.core.files import read_json, remove, write_atomic, write_json
 from edgeward.core.identity import HubIdentity, NodeIdentity, Tokens, node_permissions
@@ -90,7 +90,7 @@ def test_certificate_gets_missing_names_and_is_renewed(tmp_path: Path, monkeypat
     assert {"one.example", "two.example"} <= set(names.get_values_for_type(x509.DNSName))
     assert ipaddress.ip_address("127.0.0.1") in names.get_values_for_type(x509.IPAddress)
 
-    monkeypatch.setattr(module, "SERVER_LIFE", datetime.timedelta(hours=1.2))  # 1 h is gone already: see _certificate
+    monkeypatch.setattr(certs, "SERVER_LIFE", datetime.timedelta(hours=1.2))  # 1 h is gone already: see _certificate
     assert hub.ensure_certificate(["three.example"])
     monkeypatch.undo()
     assert hub.ensure_certificate()

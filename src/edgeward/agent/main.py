@@ -47,8 +47,10 @@ from edgeward.core.streaming import flag, json, number
 from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
 from edgeward.nodes.calls import CallServer
+from edgeward.nodes.door import Address, Door
 from edgeward.nodes.edge import NodeEdge
 from edgeward.nodes.wan import LinkWatch, redial
+from edgeward.nodes.enrol_edge import Renewer
 from edgeward.streams.edge import ExportsEdge
 from edgeward.workloads.edge import AppsEdge
 
@@ -71,6 +73,9 @@ class Agent:
         self.run_file = daemon.RunFile(data / "run.json")
         self.api_socket = daemon.socket_path(data, "api.sock")
         self.identity = NodeIdentity.open(data / "identity")
+        if self.identity.enrolled:
+            self.identity.trust()
+        self.renewer = Renewer(self.identity, self.node, self._door, self._renewed, self._kept_out)
         self.vault = Vault.open(data / "identity")
         self.replica = Replica(data / "replica.db", site=self.site, vault=self.vault)
         self.records = SqliteRecords(data / "records.db")
@@ -135,7 +140,8 @@ class Agent:
             self.node,
             hub_url=f"wss://{self.hub['host']}:{self.hub['port']}" if self.hub and self.identity.enrolled else "",
             creds_file=self.identity.creds_file if self.identity.enrolled else None,
-            ca_file=self.identity.ca_file if self.identity.enrolled else None,
+            ca_file=self.identity.trust_file if self.identity.enrolled else None,
+            proxy=str(self.hub.get("proxy", "")),
             mqtt_host=self.bind,
             mqtt_users={MQTT_USER: self._mqtt_password()},
         )
@@ -158,7 +164,7 @@ class Agent:
             quota=self.desired.messages,
         )
         self._exports = exports
-        calls = CallServer(self.node, {"logs": self._logs, "usage": self._usage})
+        calls = CallServer(self.node, {"logs": self._logs, "usage": self._usage, "renew": self._renew})
         if self.replica.hub_revision:  # an empty replica knows nothing: what waits in the queues stays
             await exports.prune(self.desired.exports())
         await exports.apply(self.desired.exports())
@@ -176,6 +182,29 @@ class Agent:
             group.create_task(exports.run())
             group.create_task(self.link.run(bus))
             group.create_task(calls.run(bus.client))
+            if spec.hub_url:
+                group.create_task(self.renewer.run())
+
+    # -- identity ------------------------------------------------------------------------------------------------
+
+    def _door(self) -> Door:
+        address = Address(str(self.hub["host"]), int(self.hub["port"]), str(self.hub.get("proxy", "")))
+        proxy_ca = self.identity.proxy_ca_file
+        return Door(address, self.identity.trusted(), proxy_ca.read_text() if proxy_ca.exists() else "")
+
+    async def _renewed(self, trust_changed: bool) -> None:
+        self._event("Normal", "CredentialsRenewed", "the hub renewed this node's credentials")
+        if trust_changed and self.nats is not None:
+            await self.nats.restart()
+            self._say()
+
+    def _kept_out(self, error: EdgewardError) -> None:
+        log.warning("the hub refuses this node: %s", error)
+        self._event("Warning", "RefusedByHub", str(error))
+
+    async def _renew(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
+        self.renewer.hurry()
+        yield b"{}"
 
     async def _token_uses(self) -> None:
         await self.tokens.run(self.replica.put_status)
@@ -260,6 +289,7 @@ class Agent:
         self._spawn(keep())
 
     def _flipped(self, online: bool) -> None:
+        self.renewer.flipped(online)
         if online and self.outbox is not None:
             self.outbox.kick()
         self._event(

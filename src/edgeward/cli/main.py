@@ -42,7 +42,7 @@ class Row:
 
 _RUN, _RES, _SEE, _DATA, _MORE = "Run a system", "Resources", "See what happens", "Sites and data", "More"
 _CARE = "Care"
-_WHO = "Who may"
+_FLEET, _WHO = "Boxes", "Who may"
 _LAB = "edgeward.lab.cli"
 _CLI = "edgeward.cli"
 
@@ -66,9 +66,11 @@ COMMANDS: dict[str, Row] = {
     "override": Row(f"{_CLI}.overrides:app", _DATA, "What sites changed for themselves.", group=True),
     "stream": Row(f"{_CLI}.streams:app", _DATA, "Read what sites delivered.", group=True),
     "backup": Row(f"{_CLI}.backup:app", _CARE, "Keep the hub's state, check it, bring it back.", group=True),
-    "token": Row(f"{_CLI}.token:app", _WHO, "Make, list and end tokens.", group=True),
     "whoami": Row(f"{_CLI}.access:whoami", _WHO, "Who you are to the system, and your rules."),
     "can": Row(f"{_CLI}.access:can", _WHO, "Whether you may do something."),
+    "join": Row(f"{_CLI}.fleet:join", _FLEET, "Join this box to a fleet and run its agent.", session=False),
+    "node": Row(f"{_CLI}.fleet:app", _FLEET, "The boxes of the fleet: list, revoke, replace.", group=True),
+    "token": Row(f"{_CLI}.token:app", _WHO, "Make, list and end tokens: of boxes, people, programs.", group=True),
     "completion": Row(f"{_CLI}.program:completion", _MORE, "Print the completion script of a shell."),
     "version": Row(f"{_CLI}.program:version", _MORE, "Print the versions of program and hub."),
 }

@@ -4,36 +4,28 @@ The hub makes everything it signs with on its first start and keeps it: a certif
 certificate (X.509), an operator, two accounts and its own users (NATS nkeys and JWTs), the first token. A node
 makes one key of its own, shows the public half when it enrols, and gets back a user JWT that names the only subjects it
 may use; its seed never leaves it. The formats are in :mod:`edgeward.core.nkeys`. Nothing in this module talks to the
-network or logs a secret.
+network or logs a secret. X.509 is in :mod:`edgeward.core.certs`, who may join in ``nodes/enrol.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import re
 import secrets
 import ssl
 import time
-from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from edgeward.core.certs import Authority, fingerprint
 from edgeward.core.errors import Invalid, NotFound, Refused
-from edgeward.core.files import ensure_dir, read_json, write_atomic, write_json
+from edgeward.core.files import ensure_dir, read_json, remove, write_atomic, write_json
 from edgeward.core.nkeys import KeyPair, NatsUser, claims_of, creds_text, mint, public_raw
 
-CA_LIFE = timedelta(days=3652)
-SERVER_LIFE = timedelta(days=397)  # what browsers accept
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 #: A node's name is one token of a subject and one label of a host name.
 NODE_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
@@ -98,12 +90,14 @@ class HubIdentity:
 
     def __init__(self, directory: Path, keys: dict[str, Any]) -> None:
         self.directory = directory
-        self.ca_file = directory / "ca.crt"
+        self.authority = Authority(directory)
+        #: All CAs to trust, the signing one first.
+        self.ca_file = self.authority.file
         #: Certificate and key in one file, so that they are replaced together.
         self.tls_file = directory / "tls.pem"
         self.tokens = Tokens(directory / "tokens.json")
         self._keys = keys
-        #: Node to its account's seed, JWT and revoked keys; a file each, so that enrolling one of many stays cheap.
+        #: What :meth:`issue_node` keeps; the hub itself keeps its nodes in the store (``nodes/enrol_cloud.py``).
         self._nodes: dict[str, dict[str, Any]] = {
             path.stem: read_json(path) for path in sorted((directory / "nodes").glob("[!.]*.json"))
         }
@@ -131,10 +125,14 @@ class HubIdentity:
         return hub
 
     @property
+    def own_accounts(self) -> dict[str, str]:
+        """The hub's two accounts, public key to JWT: what nats-server's resolver is loaded with."""
+        return {self.system_account: self._keys["system_jwt"], self.account: self._keys["account_jwt"]}
+
+    @property
     def accounts(self) -> dict[str, str]:
-        """Account public key to account JWT: what nats-server's resolver is loaded with."""
-        fixed = {self.system_account: self._keys["system_jwt"], self.account: self._keys["account_jwt"]}
-        return fixed | {KeyPair.from_seed(n["seed"]).public: n["jwt"] for n in self._nodes.values()}
+        """The hub's own accounts, and those of :meth:`issue_node`."""
+        return self.own_accounts | {KeyPair.from_seed(n["seed"]).public: n["jwt"] for n in self._nodes.values()}
 
     @property
     def ca_pem(self) -> str:
@@ -142,36 +140,16 @@ class HubIdentity:
 
     @property
     def ca_fingerprint(self) -> str:
-        """SHA-256 of the CA certificate (DER), hex: what a join token pins."""
-        return x509.load_pem_x509_certificate(self.ca_file.read_bytes()).fingerprint(hashes.SHA256()).hex()
+        """SHA-256 of the signing CA's certificate (DER), hex: what a join token pins."""
+        return fingerprint(self.authority.cert).hex()
 
     def ensure_certificate(self, names: Iterable[str] = ()) -> bool:
-        """Make the CA and the listener's certificate if missing, damaged, near their end or short of a name.
+        """See :meth:`Authority.server`: True when the listener's certificate is new: load it again."""
+        return self.authority.server(self.tls_file, names)
 
-        True when the listener's certificate is new: load it again. Names that the present one carries are kept.
-        """
-        names = tuple(names)
-        ca_key, ca = _ensure_ca(self.directory)
-        wanted = {_san(n) for n in (*LOCAL_NAMES, *names)}
-        present = _load_server(self.tls_file, ca)
-        if present is not None:
-            have = set(present.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
-            left = present.not_valid_after_utc - datetime.now(UTC)
-            if wanted <= have and left > (present.not_valid_after_utc - present.not_valid_before_utc) / 3:
-                return False
-            wanted |= have
-        key = ec.generate_private_key(ec.SECP256R1())
-        common = next((n for n in names if n not in LOCAL_NAMES), "edgeward hub")[:64]
-        cert = (
-            _certificate(common, key, ca.subject, SERVER_LIFE)
-            .add_extension(x509.SubjectAlternativeName(sorted(wanted, key=str)), critical=False)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-            .sign(ca_key, hashes.SHA256())
-        )
-        write_atomic(self.tls_file, _pem(key) + cert.public_bytes(serialization.Encoding.PEM))
-        return True
+    def derived(self, purpose: str) -> bytes:
+        """A secret of this hub for one purpose, the same in all its processes."""
+        return hmac.digest(self._operator.seed.encode(), b"edgeward " + purpose.encode(), "sha256")
 
     def server_context(self) -> ssl.SSLContext:
         """TLS for the hub's listener."""
@@ -179,12 +157,37 @@ class HubIdentity:
         context.load_cert_chain(self.tls_file)
         return context
 
+    def user_jwt(self, name: str, seed: str, public_key: str, *, issued: int = 0, expires: int = 0) -> str:
+        """For a node's public key: opens leaf connections only, on that node's subjects only.
+
+        ``seed`` is of the node's account; nats-server must know its JWT (:meth:`account_jwt`), or nobody is let in.
+        """
+        public_raw(public_key, "user")
+        nats = {**node_permissions(name), **_NO_LIMIT, "type": "user"}
+        nats["allowed_connection_types"] = ["LEAFNODE", "LEAFNODE_WS"]
+        return mint(KeyPair.from_seed(seed), public_key, name, nats, issued=issued, expires=expires)
+
+    def account_jwt(self, name: str, seed: str, barred: Mapping[str, int]) -> str:
+        """The node's own account: what it imports, and the keys (with the time) that are not let in again."""
+        claims = {
+            "type": "account",
+            "limits": _ACCOUNT_LIMITS,
+            "imports": _imports(name, self.account),
+            "revocations": dict(barred),
+        }
+        return mint(self._operator, KeyPair.from_seed(seed).public, f"NODE {name}", claims)
+
+    def account_rules(self, name: str) -> str:
+        """A digest of what we let a node do: when it changes, its account needs a new JWT."""
+        said = repr((_ACCOUNT_LIMITS, _imports(name, self.account)))
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
     def issue_node(self, name: str, public_key: str, *, expires: int = 0) -> str:
-        """The user JWT for a node's public key. It opens leaf connections only, on that node's subjects only.
+        """A user JWT without an enrolment, for benchmarks and tests; the account is kept in a file.
 
         A new node brings a new entry in ``accounts``: apply it to nats-server, or the node is not let in.
         """
-        permissions = node_permissions(name)
+        node_permissions(name)
         public_raw(public_key, "user")
         entry = self._nodes.get(name)
         if entry is None:
@@ -193,10 +196,7 @@ class HubIdentity:
             raise Refused("this key was revoked", resource=f"Node {name}", remedy="make a new key on the node")
         if name not in self._nodes:
             self._save_node(name, entry)
-        account = KeyPair.from_seed(entry["seed"])
-        nats = {**permissions, **_NO_LIMIT, "type": "user"}
-        nats["allowed_connection_types"] = ["LEAFNODE", "LEAFNODE_WS"]
-        return mint(account, public_key, name, nats, expires=expires)
+        return self.user_jwt(name, entry["seed"], public_key, expires=expires)
 
     def revoke_node(self, name: str, public_key: str) -> bool:
         """Refuse that key from now on. False when it already was. Then apply the new ``accounts`` to nats-server."""
@@ -210,15 +210,19 @@ class HubIdentity:
         return True
 
     def _save_node(self, name: str, entry: dict[str, Any]) -> None:
-        claims = {
-            "type": "account",
-            "limits": _ACCOUNT_LIMITS,
-            "imports": _imports(name, self.account),
-            "revocations": entry["revocations"],
-        }
-        entry["jwt"] = mint(self._operator, KeyPair.from_seed(entry["seed"]).public, f"NODE {name}", claims)
+        entry["jwt"] = self.account_jwt(name, entry["seed"], entry["revocations"])
         write_json(ensure_dir(self.directory / "nodes") / f"{name}.json", entry)
         self._nodes[name] = entry
+
+    def take_files(self) -> dict[str, dict[str, Any]]:
+        """What an earlier release kept of its nodes in files (account seed, JWT, revocations): the store's now."""
+        return dict(self._nodes)
+
+    def drop_files(self) -> None:
+        """After the store has them."""
+        for name in tuple(self._nodes):
+            remove(self.directory / "nodes" / f"{name}.json")
+            del self._nodes[name]
 
     def admin_token(self) -> str:
         """The administrator's token, made once; the hub keeps its hash, this file (0600) is for the local context."""
@@ -251,81 +255,19 @@ def _new_hub_keys() -> dict[str, Any]:
     }
 
 
-# --- X.509 -----------------------------------------------------------------------------------------------------------
-
-
-def _san(name: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
-
-
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-
-
-def _certificate(
-    common: str, key: ec.EllipticCurvePrivateKey, issuer: x509.Name | None, life: timedelta
-) -> x509.CertificateBuilder:
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-    begin = datetime.now(UTC) - timedelta(hours=1)  # an edge box's clock may be behind the hub's
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer or subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(begin)
-        .not_valid_after(begin + life)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-    )
-
-
-def _ensure_ca(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    key_file, cert_file = directory / "ca.key", directory / "ca.crt"
-    if not key_file.exists():
-        if cert_file.exists():
-            raise Invalid("the CA's key is gone", file=str(key_file), remedy="restore it from a backup: nodes trust it")
-        write_atomic(key_file, _pem(ec.generate_private_key(ec.SECP256R1())))
-    key = serialization.load_pem_private_key(key_file.read_bytes(), None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise Invalid("not an EC key", file=str(key_file))
-    if not cert_file.exists():  # first start, or killed between the two writes
-        ca = (
-            _certificate(f"Edgeward hub CA {secrets.token_hex(4)}", key, None, CA_LIFE)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(
-                x509.KeyUsage(
-                    False, False, False, False, False, True, True, False, False
-                ),  # signs certificates and CRLs
-                critical=True,
-            )
-            .sign(key, hashes.SHA256())
-        )
-        write_atomic(cert_file, ca.public_bytes(serialization.Encoding.PEM), 0o644)
-    return key, x509.load_pem_x509_certificate(cert_file.read_bytes())
-
-
-def _load_server(path: Path, ca: x509.Certificate) -> x509.Certificate | None:
-    """The certificate in ``path`` if the CA signed it; None asks for a new one."""
-    try:
-        cert = x509.load_pem_x509_certificate(path.read_bytes())
-        cert.verify_directly_issued_by(ca)
-    except (FileNotFoundError, ValueError, TypeError, InvalidSignature):
-        return None
-    return cert
-
-
 class NodeIdentity:
-    """A node's own key, and what the hub gave it: credentials and the CA to trust."""
+    """A node's own key, and what the hub gave it: credentials, a certificate, the CAs to trust."""
 
     def __init__(self, directory: Path, key: KeyPair) -> None:
         self.directory = directory
         self.creds_file = directory / "node.creds"
+        #: The hub's CAs.
         self.ca_file = directory / "ca.crt"
+        #: Certificate and its key in one file.
+        self.tls_file = directory / "node.pem"
+        #: What the node trusts on the way to the hub: ``ca.crt``, and the CA of a proxy that looks into TLS.
+        self.trust_file = directory / "trust.crt"
+        self.proxy_ca_file = directory / "proxy-ca.crt"
         self._key = key
 
     @classmethod
@@ -341,24 +283,82 @@ class NodeIdentity:
     def public_key(self) -> str:
         return self._key.public
 
+    def sign(self, data: bytes) -> bytes:
+        """With the device key: what proves to the hub that it is this box."""
+        return self._key.sign(data)
+
     @property
     def enrolled(self) -> bool:
         return self.creds_file.exists() and self.ca_file.exists()
 
     @property
+    def jwt(self) -> str:
+        """The user JWT that the hub gave; empty before."""
+        return self.creds_file.read_text().splitlines()[1] if self.creds_file.exists() else ""
+
+    @property
     def name(self) -> str:
         """The name the hub enrolled this node under; empty before."""
-        if not self.creds_file.exists():
-            return ""
-        return str(claims_of(self.creds_file.read_text().splitlines()[1])["name"])
+        return str(claims_of(self.jwt)["name"]) if self.jwt else ""
 
-    def accept(self, jwt: str, ca_pem: str) -> None:
-        """Keep the hub's answer to an enrolment. Refuses one that was made for another key."""
+    @property
+    def token(self) -> str:
+        """The name of the join token that was last tried with this key."""
+        file = self.directory / "token"
+        return file.read_text().strip() if file.exists() else ""
+
+    def remember(self, token: str) -> None:
+        write_atomic(self.directory / "token", token + "\n")
+
+    @property
+    def lease(self) -> tuple[float, float]:
+        """When the credentials were issued, and when they end (0: never)."""
+        claims = claims_of(self.jwt)
+        return float(claims["iat"]), float(claims.get("exp", 0))
+
+    @property
+    def certificate(self) -> str:
+        """The certificate (PEM); empty when there is none."""
+        text = self.tls_file.read_text() if self.tls_file.exists() else ""
+        return text[text.find("-----BEGIN CERTIFICATE-----") :] if text else ""
+
+    def trusted(self) -> list[x509.Certificate]:
+        return x509.load_pem_x509_certificates(self.ca_file.read_bytes())
+
+    def accept(self, jwt: str, ca_pem: str, *, key_pem: bytes = b"", certificate: str = "") -> bool:
+        """Keep the hub's answer to an enrolment; True when what is trusted changed.
+
+        Refuses one that was made for another key. The credentials are written last: they mark it as complete.
+        """
         if claims_of(jwt)["sub"] != self.public_key:
             raise Invalid("these credentials are for another key", remedy="enrol the node again")
-        x509.load_pem_x509_certificate(ca_pem.encode())
-        write_atomic(self.ca_file, ca_pem, 0o644)
+        x509.load_pem_x509_certificates(ca_pem.encode())
+        if certificate:
+            write_atomic(self.tls_file, key_pem + certificate.encode())
+        changed = self.trust(ca_pem)
         write_atomic(self.creds_file, creds_text(jwt, self._key))
+        return changed
+
+    def trust(self, ca_pem: str = "", proxy_ca: str | None = None) -> bool:
+        """Keep the hub's CAs, or (``proxy_ca``, "" for none) that of a proxy. True when that changed something."""
+        if ca_pem and not (self.ca_file.exists() and self.ca_file.read_text() == ca_pem):
+            write_atomic(self.ca_file, ca_pem, 0o644)
+        if proxy_ca:
+            write_atomic(self.proxy_ca_file, proxy_ca, 0o644)
+        elif proxy_ca is not None:
+            remove(self.proxy_ca_file)
+        proxy = self.proxy_ca_file.read_text() if self.proxy_ca_file.exists() else ""
+        both = (self.ca_file.read_text() if self.ca_file.exists() else "") + proxy
+        if self.trust_file.exists() and self.trust_file.read_text() == both:
+            return False
+        write_atomic(self.trust_file, both, 0o644)
+        return True
+
+    def forget(self) -> None:
+        """The node leaves its fleet: everything but the directory goes, the key too."""
+        names = ("node.creds", "node.pem", "ca.crt", "trust.crt", "proxy-ca.crt", "token", "node.seed")
+        for name in names:
+            remove(self.directory / name)
 
     def client_context(self) -> ssl.SSLContext:
         """TLS that trusts the hub's CA and nothing else."""

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
 
 MAX_PAYLOAD = 8 << 20
 HUB_DOMAIN = "hub"
@@ -27,6 +28,11 @@ _LOOPBACK = "127.0.0.1"
 def node_domain(node: str) -> str:
     """The JetStream domain of a node's own server."""
     return f"n-{node}"
+
+
+def claims_dir(directory: Path) -> Path:
+    """Where a hub's server keeps account JWTs, one file ``<account>.jwt`` each."""
+    return directory / "claims"
 
 
 class Spec(Protocol):
@@ -52,7 +58,7 @@ class HubSpec:
 
     operator_jwt: str
     system_account: str
-    #: Account public key to JWT (``HubIdentity.accounts``).
+    #: Account public key to JWT (``HubIdentity.accounts``): those that must be there before anybody can push others.
     accounts: Mapping[str, str]
     server_name: str = "hub"
     client_port: int = 0
@@ -80,7 +86,8 @@ class HubSpec:
             **_common(self.server_name, directory, ports["client"], self.max_payload, self.ping_interval),
             "operator": self.operator_jwt,
             "system_account": self.system_account,
-            "resolver": "MEMORY",
+            # others are pushed while it runs (core/claims.py) and kept here; the servers of a cluster share them
+            "resolver": {"type": "full", "dir": str(claims_dir(directory)), "allow_delete": False, "interval": "2m"},
             "resolver_preload": dict(self.accounts),
             "jetstream": _jetstream(
                 directory, HUB_DOMAIN, self.sync_interval, self.max_memory_store, self.max_file_store
@@ -113,6 +120,8 @@ class NodeSpec:
     hub_url: str = ""
     creds_file: Path | None = None
     ca_file: Path | None = None
+    #: ``http://[user:password@]host:port`` of an HTTP CONNECT proxy on the way to the hub; empty: none.
+    proxy: str = ""
     client_port: int = 0
     mqtt_host: str = _LOOPBACK
     mqtt_port: int = 0
@@ -186,6 +195,12 @@ class NodeSpec:
             remote["credentials"] = str(self.creds_file)
         if self.ca_file is not None:
             remote["tls"] = {"ca_file": str(self.ca_file), "timeout": 15}
+        if self.proxy:
+            parts = urlsplit(self.proxy)
+            proxy = {"url": f"http://{parts.hostname}:{parts.port or 80}", "timeout": "15s"}
+            if parts.username:
+                proxy |= {"username": unquote(parts.username), "password": unquote(parts.password or "")}
+            remote["proxy"] = proxy
         return remote
 
 

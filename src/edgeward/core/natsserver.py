@@ -199,6 +199,12 @@ class NatsServer:
             await self._start(timeout)
             return "restarted"
 
+    async def restart(self, *, timeout: float = 30.0) -> None:
+        """For what a reload does not bring into force: other CAs for the link."""
+        async with self._busy:
+            await self._stop(timeout)
+            await self._start(timeout)
+
     # --- inside -------------------------------------------------------------------------------------------------------
 
     async def _start(self, timeout: float, patience: float = 10.0) -> bool:

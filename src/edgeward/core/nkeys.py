@@ -48,6 +48,15 @@ def public_raw(public: str, kind: str) -> bytes:
     return raw[1:]
 
 
+def verify(public: str, data: bytes, signature: bytes, kind: str = "user") -> bool:
+    """Whether the holder of that public nkey signed ``data``. Raises ``Invalid`` when it is no such key."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public_raw(public, kind)).verify(signature, data)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
 class KeyPair:
     """An nkey: an ed25519 key with its NATS names. Its ``repr`` shows the public half only."""
 
@@ -88,9 +97,11 @@ def _b64(raw: bytes) -> str:
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
-def mint(issuer: KeyPair, subject: str, name: str, nats: Mapping[str, Any], *, expires: int = 0) -> str:
-    """A NATS JWT v2. ``expires`` is in seconds since 1970; 0 is never."""
-    claims: dict[str, Any] = {"iat": int(time.time()), "iss": issuer.public, "name": name, "sub": subject}
+def mint(
+    issuer: KeyPair, subject: str, name: str, nats: Mapping[str, Any], *, expires: int = 0, issued: int = 0
+) -> str:
+    """A NATS JWT v2. Times are in seconds since 1970; ``expires`` 0 is never, ``issued`` 0 is now."""
+    claims: dict[str, Any] = {"iat": issued or int(time.time()), "iss": issuer.public, "name": name, "sub": subject}
     if expires:
         claims["exp"] = expires
     claims["nats"] = {**nats, "version": 2}

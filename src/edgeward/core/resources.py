@@ -26,7 +26,7 @@ from edgeward.core.store import Store
 log = logging.getLogger("edgeward.resources")
 
 #: Fields of the spec that never change after creation.
-_FIXED = {"Node": ("site",), "Override": ("target", "site")}
+_FIXED = {"Node": ("site",), "Override": ("target", "site"), "JoinToken": ("node", "site", "hash", "replace")}
 _SYSTEM = ("uid", "creationTimestamp", "updateTimestamp", "deletionTimestamp", "generation")
 
 

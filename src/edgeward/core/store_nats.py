@@ -60,6 +60,7 @@ class NatsStore(Store):
         self._extra: dict[str, bytes] = {}
         #: The revision that an object had in the store that this one was restored from, while nobody changed it since.
         self.was: dict[Key, int] = {}
+        self._extra_seq: dict[str, int] = {}
         #: Random id of this bucket; a node that finds another one starts its replica's sync anew.
         self.epoch = ""
 
@@ -140,6 +141,7 @@ class NatsStore(Store):
         sort, _, rest = name.partition(".")
         if sort == "m":
             self._extra[name] = data
+            self._extra_seq[name] = seq
             self.revision = max(self.revision, seq)
             return
         kind, ns, item = rest.split(".", 2)
@@ -254,5 +256,19 @@ class NatsStore(Store):
         """A controller's own durable value (``m.<name>``), e.g. the last change taken over from a node."""
         return self._extra.get(f"m.{name}")
 
-    async def set_fact(self, name: str, value: bytes) -> None:
-        await self._publish(f"m.{name}", value, None)
+    def facts(self, prefix: str) -> dict[str, bytes]:
+        """Those whose name begins so, by the rest of their name."""
+        start = f"m.{prefix}"
+        return {name.removeprefix(start): data for name, data in self._extra.items() if name.startswith(start)}
+
+    def fact_revision(self, name: str) -> int:
+        """What :meth:`set_fact` takes as ``expect``; 0 when there is none."""
+        return self._extra_seq.get(f"m.{name}", 0)
+
+    async def set_fact(self, name: str, value: bytes, *, expect: int | None = None) -> None:
+        """``expect``: the revision it was read at; raises ``Conflict`` when another process was faster."""
+        try:
+            await self._publish(f"m.{name}", value, expect)
+        except Conflict:
+            await self._follow()
+            raise

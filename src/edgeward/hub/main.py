@@ -19,10 +19,13 @@ from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
 from edgeward.core.authz import BUILT_IN, Principal, administrator
 from edgeward.core.bus import Bus
+from edgeward.core.claims import Claims
 from edgeward.core.errors import EdgewardError, Refused, Unauthorized
 from edgeward.core.files import ensure_dir, read_json
 from edgeward.core.identity import HubIdentity
+from edgeward.core.natsconf import claims_dir
 from edgeward.core.natsserver import HubSpec, NatsServer
+from edgeward.core.quantity import parse_duration
 from edgeward.core.records import StreamRecords
 from edgeward.core.registry import extensions
 from edgeward.core.resource import Key, Resource
@@ -32,10 +35,12 @@ from edgeward.core.store_nats import NatsStore
 from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
 from edgeward.hub.backup import backup_routes, sealing_key
+from edgeward.hub.enrol import EnrolRoutes
 from edgeward.hub.front import Links, front_protocol
 from edgeward.hub.kinds import load
 from edgeward.hub.routes import HubRoutes
 from edgeward.nodes.cloud import NodesCloud
+from edgeward.nodes.enrol_cloud import Enrolment
 from edgeward.streams.cloud import StreamsCloud
 
 log = logging.getLogger("edgeward.hub")
@@ -51,6 +56,9 @@ class Hub:
         self.bind = str(config.get("bind", "127.0.0.1"))
         self.address = str(config.get("advertise", daemon.local(self.bind)))
         self.names = [str(n) for n in config.get("names", [])]
+        #: Where boxes find the hub, as it stands in join tokens.
+        self.urls = [str(u) for u in config.get("urls", [])] or [f"https://{self.address}:{self.port}"]
+        self.certificate_life = parse_duration(config.get("certificateLife", "90d"))
         self.run_file = daemon.RunFile(data / "run.json")
         self._ready = False
 
@@ -58,7 +66,8 @@ class Hub:
         ensure_dir(self.data)
         identity = HubIdentity.open(self.data / "identity", self.names)
         identity.admin_token()
-        spec = HubSpec(identity.operator_jwt, identity.system_account, identity.accounts)
+        # the nodes' accounts are in the store and pushed (nodes/enrol_cloud.py)
+        spec = HubSpec(identity.operator_jwt, identity.system_account, identity.own_accounts)
         self.nats = NatsServer(self.data / "nats", spec, on_restart=self._say)
         await self.nats.start()
         self.bus = await Bus.connect(self.nats.url, name="hub", user=identity.user)
@@ -76,20 +85,26 @@ class Hub:
         self.nodes = NodesCloud(self.store, self.bus, self.records, self._write)
         await self.nodes.open()
         self.streams = StreamsCloud(self.bus.client)
-
-        async def admit() -> None:
-            """Lets nats-server know of nodes that were enrolled."""
-            await self.nats.apply(HubSpec(identity.operator_jwt, identity.system_account, identity.accounts))
-
+        system = await Bus.connect(self.nats.url, name="hub-system", user=identity.system_user)
+        self.enrolment = Enrolment(
+            self.store,
+            identity,
+            Claims(system, claims_dir(self.nats.directory)),
+            self._write,
+            audit,
+            urls=self.urls,
+            life=self.certificate_life,
+            changed=self.nodes.identity_changed,
+        )
+        self.nodes.identity = self.enrolment.status
+        await self.enrolment.open()
         routes = HubRoutes(
             store=self.store,
             client=self.bus.client,
-            identity=identity,
             nodes=self.nodes,
             streams=self.streams,
             records=self.records,
             write=self._write,
-            admit=admit,
         )
 
         def auth(token: str | None, client: Any) -> Principal:
@@ -105,7 +120,11 @@ class Hub:
             self.resources,
             self.store,
             auth=auth,
-            extra_routes=[*routes.routes(), *backup_routes(self.bus.client, self.data, sealing_key(self.data), vault)],
+            extra_routes=[
+                *routes.routes(),
+                *EnrolRoutes(self.enrolment, identity).routes(),
+                *backup_routes(self.bus.client, self.data, sealing_key(self.data), vault),
+            ],
             health=self._health,
             metrics=self._metrics,
             info={"role": "hub", "version": __version__},
@@ -131,6 +150,7 @@ class Hub:
                     self.store.run,
                     self.records.run,
                     self.nodes.run,
+                    self.enrolment.run,
                     self._controllers,
                     self._retention,
                     self._token_uses,
@@ -138,6 +158,7 @@ class Hub:
             finally:
                 self._ready = False
                 self.links.close()
+        await system.close()
         await self.bus.close()
         await self.nats.stop()
         self.run_file.remove()

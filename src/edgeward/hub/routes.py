@@ -1,10 +1,10 @@
-"""What the hub's API has beside the resources: enrolment, logs, usage, streams, overrides, the audit trail."""
+"""What the hub's API has beside resources and enrolment (``enrol.py``): logs, usage, streams, overrides, records."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -24,8 +24,7 @@ from edgeward.core.access import (
     top_sift,
 )
 from edgeward.core.authz import Ask
-from edgeward.core.errors import EdgewardError, Invalid, NotFound, Unreachable
-from edgeward.core.identity import HubIdentity
+from edgeward.core.errors import EdgewardError, NotFound, Unreachable
 from edgeward.core.records import Records
 from edgeward.core.registry import kinds
 from edgeward.core.resource import CLUSTER, Key, Resource, from_stored, merge_patch, to_stored
@@ -43,21 +42,17 @@ class HubRoutes:
         *,
         store: Store,
         client: Client,
-        identity: HubIdentity,
         nodes: NodesCloud,
         streams: StreamsCloud,
         records: Records,
         write: Any,
-        admit: Callable[[], Awaitable[None]],
     ) -> None:
-        self._store, self._nc, self._identity = store, client, identity
+        self._store, self._nc = store, client
         self._nodes, self._streams, self._records, self._write = nodes, streams, records, write
-        self._admit = admit
 
     def routes(self) -> list[Route]:
         base = "/api/v1"
         return [
-            Route(f"{base}/nodes/{{name}}/enrol", needs("enrol", "Node", "object")(self.enrol), methods=["POST"]),
             Route(
                 f"{base}/namespaces/{{ns}}/apps/{{name}}/logs",
                 needs("logs", "App", "object")(self.logs),
@@ -77,19 +72,6 @@ class HubRoutes:
             ),
             *record_routes(self._records),
         ]
-
-    async def enrol(self, request: Request) -> Response:
-        """Credentials for the key that a node made itself. The life cycle around it is the enrolment's business."""
-        name = request.path_params["name"]
-        self._store.get(Key("Node", CLUSTER, name))
-        try:
-            doc = msgspec.json.decode(await request.body())
-            key = doc["publicKey"]
-        except (msgspec.DecodeError, KeyError, TypeError):
-            raise Invalid("is required", resource=f"Node/{name}", field="$.publicKey", remedy="send the key") from None
-        jwt = self._identity.issue_node(name, str(key))
-        await self._admit()
-        return json({"jwt": jwt, "ca": self._identity.ca_pem})
 
     async def promote(self, request: Request) -> Response:
         """Makes a site's override everybody's: the patch goes into the target, the override goes away."""

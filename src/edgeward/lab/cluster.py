@@ -29,6 +29,8 @@ from edgeward.core.files import ensure_dir, read_json, write_json
 from edgeward.core.identity import NodeIdentity
 from edgeward.core.proc import ending
 from edgeward.lab.topology import Topology
+from edgeward.nodes.enrol import decode_token
+from edgeward.nodes.enrol_edge import join
 
 log = logging.getLogger("edgeward.lab")
 
@@ -319,19 +321,25 @@ class Cluster:
             ) from None
 
     def _declare(self) -> None:
-        """Sites and nodes as resources, and each node's credentials for the key that it made itself."""
+        """Sites as resources; nodes join by tokens, as any box does."""
         for site in self.topology.sites:
-            self._ensure("sites", {"kind": "Site", "metadata": {"name": site.name}, "spec": {}})
+            doc = {"apiVersion": "edgeward/v1", "kind": "Site", "metadata": {"name": site.name}, "spec": {}}
+            with contextlib.suppress(Conflict):
+                self._api.call("POST", "/api/v1/sites", doc)
+        known = {n["metadata"]["name"]: n.get("status", {}) for n in self._api.call("GET", "/api/v1/nodes")["items"]}
         for name, child in self.nodes.items():
-            self._ensure("nodes", {"kind": "Node", "metadata": {"name": name}, "spec": {"site": self.site_of[name]}})
             identity = NodeIdentity.open(child.directory / "identity")
-            if not identity.enrolled:
-                got = self._api.call("POST", f"/api/v1/nodes/{name}/enrol", {"publicKey": identity.public_key})
-                identity.accept(got["jwt"], got["ca"])
-
-    def _ensure(self, plural: str, doc: dict[str, Any]) -> None:
-        with contextlib.suppress(Conflict):
-            self._api.call("POST", f"/api/v1/{plural}", {"apiVersion": "edgeward/v1", **doc})
+            if identity.enrolled and name in known:
+                continue
+            if identity.enrolled:  # its Node was deleted, and its key with it
+                identity.forget()
+            # whoever runs the lab owns its boxes: a directory that was wiped is a box that was set up anew
+            ask = {"node": name, "site": self.site_of[name], "replace": known.get(name, {}).get("revoked") is False}
+            try:
+                got = self._api.call("POST", "/api/v1/issue/jointoken", ask)
+            except Refused:
+                got = self._api.call("POST", "/api/v1/issue/jointoken", {**ask, "replace": False})
+            join(child.directory, decode_token(got["token"]), hub=self._api.url)
 
     def _configure(self, name: str, child: Child) -> None:
         host, port = self.links.link_address(name)
@@ -441,7 +449,7 @@ class Api:
     """The hub's API for the lab's own few calls (blocking; run it in a thread)."""
 
     def __init__(self, url: str, ca_file: Path, token: str) -> None:
-        self._url, self._token = url, token
+        self.url, self._token = url, token
         self._context = ssl.create_default_context(cafile=str(ca_file))
 
     def call(self, method: str, path: str, body: Any = None, timeout: float = 10.0) -> Any:
@@ -450,7 +458,7 @@ class Api:
 
         data = None if body is None else msgspec.json.encode(body)
         request = urllib.request.Request(  # noqa: S310 - the scheme is ours: https
-            self._url + path,
+            self.url + path,
             data=data,
             method=method,
             headers={"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"},

@@ -22,7 +22,7 @@ from nats.aio.msg import Msg
 
 from edgeward.core import clock
 from edgeward.core.bus import Bus
-from edgeward.core.errors import Conflict, EdgewardError, Invalid
+from edgeward.core.errors import Conflict, EdgewardError, Invalid, Refused
 from edgeward.core.reconcile import Loop
 from edgeward.core.records import Records
 from edgeward.core.registry import extensions, kinds, redact
@@ -114,6 +114,8 @@ class NodesCloud:
         self._told: dict[str, int] = {}
         self._encoded: dict[tuple[Key, int, int], bytes] = {}
         self._encoded_size = 0
+        #: What the enrolment says of a node's identity: members of its status, ``revoked`` always among them.
+        self.identity: Callable[[str], dict[str, Any]] = lambda node: {"revoked": False}
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -158,6 +160,9 @@ class NodesCloud:
         async def answer(msg: Msg) -> bytes | None:
             node = msg.subject.rsplit(".", 1)[1]
             try:
+                if self.identity(node)["revoked"]:
+                    # what was on its way when its connection was cut
+                    raise Refused("is revoked", resource=f"Node/{node}")
                 async with asyncio.timeout(30):
                     reply = await handler(node, msg.data)
             except (EdgewardError, msgspec.DecodeError, TimeoutError) as e:
@@ -197,6 +202,14 @@ class NodesCloud:
         live = self._live.setdefault(node, Liveness())
         if live.beat(clock.monotonic(), certain=certain):
             self._flipped(node)
+
+    async def identity_changed(self, node: str) -> None:
+        """A node joined or renewed; or it lost its identity, and is offline at once, whatever was heard of it."""
+        live = self._live.get(node)
+        if live is not None and live.online and self.identity(node)["revoked"]:
+            live.online, live.since, live.streak = False, clock.monotonic(), 0
+            self._flipped(node)
+        await self._write_node_status(node)
 
     def is_online(self, node: str) -> bool:
         live = self._live.get(node)
@@ -556,7 +569,7 @@ class NodesCloud:
         if self._store.find(key) is None:
             return None
         live = self._live.setdefault(node, Liveness())
-        status = {**self._node_reports.get(node, {}), "online": live.online}
+        status = {**self._node_reports.get(node, {}), "online": live.online, **self.identity(node)}
         old = self._store.get(key).status
         if old.get("online") == live.online:
             status["since"] = old.get("since", "")

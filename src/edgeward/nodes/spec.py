@@ -1,8 +1,9 @@
-"""Kinds Site and Node: the places where things run."""
+"""Kinds Site, Node and JoinToken: the places where things run, and what lets a box become one of them."""
 
 from __future__ import annotations
 
 import ipaddress
+from datetime import datetime
 from typing import Annotated, Any
 
 import msgspec
@@ -10,7 +11,7 @@ from msgspec import Meta
 
 from edgeward.core.errors import Invalid
 from edgeward.core.registry import Column, Kind, Ref, kinds
-from edgeward.core.resource import CLUSTER, Resource
+from edgeward.core.resource import CLUSTER, Resource, check_name
 
 
 class Coordinates(msgspec.Struct, forbid_unknown_fields=True):
@@ -34,6 +35,16 @@ class NodeSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     site: Annotated[str, Meta(description="The site it stands in", min_length=1)]
 
 
+class JoinTokenSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Lets one box take one name at one site, once. Made by `edgeward token create`, which shows the token itself."""
+
+    node: Annotated[str, Meta(description="The name that the box gets")]
+    site: Annotated[str, Meta(description="The site it stands in", min_length=1)]
+    expires: Annotated[str, Meta(description="When it ends unused, e.g. 2026-11-25T10:00:00Z")]
+    hash: Annotated[str, Meta(description="SHA-256 of the token's public key, hex", pattern="^[0-9a-f]{64}$")]
+    replace: Annotated[bool, Meta(description="May take the name from the box that has or had it")] = False
+
+
 def _check_site(r: Resource) -> None:
     for n, prefix in enumerate(r.spec.prefixes):
         try:
@@ -46,7 +57,25 @@ def _node_refs(r: Resource) -> list[Ref]:
     return [Ref("Site", CLUSTER, r.spec.site, "$.spec.site")]
 
 
+def _check_token(r: Resource) -> None:
+    check_name(r.spec.node, "$.spec.node")
+    try:
+        ends = datetime.fromisoformat(r.spec.expires.replace("Z", "+00:00"))
+    except ValueError:
+        ends = None
+    if ends is None or ends.tzinfo is None:
+        raise Invalid(
+            f"{r.spec.expires[:40]!r} is no time", field="$.spec.expires", remedy="write it as 2026-11-25T10:00:00Z"
+        )
+
+
+def _token_refs(r: Resource) -> list[Ref]:
+    return [Ref("Site", CLUSTER, r.spec.site, "$.spec.site")]
+
+
 def _state(d: dict[str, Any]) -> str:
+    if d.get("status", {}).get("revoked"):
+        return "revoked"
     return {True: "online", False: "offline"}.get(d.get("status", {}).get("online"), "never seen")
 
 
@@ -84,5 +113,24 @@ kinds.add(
             Column("ADDRESS", lambda d: d.get("status", {}).get("address", ""), wide=True),
         ),
         example="apiVersion: edgeward/v1\nkind: Node\nmetadata: {name: plant-1}\nspec: {site: plant}\n",
+    )
+)
+kinds.add(
+    Kind(
+        "JoinToken",
+        "jointokens",
+        JoinTokenSpec,
+        doc="Lets one box join, once.",
+        namespaced=False,
+        check=_check_token,
+        refs=_token_refs,
+        secret_fields=("hash",),
+        columns=(
+            Column("NODE", lambda d: d["spec"]["node"]),
+            Column("SITE", lambda d: d["spec"]["site"]),
+            Column("EXPIRES", lambda d: d["spec"]["expires"]),
+            Column("USED", lambda d: d.get("status", {}).get("usedAt", "")),
+            Column("FROM", lambda d: d.get("status", {}).get("usedFrom", ""), wide=True),
+        ),
     )
 )

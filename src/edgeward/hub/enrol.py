@@ -1,0 +1,144 @@
+"""Enrolment over HTTP: what is open to strangers, and what an operator asks.
+
+Open without a token: the CAs, a nonce, and the signed asks of boxes (enrol, renew, leave), which prove themselves.
+Their bodies are small, and only so many are worked on at once. Every answer to a box is signed by the CA: who stands in
+between and looks into TLS cannot pass for the hub. The decisions are in ``nodes/enrol.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from edgeward.core import clock
+from edgeward.core.api import parse_body, read_body
+from edgeward.core.errors import EdgewardError, Invalid, TooMany, Unreachable
+from edgeward.core.identity import HubIdentity
+from edgeward.core.quantity import parse_duration
+from edgeward.core.resource import check_name, invalid_from
+from edgeward.core.streaming import json
+from edgeward.core.throttle import Throttle
+from edgeward.nodes.enrol import DEFAULT_TTL, Answer, EnrolAsk, Grant, LeaveAsk, RenewAsk
+from edgeward.nodes.enrol_cloud import Enrolment
+
+log = logging.getLogger("edgeward.enrol")
+
+OPEN = frozenset(f"/api/v1/{what}" for what in ("ca", "nonce", "enrol", "renew", "leave"))
+MAX_ASK = 32 * 1024
+_AT_ONCE = 64
+_READ, _WORK = 10.0, 30.0
+#: Asks of one source that may fail at once, and how fast that grows back.
+_FAILURES, _FAILURES_PER_SECOND = 20, 0.5
+
+A = TypeVar("A", EnrolAsk, RenewAsk, LeaveAsk)
+
+
+class IssueAsk(msgspec.Struct, forbid_unknown_fields=True):
+    node: str
+    site: str = ""
+    ttl: str | float = DEFAULT_TTL
+    replace: bool = False
+
+
+def _decoded(body: bytes, form: type[A]) -> A:
+    try:
+        return msgspec.json.decode(body, type=form)
+    except msgspec.ValidationError as e:
+        raise invalid_from(e, form) from None
+    except msgspec.DecodeError:
+        raise Invalid("the body is no valid JSON", field="$") from None
+
+
+def source_of(request: Request) -> str:
+    return request.client.host if request.client and request.client.host else "local"
+
+
+class EnrolRoutes:
+    def __init__(self, enrolment: Enrolment, identity: HubIdentity) -> None:
+        self._enrolment, self._identity = enrolment, identity
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._failures = Throttle(_FAILURES, _FAILURES_PER_SECOND)
+
+    def routes(self) -> list[Route]:
+        base = "/api/v1"
+        return [
+            Route(f"{base}/ca", self.ca, methods=["GET"]),
+            Route(f"{base}/nonce", self.nonce, methods=["GET"]),
+            Route(f"{base}/enrol", self.enrol, methods=["POST"]),
+            Route(f"{base}/renew", self.renew, methods=["POST"]),
+            Route(f"{base}/leave", self.leave, methods=["POST"]),
+            Route(f"{base}/issue/jointoken", self.issue, methods=["POST"]),
+            Route(f"{base}/nodes/{{name}}/revoke", self.revoke, methods=["POST"]),
+        ]
+
+    # -- open to strangers -------------------------------------------------------------------------------------------
+
+    async def ca(self, request: Request) -> Response:
+        return json(self._identity.authority.trust())
+
+    async def nonce(self, request: Request) -> Response:
+        return json({"nonce": self._enrolment.nonces.make(clock.now())})
+
+    async def enrol(self, request: Request) -> Response:
+        return await self._ask(request, EnrolAsk, self._enrolment.enrol)
+
+    async def renew(self, request: Request) -> Response:
+        return await self._ask(request, RenewAsk, self._enrolment.renew)
+
+    async def leave(self, request: Request) -> Response:
+        return await self._ask(request, LeaveAsk, self._enrolment.leave)
+
+    async def _ask(
+        self, request: Request, form: type[A], work: Callable[[A, str], Awaitable[Grant | None]]
+    ) -> Response:
+        source = source_of(request)
+        try:
+            async with asyncio.timeout(_READ):  # without a slot: a slow sender hinders nobody
+                body = await read_body(request, MAX_ASK)
+            async with asyncio.timeout(_WORK), self._slots:
+                grant = await work(_decoded(body, form), source)
+        except TimeoutError:
+            raise Unreachable("the hub is busy with other boxes", remedy="try again in a few seconds") from None
+        except EdgewardError as e:
+            # No secret here can be guessed, and a good ask is never refused for the bad ones of its neighbours behind
+            # one address; this keeps a flood out of the logs and tells a broken box to slow down.
+            now = clock.monotonic()
+            if e.status < 500 and (wait := self._failures.wait(source, now)) > 0:
+                raise TooMany(
+                    f"{e.message}; and too many such asks came from there", remedy=f"wait {wait:.0f} s"
+                ) from e
+            self._failures.spend(source, now)
+            log.info("%s from %s: %s", request.url.path, source, e)
+            raise
+        said = msgspec.json.encode(grant)
+        return json(Answer(said, self._enrolment.proof(body, said)))
+
+    # -- an operator's -----------------------------------------------------------------------------------------------
+
+    async def issue(self, request: Request) -> Response:
+        data = parse_body(await read_body(request), request.headers.get("content-type", "application/json"))
+        try:
+            ask = msgspec.convert(data, IssueAsk)
+        except msgspec.ValidationError as e:
+            raise invalid_from(e, IssueAsk) from None
+        try:
+            ttl = parse_duration(ask.ttl)
+        except ValueError as e:
+            raise Invalid(str(e), field="$.ttl") from None
+        actor = request.scope["principal"].name
+        token, name, expires = await self._enrolment.issue(
+            ask.node, ask.site, ttl=ttl, replace=ask.replace, actor=actor
+        )
+        return json({"token": token, "name": name, "expires": expires}, 201)
+
+    async def revoke(self, request: Request) -> Response:
+        name = check_name(request.path_params["name"], "name", "Node")
+        await self._enrolment.revoke(name, request.scope["principal"].name, source_of(request))
+        return json({"name": name, "revoked": True})

@@ -1,0 +1,254 @@
+"""The box's side of enrolment: join, renew, come back, leave.
+
+A token or a device key goes in, an identity on the disk comes out (:class:`NodeIdentity`). ``join`` is blocking and can
+be killed at any point and run again: the device key is on the disk before it is shown, and the hub takes the same key
+with the same token for the same box. :class:`Renewer` lives in the agent; when it acts is decided in ``enrol.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from cryptography import x509
+
+from edgeward.core import clock
+from edgeward.core.certs import check_certificate, fingerprint, key_pem, make_csr, new_key, pem
+from edgeward.core.errors import EdgewardError, Forbidden, Invalid, NotFound, Refused, Unreachable
+from edgeward.core.files import read_json, write_json
+from edgeward.core.identity import NodeIdentity
+from edgeward.nodes.door import Address, Door, Untrusted, parse_address
+from edgeward.nodes.enrol import (
+    EnrolAsk,
+    Grant,
+    LeaveAsk,
+    Probe,
+    RenewAsk,
+    Standing,
+    Token,
+    next_step,
+    transcript,
+)
+
+log = logging.getLogger("edgeward.enrol")
+
+#: Seconds between two asks of a node that the hub has refused: it may be let in again, but not soon.
+_REFUSED = 900.0
+#: An identity that is being got while there is another one.
+_NEW = "identity.new"
+
+
+def load_ca(path: Path) -> str:
+    """A CA file of the operator's. Raises ``Invalid``."""
+    try:
+        text = path.read_text()
+        return "".join(map(pem, x509.load_pem_x509_certificates(text.encode())))
+    except (OSError, ValueError) as e:
+        why = e.strerror if isinstance(e, OSError) else "it holds no certificate in PEM form"
+        raise Invalid(f"cannot be used: {why}", file=str(path), field="--proxy-ca") from None
+
+
+def join(
+    data: Path,
+    token: Token,
+    *,
+    node: str = "",
+    site: str = "",
+    hub: str = "",
+    proxy: str = "",
+    proxy_ca: str = "",
+    bind: str = "127.0.0.1",
+) -> bool:
+    """Makes ``data`` the directory of that node. False when it became that by this token before."""
+    node, site = node or token.node, site or token.site
+    addresses = [parse_address(u, proxy) for u in ([hub] if hub else token.urls)]
+    config = read_json(data / "node.json", {})
+    _settle(data)
+    identity = NodeIdentity.open(data / "identity")
+    if identity.enrolled and identity.name != node:
+        raise Refused(
+            f"{data} is node {identity.name!r}'s, not {node!r}'s", remedy="give each node a directory of its own"
+        )
+    known = identity.enrolled and identity.token == token.name
+    used = addresses[0]
+    if not known:
+        # another token than last time means a new device key: the old one may be revoked
+        fresh = NodeIdentity.open(data / _NEW) if identity.enrolled else identity
+        with _found(addresses, token, proxy_ca) as door:
+            _enrol(door, fresh, token, node, site)
+            used = door.address
+        fresh.trust(proxy_ca=proxy_ca)
+        _settle(data)
+    elif proxy_ca:
+        identity.trust(proxy_ca=proxy_ca)
+    if not known or "hub" not in config:
+        config |= {"node": node, "site": site, "bind": bind, "hub": {"host": used.host, "port": used.port}}
+        if proxy:
+            config["hub"]["proxy"] = proxy
+        write_json(data / "node.json", config)
+    return not known
+
+
+def _settle(data: Path) -> None:
+    """Puts a complete new identity in the place of the old one; also what a killed ``join`` left of that."""
+    new, old, kept = data / _NEW, data / "identity", data / "identity.old"
+    if new.exists() and NodeIdentity.open(new).enrolled:
+        if old.exists():
+            shutil.rmtree(kept, ignore_errors=True)
+            old.rename(kept)
+        new.rename(old)
+    if old.exists():
+        shutil.rmtree(kept, ignore_errors=True)
+
+
+def _found(addresses: list[Address], token: Token, proxy_ca: str) -> Door:
+    """A door to the hub that the token pins."""
+    first: EdgewardError | None = None
+    for address in addresses:
+        try:
+            with Door(address, proxy_ca=proxy_ca) as stranger:
+                said = stranger.trust()
+            named = [x509.load_pem_x509_certificate(c.encode()) for c in said.trusted]
+            named += [x509.load_pem_x509_certificate(x.old.encode()) for x in said.links]
+            pinned = [c for c in named if fingerprint(c) == token.pin]
+            door = Door(address, proxy_ca=proxy_ca)
+            door.learn(pinned)
+            return door
+        except (EdgewardError, ValueError) as e:
+            error = e if isinstance(e, EdgewardError) else Unreachable(f"no Edgeward hub answers at {address.url}")
+            first = first or error
+    raise first or Invalid("the token names no address of its hub", remedy="write --hub https://host:port")
+
+
+def _enrol(door: Door, identity: NodeIdentity, token: Token, node: str, site: str) -> None:
+    key = new_key()
+    ask = EnrolAsk(door.nonce(), token.name, token.key.public, node, site, identity.public_key, make_csr(node, key))
+    said = transcript(ask)
+    ask.tokenSignature, ask.signature = token.key.sign(said), identity.sign(said)
+    identity.remember(token.name)
+    _accept(identity, door.ask("enrol", ask), node, key_pem(key))
+
+
+def _accept(identity: NodeIdentity, grant: Grant | None, node: str, key: bytes) -> bool:
+    if grant is None:
+        raise Refused("the hub's answer is empty", resource=f"Node/{node}")
+    trusted = x509.load_pem_x509_certificates(grant.ca.encode())
+    check_certificate(grant.certificate, node, trusted, grant.now)
+    return identity.accept(grant.jwt, grant.ca, key_pem=key, certificate=grant.certificate)
+
+
+def renew(identity: NodeIdentity, node: str, door: Door) -> bool:
+    """New credentials by the device key, whatever has expired. True when the CAs to trust are others now."""
+    known = identity.trusted()
+    if not door.trusted:
+        door.trusted = known
+    try:
+        nonce = door.nonce()
+    except Untrusted:
+        door.learn(known)  # the hub has another CA: one that ours vouched for, or we do not go on
+        nonce = door.nonce()
+    key = new_key()
+    jwt = "" if identity.certificate else identity.jwt
+    ask = RenewAsk(nonce, node, identity.public_key, make_csr(node, key), identity.certificate, jwt)
+    ask.signature = identity.sign(transcript(ask))
+    return _accept(identity, door.ask("renew", ask), node, key_pem(key))
+
+
+def leave(identity: NodeIdentity, node: str, door: Door) -> None:
+    """Tells the hub that this box is no node of it any more."""
+    door.trusted = door.trusted or identity.trusted()
+    try:
+        nonce = door.nonce()
+    except Untrusted:
+        door.learn(identity.trusted())
+        nonce = door.nonce()
+    ask = LeaveAsk(nonce, node, identity.public_key)
+    ask.signature = identity.sign(transcript(ask))
+    door.ask("leave", ask)
+
+
+class Renewer:
+    """Keeps a node's identity good: :meth:`run` until cancelled. ``renewed(trust changed)`` is told of each renewal."""
+
+    def __init__(
+        self,
+        identity: NodeIdentity,
+        node: str,
+        door: Callable[[], Door],
+        renewed: Callable[[bool], Awaitable[None]],
+        refused: Callable[[EdgewardError], None],
+    ) -> None:
+        self._identity, self._node, self._door = identity, node, door
+        self._renewed, self._refused = renewed, refused
+        self._spread = random.random()  # noqa: S311 - spreads the nodes, no secret
+        self._down_since: float | None = clock.monotonic()
+        self._failed = 0
+        self._probe: Probe = ""
+        self._probes = 0
+        self._wake = asyncio.Event()
+        self._now = False
+
+    def flipped(self, online: bool) -> None:
+        """The link came or went."""
+        self._down_since = None if online else clock.monotonic()
+        self._failed, self._probe, self._probes = 0, "", 0
+        self._wake.set()
+
+    def hurry(self) -> None:
+        """Renew now: the hub asked for it."""
+        self._now = True
+        self._wake.set()
+
+    def standing(self) -> Standing:
+        issued, expires = self._identity.lease
+        down = 0.0 if self._down_since is None else max(0.001, clock.monotonic() - self._down_since)
+        return Standing(issued, expires, down, self._failed, self._probe, self._probes)
+
+    async def run(self) -> None:
+        while True:
+            act, wait = next_step(self.standing(), clock.now(), self._spread)
+            if self._now:
+                self._now, act, wait = False, "renew", 0.0
+            if wait > 0:
+                self._wake.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await self._wake.wait()
+                    continue  # something changed: think again
+            if act == "probe":
+                await self._look()
+            elif act == "renew":
+                await self._renew()
+
+    async def _look(self) -> None:
+        def look() -> Probe:
+            with self._door() as door:
+                return door.probe()
+
+        found = await asyncio.to_thread(look)
+        self._probes = self._probes + 1 if found == self._probe else 1
+        self._probe = found
+
+    async def _renew(self) -> None:
+        def ask() -> bool:
+            with self._door() as door:
+                return renew(self._identity, self._node, door)
+
+        try:
+            changed = await asyncio.to_thread(ask)
+        except (Forbidden, NotFound) as e:
+            self._refused(e)
+            await asyncio.sleep(_REFUSED * (0.5 + self._spread / 2))  # its own pace: nothing wakes it
+        except EdgewardError as e:
+            self._failed += 1
+            self._probe, self._probes = "", 0
+            log.info("credentials not renewed: %s", e)
+        else:
+            self._failed, self._probe, self._probes = 0, "", 0
+            log.info("credentials renewed")
+            await self._renewed(changed)
