@@ -17,7 +17,6 @@ from tests.nodes.fleet import Fleet, app, doc, fleet
 from edgeward.core.api import build_app
 from edgeward.core.authz import administrator
 from edgeward.core.errors import NotFound
-from edgeward.core.nkeys import KeyPair
 from edgeward.core.resource import CLUSTER, Key
 from edgeward.hub.routes import HubRoutes
 from edgeward.nodes.calls import CallServer
@@ -32,7 +31,6 @@ async def api(root: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Fleet, list[
     """The API, its fleet, and with what arguments nodes were called; plant-1 and shop-1 are there, plant-2 is not."""
     async with fleet(root) as f:
         asked: list[dict[str, Any]] = []
-        admitted: list[int] = []
 
         def handlers(node: str) -> dict[str, Any]:
             async def logs(args: dict[str, Any]) -> AsyncIterator[bytes]:
@@ -49,18 +47,13 @@ async def api(root: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Fleet, list[
 
             return {"logs": logs, "usage": usage}
 
-        async def admit() -> None:
-            admitted.append(1)
-
         routes = HubRoutes(
             store=f.store,
             client=f.hub.client,
-            identity=f.identity,
             nodes=f.nodes,
             streams=StreamsCloud(f.hub.client),
             records=f.records,
             write=f.write,
-            admit=admit,
         )
         served = build_app(
             f.resources,
@@ -81,7 +74,6 @@ async def api(root: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Fleet, list[
             await bus.flush()
             await f.ask(node, "beat", BeatAsk(1, "run"), BeatAnswer)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://hub/api/v1") as client:
-            client.admitted = admitted  # type: ignore[attr-defined]
             yield client, f, asked
         assert not any(t.done() for t in tasks)
         for task in tasks:
@@ -158,27 +150,6 @@ def test_top_tells_of_every_node_also_of_one_that_is_away(tmp_path: Path) -> Non
                 ],
                 "apps": [{"name": "on-plant-1"}, {"name": "on-shop-1"}],
             }
-
-    asyncio.run(body())
-
-
-def test_enrolment_gives_a_node_its_credentials(tmp_path: Path) -> None:
-    async def body() -> None:
-        async with api(tmp_path) as (client, f, _):
-            key = KeyPair.create("user").public
-            answer = await client.post("/nodes/plant-1/enrol", json={"publicKey": key})
-            assert answer.status_code == 200
-            assert answer.json()["ca"] == f.identity.ca_pem
-            assert answer.json()["jwt"].count(".") == 2
-            assert client.admitted == [1], "nats-server was told"  # type: ignore[attr-defined]
-            refused(await client.post("/nodes/none/enrol", json={"publicKey": key}), 404, resource="Node/none")
-            for data in (b"", b"{", b"{}", b"[]", b"7", b'"x"'):
-                wrong = await client.post("/nodes/plant-1/enrol", content=data)
-                refused(wrong, 422, resource="Node/plant-1", field="$.publicKey", remedy="send the key")
-            for bad in ("x", 5, KeyPair.create("account").public, ""):
-                wrong = await client.post("/nodes/plant-1/enrol", json={"publicKey": bad})
-                assert 400 <= wrong.status_code < 500, wrong.text
-            assert len(client.admitted) == 1  # type: ignore[attr-defined]
 
     asyncio.run(body())
 

@@ -255,6 +255,26 @@ def _new_hub_keys() -> dict[str, Any]:
     }
 
 
+#: Behind a directory's name: where the next identity is made while there is one.
+NEW = ".new"
+#: The files of an identity; the credentials come last, they say that it is complete.
+_OWN = ("node.seed", "token", "node.pem", "ca.crt", "trust.crt", "node.creds")
+
+
+def _succeed(new: Path, old: Path) -> None:
+    """Moves a complete identity in. What is killed in between is done again: ``new`` stays until all is there."""
+    if not (new / "node.creds").exists():
+        return
+    for name in (*_OWN, "proxy-ca.crt"):
+        if (new / name).exists():
+            write_atomic(ensure_dir(old) / name, (new / name).read_bytes())
+    for name in reversed((*_OWN, "proxy-ca.crt")):
+        if name != "node.creds":
+            remove(new / name)
+    remove(new / "node.creds")
+    new.rmdir()
+
+
 class NodeIdentity:
     """A node's own key, and what the hub gave it: credentials, a certificate, the CAs to trust."""
 
@@ -272,7 +292,8 @@ class NodeIdentity:
 
     @classmethod
     def open(cls, directory: Path) -> NodeIdentity:
-        """Load or create the key."""
+        """Load or create the key; a successor that is complete takes the place of what is there."""
+        _succeed(directory.with_name(directory.name + NEW), directory)
         ensure_dir(directory)
         path = directory / "node.seed"
         if not path.exists():
@@ -356,8 +377,7 @@ class NodeIdentity:
 
     def forget(self) -> None:
         """The node leaves its fleet: everything but the directory goes, the key too."""
-        names = ("node.creds", "node.pem", "ca.crt", "trust.crt", "proxy-ca.crt", "token", "node.seed")
-        for name in names:
+        for name in (*reversed(_OWN), "proxy-ca.crt"):
             remove(self.directory / name)
 
     def client_context(self) -> ssl.SSLContext:

@@ -84,7 +84,7 @@ class EnrolRoutes:
         return json(self._identity.authority.trust())
 
     async def nonce(self, request: Request) -> Response:
-        return json({"nonce": self._enrolment.nonces.make(clock.now())})
+        return json({"nonce": self._enrolment.nonce()})
 
     async def enrol(self, request: Request) -> Response:
         return await self._ask(request, EnrolAsk, self._enrolment.enrol)

@@ -92,6 +92,7 @@ class Hub:
             Claims(system, claims_dir(self.nats.directory)),
             self._write,
             audit,
+            vault,
             urls=self.urls,
             life=self.certificate_life,
             changed=self.nodes.identity_changed,

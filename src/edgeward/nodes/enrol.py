@@ -197,8 +197,8 @@ class Member(msgspec.Struct, omit_defaults=True):
     revoked: bool = False
     #: Keys that are not let in again: since when (seconds since 1970). ``*``: all that were issued until then.
     barred: dict[str, int] = {}
-    #: Names of the tokens that were used for it.
-    used: list[str] = []
+    #: The tokens that were used for it, by name, and the device key that used each.
+    used: dict[str, str] = {}
     issued: float = 0.0
     expires: float = 0.0
     #: Serial number of the present certificate, hex.
@@ -286,7 +286,7 @@ def enrol(member: Member, token: TokenFacts, key: str, now: float) -> Member:
     if key in member.barred:
         raise Forbidden("this device key was revoked", resource=what, remedy="make a new key: use an empty directory")
     if token.name in member.used:
-        if member.key == key and not member.revoked:
+        if member.used[token.name] == key == member.key and not member.revoked:
             return member
         raise Forbidden(
             "the join token was used before", resource=what, remedy="a token is good once: ask for a new one"
@@ -299,7 +299,7 @@ def enrol(member: Member, token: TokenFacts, key: str, now: float) -> Member:
         raise Forbidden(why, resource=what, remedy=f"at the hub: edgeward node replace {token.node}")
     taken = _without_holder(member, now)
     return msgspec.structs.replace(
-        taken, key=key, revoked=False, legacy=False, used=[*member.used, token.name][-_USED:],
+        taken, key=key, revoked=False, legacy=False, used=dict([*member.used.items(), (token.name, key)][-_USED:]),
         barred={k: t for k, t in taken.barred.items() if k != key},
     )  # fmt: skip
 

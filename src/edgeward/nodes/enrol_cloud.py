@@ -28,6 +28,7 @@ from edgeward.core.nkeys import KeyPair, claims_of
 from edgeward.core.nonces import Nonces
 from edgeward.core.resource import CLUSTER, Key, Metadata, Resource, check_name
 from edgeward.core.store_nats import NatsStore
+from edgeward.core.vault import Vault
 from edgeward.nodes import enrol as rules
 from edgeward.nodes.enrol import EnrolAsk, Grant, LeaveAsk, Member, RenewAsk, Token, TokenFacts
 from edgeward.nodes.spec import JoinTokenSpec, NodeSpec
@@ -65,6 +66,7 @@ class Enrolment:
         claims: Claims,
         write: Write,
         audit: Audit,
+        vault: Vault,
         *,
         urls: list[str],
         life: float = rules.DEFAULT_LIFE,
@@ -72,7 +74,7 @@ class Enrolment:
         now: Callable[[], float] = clock.now,
     ) -> None:
         self._store, self._identity, self._claims = store, identity, claims
-        self._write, self._audit = write, audit
+        self._write, self._audit, self._vault = write, audit, vault
         self._urls, self._life, self._now = urls, life, now
         #: Told of a node that got or lost its identity.
         self._changed = changed
@@ -85,10 +87,17 @@ class Enrolment:
 
     def member(self, node: str) -> Member | None:
         data = self._store.fact(_FACT + node)
-        return msgspec.json.decode(data, type=Member) if data else None
+        return self._opened(node, data) if data else None
 
     def members(self) -> dict[str, Member]:
-        return {name: msgspec.json.decode(d, type=Member) for name, d in self._store.facts(_FACT).items()}
+        return {name: self._opened(name, data) for name, data in self._store.facts(_FACT).items()}
+
+    def _opened(self, node: str, data: bytes) -> Member:
+        return msgspec.json.decode(self._vault.unseal(data, _FACT + node), type=Member)
+
+    async def _keep(self, node: str, member: Member, expect: int) -> None:
+        sealed = self._vault.seal(msgspec.json.encode(member), _FACT + node)
+        await self._store.set_fact(_FACT + node, sealed, expect=expect)
 
     def status(self, node: str) -> dict[str, Any]:
         """What the Node's status says of its identity."""
@@ -117,7 +126,7 @@ class Enrolment:
             if new == old:
                 return new
             try:
-                await self._store.set_fact(_FACT + node, msgspec.json.encode(new), expect=revision)
+                await self._keep(node, new, revision)
             except Conflict:
                 continue
             if old is None or new.jwt != old.jwt:
@@ -150,7 +159,7 @@ class Enrolment:
             if self.member(node) is None:
                 kept = Member(entry["seed"], entry["jwt"], barred=dict(entry.get("revocations", {})), legacy=True)
                 with contextlib.suppress(Conflict):
-                    await self._store.set_fact(_FACT + node, msgspec.json.encode(kept), expect=0)
+                    await self._keep(node, kept, 0)
         self._identity.drop_files()
         for node, member in self.members().items():
             if member.rules != self._identity.account_rules(node):
@@ -249,6 +258,9 @@ class Enrolment:
         spec: JoinTokenSpec = found.spec
         expires = clock.parse_timestamp(spec.expires)
         return TokenFacts(name, spec.node, spec.site, spec.hash, expires, spec.replace)
+
+    def nonce(self) -> str:
+        return self.nonces.make(self._now())
 
     # -- what boxes ask ------------------------------------------------------------------------------------------------
 

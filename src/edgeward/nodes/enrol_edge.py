@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from edgeward.core import clock
 from edgeward.core.certs import check_certificate, fingerprint, key_pem, make_csr, new_key, pem
 from edgeward.core.errors import EdgewardError, Forbidden, Invalid, NotFound, Refused, Unreachable
 from edgeward.core.files import read_json, write_json
-from edgeward.core.identity import NodeIdentity
+from edgeward.core.identity import NEW, NodeIdentity
 from edgeward.nodes.door import Address, Door, Untrusted, parse_address
 from edgeward.nodes.enrol import (
     EnrolAsk,
@@ -39,8 +38,6 @@ log = logging.getLogger("edgeward.enrol")
 
 #: Seconds between two asks of a node that the hub has refused: it may be let in again, but not soon.
 _REFUSED = 900.0
-#: An identity that is being got while there is another one.
-_NEW = "identity.new"
 
 
 def load_ca(path: Path) -> str:
@@ -68,7 +65,6 @@ def join(
     node, site = node or token.node, site or token.site
     addresses = [parse_address(u, proxy) for u in ([hub] if hub else token.urls)]
     config = read_json(data / "node.json", {})
-    _settle(data)
     identity = NodeIdentity.open(data / "identity")
     if identity.enrolled and identity.name != node:
         raise Refused(
@@ -78,12 +74,12 @@ def join(
     used = addresses[0]
     if not known:
         # another token than last time means a new device key: the old one may be revoked
-        fresh = NodeIdentity.open(data / _NEW) if identity.enrolled else identity
+        fresh = NodeIdentity.open(data / f"identity{NEW}") if identity.enrolled else identity
+        fresh.trust(proxy_ca=proxy_ca)
         with _found(addresses, token, proxy_ca) as door:
             _enrol(door, fresh, token, node, site)
             used = door.address
-        fresh.trust(proxy_ca=proxy_ca)
-        _settle(data)
+        NodeIdentity.open(data / "identity")  # moves it in
     elif proxy_ca:
         identity.trust(proxy_ca=proxy_ca)
     if not known or "hub" not in config:
@@ -92,18 +88,6 @@ def join(
             config["hub"]["proxy"] = proxy
         write_json(data / "node.json", config)
     return not known
-
-
-def _settle(data: Path) -> None:
-    """Puts a complete new identity in the place of the old one; also what a killed ``join`` left of that."""
-    new, old, kept = data / _NEW, data / "identity", data / "identity.old"
-    if new.exists() and NodeIdentity.open(new).enrolled:
-        if old.exists():
-            shutil.rmtree(kept, ignore_errors=True)
-            old.rename(kept)
-        new.rename(old)
-    if old.exists():
-        shutil.rmtree(kept, ignore_errors=True)
 
 
 def _found(addresses: list[Address], token: Token, proxy_ca: str) -> Door:
