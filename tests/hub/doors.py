@@ -14,8 +14,9 @@ from typing import Any
 from tests.nodes.fleet import Fleet, fleet
 
 from edgeward.core import daemon
-from edgeward.core.api import Principal, build_app
+from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
+from edgeward.core.authz import Principal, administrator
 from edgeward.core.bus import Bus
 from edgeward.core.certs import key_pem, make_csr, new_key
 from edgeward.core.claims import Claims
@@ -24,7 +25,7 @@ from edgeward.core.identity import NodeIdentity, inbox_prefix
 from edgeward.core.natsconf import claims_dir
 from edgeward.core.natsserver import AGENT_USER, NatsServer, NodeSpec
 from edgeward.core.vault import Vault
-from edgeward.hub.enrol import OPEN, EnrolRoutes
+from edgeward.hub.enrol import EnrolRoutes
 from edgeward.hub.front import Links, front_protocol
 from edgeward.nodes import enrol_edge
 from edgeward.nodes.door import Address, Door
@@ -180,11 +181,11 @@ async def open_hub(folder: Path, *, life: float = 90 * DAY) -> AsyncIterator[Ope
         def auth(token: str | None, client: Any) -> Principal:
             if token != "admin":
                 raise Unauthorized("no")
-            return Principal("admin")
+            return administrator("admin")
 
         app = build_app(
             f.resources, f.store, auth=auth, extra_routes=EnrolRoutes(enrolment, f.identity).routes(),
-            open_paths=OPEN, health=lambda: (True, {}), metrics=lambda: "", info={},
+            health=lambda: (True, {}), metrics=lambda: "", info={},
         )  # fmt: skip
         links = Links(lambda: ("127.0.0.1", f.server.ports["websocket"]))
         running = asyncio.create_task(enrolment.run())

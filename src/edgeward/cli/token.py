@@ -1,6 +1,6 @@
-"""`token create|list|revoke`: what lets boxes in.
+"""`token create|list|revoke`: what lets boxes join, and keys to the API for people and programs.
 
-A token is printed once, as the last word of the output, or as ``token`` with `-o json`; the hub keeps no copy.
+A token is shown once, as the last word of what `create` prints, or as ``token`` with `-o json`; the hub keeps no copy.
 """
 
 from __future__ import annotations
@@ -14,35 +14,68 @@ import typer
 from edgeward.cli.kinds import find_kind
 from edgeward.cli.output import emit, print_rows, write
 from edgeward.cli.session import Failures, Session, UsageError, command
-from edgeward.core.errors import Conflict, EdgewardError, Invalid
+from edgeward.core.errors import Conflict, EdgewardError, Forbidden, Invalid, NotFound
+from edgeward.core.registry import redact
 
 if TYPE_CHECKING:
     from edgeward.cli.client import Api
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="What lets boxes in.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make, list and end tokens.")
 
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", show_default=False)]
+_FORMATS = ("table", "json", "yaml")
 #: Lines of a batch file.
 MAX_BATCH = 20_000
 
 
 def create(
     session: Session,
-    node: Annotated[str, typer.Option("--node", metavar="NAME", help="The name of the box that joins.")] = "",
-    site: Annotated[str, typer.Option("--site", metavar="NAME", help="The site it stands in.")] = "",
-    ttl: Annotated[str, typer.Option("--ttl", metavar="TIME", help="How long it is good for: 30m, 24h, 7d.")] = "24h",
-    batch: Annotated[
-        str,
-        typer.Option("--batch", metavar="FILE", help="Many: a file of lines `NODE [SITE]`, - for standard input."),
+    role: Annotated[str, typer.Option("--role", metavar="ROLE", help="For a person or program: what it may do.")] = "",
+    node: Annotated[str, typer.Option("--node", metavar="NAME", help="For a box: the name that it joins by.")] = "",
+    site: Annotated[str, typer.Option("--site", metavar="NAME", help="For a box: the site it stands in.")] = "",
+    ttl: Annotated[
+        str, typer.Option("--ttl", metavar="DURATION", help="How long it is good for, e.g. 24h (a box's, if not said).")
     ] = "",
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="FILE", help="For many boxes: a file of lines `NODE [SITE]`; - is stdin.")
+    ] = "",
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Its name in lists and in the audit.")] = "",
+    sites: Annotated[
+        str, typer.Option("--sites", metavar="A,B", help="Sites whose nodes take it too, also while cut off; * is all.")
+    ] = "",
+    description: Annotated[str, typer.Option("--description", metavar="TEXT", help="Who has it, what for.")] = "",
 ) -> None:
-    """Make a join token: it lets one box join, once, under one name at one site."""
-    output = session.output(allowed=("table", "json", "yaml"))
+    """Make a token; it is shown once, as the last word of the output.
+
+    With --role for a person or a program. With --node and --site for one box, which joins by it, once.
+    """
+    output = session.output(allowed=_FORMATS)
+    if (node or batch) and (role or sites or name or description):
+        raise UsageError("a token is for a box (--node, --batch) or for a person or program (--role), not for both")
     if batch:
         _batch(session, batch, site, ttl, output)
-        return
-    if not node or not site:
-        raise UsageError("name the box and its site: --node NAME --site NAME")
+    elif node or site:
+        if role or not (node and site):
+            raise UsageError("name the box and its site: --node NAME --site NAME")
+        _for_box(session, node, site, ttl, output)
+    elif role:
+        asked: dict[str, Any] = {"role": role, "ttl": ttl, "name": name, "description": description}
+        asked["sites"] = [s.strip() for s in sites.split(",") if s.strip()]
+        _for_role(session, {k: v for k, v in asked.items() if v}, output)
+    else:
+        raise UsageError("say whose it is: --role ROLE (see: edgeward get roles), or --node NAME --site NAME of a box")
+
+
+def _for_role(session: Session, asked: dict[str, Any], output: str) -> None:
+    with session.api() as api:
+        made = api.request("POST", "/api/v1/issue/accesstoken", body=asked)
+    if output in ("json", "yaml"):
+        emit(made, output)
+    else:
+        write(f"token {made['name']} (role {made['role']}) until {made['expires']}, shown this once:\n{made['token']}")
+
+
+def _for_box(session: Session, node: str, site: str, ttl: str, output: str) -> None:
     with session.api() as api:
         doc = issue(api, node, site, ttl)
     if output != "table":
@@ -55,7 +88,7 @@ def create(
 
 def issue(api: Api, node: str, site: str, ttl: str, *, replace: bool = False) -> dict[str, Any]:
     """One token of the hub's. A site that is not there yet is declared: a first box often is its site's beginning."""
-    ask = {"node": node, "site": site, "ttl": ttl, "replace": replace}
+    ask = {"node": node, "site": site, "replace": replace, **({"ttl": ttl} if ttl else {})}
     try:
         return api.request("POST", "/api/v1/issue/jointoken", body=ask)
     except Invalid as e:
@@ -105,44 +138,67 @@ def read_batch(file: str, site: str = "") -> list[tuple[str, str]]:
 
 
 def list_tokens(session: Session) -> None:
-    """List join tokens: for whom, until when, used from where. The tokens themselves are not kept."""
-    output = session.output()
-    kind = find_kind("jointoken")
+    """List tokens: of people and programs with role, end and last use; of boxes with who joined by them."""
+    output = session.output(allowed=_FORMATS)
+    found: dict[str, list[dict[str, Any]]] = {}
+    refused: list[Forbidden] = []
     with session.api() as api:
-        items: list[dict[str, Any]] = api.list(kind, None)["items"]
+        for word in ("accesstoken", "jointoken"):
+            kind = find_kind(word)
+            try:
+                found[word] = api.list(kind, None)["items"]
+            except Forbidden as e:
+                refused.append(e)
+    if not found:
+        raise refused[0]
+    people, boxes = found.get("accesstoken", []), found.get("jointoken", [])
     if output in ("json", "yaml"):
-        emit({"items": [{**i, "spec": {**i["spec"], "hash": "***"}} for i in items]}, output)
-    elif output == "name":
-        for item in items:
-            write(f"jointoken/{item['metadata']['name']}")
-    elif not items:
+        emit({"items": [redact(i) for i in (*people, *boxes)]}, output)
+    elif not people and not boxes:
         typer.echo("no tokens", err=True)
-    else:
-        print_rows(["NAME", "NODE", "SITE", "EXPIRES", "USED", "FROM"], [_row(i) for i in items])
+    if output == "table" and people:
+        print_rows(["NAME", "ROLE", "EXPIRES", "LAST USED", "SITES"], [_row(i) for i in people])
+    if output == "table" and boxes:
+        if people:
+            write("")
+        print_rows(["NAME", "NODE", "SITE", "EXPIRES", "USED", "FROM"], [_box_row(i) for i in boxes])
 
 
 def _row(item: dict[str, Any]) -> list[object]:
     spec, status = item["spec"], item.get("status") or {}
-    return [
-        item["metadata"]["name"], spec["node"], spec["site"], spec["expires"], status.get("usedAt"),
-        status.get("usedFrom"),
-    ]  # fmt: skip
+    used = status.get("lastUsed", "never")
+    return [item["metadata"]["name"], spec["role"], spec["expires"], used, ",".join(spec.get("sites", []))]
+
+
+def _box_row(item: dict[str, Any]) -> list[object]:
+    spec, status = item["spec"], item.get("status") or {}
+    name, used = item["metadata"]["name"], status.get("usedAt", "never")
+    return [name, spec["node"], spec["site"], spec["expires"], used, status.get("usedFrom")]
 
 
 def revoke(session: Session, names: Names) -> None:
-    """Withdraw tokens that were not used yet, by their names."""
+    """End tokens at once. A box that joined stays: see `node revoke`."""
     session.output(allowed=("table",))
-    kind = find_kind("jointoken")
     failures = Failures()
     with session.api() as api:
         for name in names:
             try:
-                api.delete(kind, None, name.removeprefix("jointoken/"))
+                _end(api, name)
             except EdgewardError as e:
                 failures.add(e)
                 continue
-            write(f"jointoken/{name.removeprefix('jointoken/')} withdrawn")
+            write(f"token {name} revoked")
     failures.finish()
+
+
+def _end(api: Api, name: str) -> None:
+    try:
+        api.delete(find_kind("accesstoken"), None, name)
+    except (NotFound, Forbidden) as e:
+        try:
+            api.delete(find_kind("jointoken"), None, name)
+        except (NotFound, Forbidden):
+            raise e from None
 
 
 app.command("create")(command(create))

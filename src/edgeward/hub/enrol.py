@@ -18,19 +18,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edgeward.core import clock
+from edgeward.core.access import needs, opened, principal
 from edgeward.core.api import parse_body, read_body
 from edgeward.core.errors import EdgewardError, Invalid, TooMany, Unreachable
 from edgeward.core.identity import HubIdentity
 from edgeward.core.quantity import parse_duration
 from edgeward.core.resource import check_name, invalid_from
 from edgeward.core.streaming import json
-from edgeward.core.throttle import Throttle
+from edgeward.core.throttle import Throttle, source_of
 from edgeward.nodes.enrol import DEFAULT_TTL, Answer, EnrolAsk, Grant, LeaveAsk, RenewAsk
 from edgeward.nodes.enrol_cloud import Enrolment
 
 log = logging.getLogger("edgeward.enrol")
 
-OPEN = frozenset(f"/api/v1/{what}" for what in ("ca", "nonce", "enrol", "renew", "leave"))
 MAX_ASK = 32 * 1024
 _AT_ONCE = 64
 _READ, _WORK = 10.0, 30.0
@@ -56,7 +56,7 @@ def _decoded(body: bytes, form: type[A]) -> A:
         raise Invalid("the body is no valid JSON", field="$") from None
 
 
-def source_of(request: Request) -> str:
+def _from(request: Request) -> str:
     return request.client.host if request.client and request.client.host else "local"
 
 
@@ -64,18 +64,18 @@ class EnrolRoutes:
     def __init__(self, enrolment: Enrolment, identity: HubIdentity) -> None:
         self._enrolment, self._identity = enrolment, identity
         self._slots = asyncio.Semaphore(_AT_ONCE)
-        self._failures = Throttle(_FAILURES, _FAILURES_PER_SECOND)
+        self._failures = Throttle(burst=_FAILURES, rate=_FAILURES_PER_SECOND)
 
     def routes(self) -> list[Route]:
         base = "/api/v1"
         return [
-            Route(f"{base}/ca", self.ca, methods=["GET"]),
-            Route(f"{base}/nonce", self.nonce, methods=["GET"]),
-            Route(f"{base}/enrol", self.enrol, methods=["POST"]),
-            Route(f"{base}/renew", self.renew, methods=["POST"]),
-            Route(f"{base}/leave", self.leave, methods=["POST"]),
-            Route(f"{base}/issue/jointoken", self.issue, methods=["POST"]),
-            Route(f"{base}/nodes/{{name}}/revoke", self.revoke, methods=["POST"]),
+            Route(f"{base}/ca", opened(self.ca), methods=["GET"]),
+            Route(f"{base}/nonce", opened(self.nonce), methods=["GET"]),
+            Route(f"{base}/enrol", opened(self.enrol), methods=["POST"]),
+            Route(f"{base}/renew", opened(self.renew), methods=["POST"]),
+            Route(f"{base}/leave", opened(self.leave), methods=["POST"]),
+            Route(f"{base}/issue/jointoken", needs("issue", "JoinToken")(self.issue), methods=["POST"]),
+            Route(f"{base}/nodes/{{name}}/revoke", needs("revoke", "Node", "object")(self.revoke), methods=["POST"]),
         ]
 
     # -- open to strangers -------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ class EnrolRoutes:
     async def _ask(
         self, request: Request, form: type[A], work: Callable[[A, str], Awaitable[Grant | None]]
     ) -> Response:
-        source = source_of(request)
+        source = _from(request)
         try:
             async with asyncio.timeout(_READ):  # without a slot: a slow sender hinders nobody
                 body = await read_body(request, MAX_ASK)
@@ -109,12 +109,9 @@ class EnrolRoutes:
         except EdgewardError as e:
             # No secret here can be guessed, and a good ask is never refused for the bad ones of its neighbours behind
             # one address; this keeps a flood out of the logs and tells a broken box to slow down.
-            now = clock.monotonic()
-            if e.status < 500 and (wait := self._failures.wait(source, now)) > 0:
-                raise TooMany(
-                    f"{e.message}; and too many such asks came from there", remedy=f"wait {wait:.0f} s"
-                ) from e
-            self._failures.spend(source, now)
+            wait = self._failures.take(source_of(source), clock.monotonic()) if e.status < 500 else 0.0
+            if wait:
+                raise TooMany(f"{e.message}; and too many such asks came from there", after=wait, remedy="wait") from e
             log.info("%s from %s: %s", request.url.path, source, e)
             raise
         said = msgspec.json.encode(grant)
@@ -132,7 +129,7 @@ class EnrolRoutes:
             ttl = parse_duration(ask.ttl)
         except ValueError as e:
             raise Invalid(str(e), field="$.ttl") from None
-        actor = request.scope["principal"].name
+        actor = principal(request).name
         token, name, expires = await self._enrolment.issue(
             ask.node, ask.site, ttl=ttl, replace=ask.replace, actor=actor
         )
@@ -140,5 +137,5 @@ class EnrolRoutes:
 
     async def revoke(self, request: Request) -> Response:
         name = check_name(request.path_params["name"], "name", "Node")
-        await self._enrolment.revoke(name, request.scope["principal"].name, source_of(request))
+        await self._enrolment.revoke(name, principal(request).name, _from(request))
         return json({"name": name, "revoked": True})
