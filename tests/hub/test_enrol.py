@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 from tests.hub.doors import DAY, OpenHub, open_hub, until
 
 from edgeward.core.certs import NODE_DOMAIN, make_csr, new_key
-from edgeward.core.errors import Conflict, EdgewardError, Forbidden, Invalid, NotFound, Refused, TooMany, Unreachable
+from edgeward.core.errors import Conflict, Forbidden, Invalid, NotFound, Refused, TooMany, Unreachable
 from edgeward.core.identity import HubIdentity, NodeIdentity
 from edgeward.core.nkeys import KeyPair, claims_of, creds_text, mint
 from edgeward.core.resource import CLUSTER, Key
@@ -596,8 +596,3 @@ def test_members_are_sealed_at_rest(tmp_path: Path) -> None:
             assert member.seed.encode() not in raw
 
     run(body())
-
-
-def test_errors_are_edgewards_own() -> None:
-    assert issubclass(TooMany, EdgewardError)
-    assert (TooMany.status, TooMany.exit_code) == (429, 6)

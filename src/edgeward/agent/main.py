@@ -17,6 +17,7 @@ import platform
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 from starlette.requests import Request
@@ -49,8 +50,8 @@ from edgeward.core.vault import Vault
 from edgeward.nodes.calls import CallServer
 from edgeward.nodes.door import Address, Door
 from edgeward.nodes.edge import NodeEdge
-from edgeward.nodes.wan import LinkWatch, redial
 from edgeward.nodes.enrol_edge import Renewer
+from edgeward.nodes.wan import LinkWatch, redial
 from edgeward.streams.edge import ExportsEdge
 from edgeward.workloads.edge import AppsEdge
 
@@ -175,7 +176,9 @@ class Agent:
         async with asyncio.TaskGroup() as group:
             if spec.hub_url:
                 again = lambda: redial(nats.url, nats.secret)  # noqa: E731
-                self.wan = LinkWatch(self.link, int(self.hub["port"]), lambda: nats.pid, again)
+                # through a proxy the connection that the kernel knows is the one to the proxy
+                port = urlsplit(spec.proxy).port or 80 if spec.proxy else int(self.hub["port"])
+                self.wan = LinkWatch(self.link, port, lambda: nats.pid, again)
                 group.create_task(self.wan.run())
             group.create_task(nats.run())
             group.create_task(self.outbox.run())

@@ -164,7 +164,7 @@ class Enrolment:
         for node, member in self.members().items():
             if member.rules != self._identity.account_rules(node):
                 await self._change(node, lambda m: m or self._new_member())
-            if (member.key or member.legacy) and self._store.find(Key("Node", CLUSTER, node)) is None:
+            if member.key and self._store.find(Key("Node", CLUSTER, node)) is None:
                 await self._release(node)
         news = await self._claims.bring(m.jwt for m in self.members().values())
         if news:
