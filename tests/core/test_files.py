@@ -106,3 +106,12 @@ def test_remove_and_ensure_dir_can_be_repeated(tmp_path: Path) -> None:
 def _touched(path: Path) -> Path:
     path.touch()
     return path
+
+
+def test_parents_made_on_the_way_are_closed_too(tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        ensure_dir(tmp_path / "a" / "b" / "c")
+    finally:
+        os.umask(old)
+    assert [mode(tmp_path / p) for p in ("a", "a/b", "a/b/c")] == [0o700] * 3

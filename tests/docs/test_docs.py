@@ -65,7 +65,7 @@ def test_commands_shown_exist() -> None:
 
     for page in PAGES:
         for text in blocks(page, "sh"):
-            for name in re.findall(r"\.venv/bin/edgeward ([a-z]+)", text):
+            for name in re.findall(r"\.venv/bin/edgeward ([a-z-]+)", text):
                 assert name in COMMANDS, f"{page.name}: edgeward {name}"
 
 

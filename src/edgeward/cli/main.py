@@ -71,6 +71,9 @@ COMMANDS: dict[str, Row] = {
     "join": Row(f"{_CLI}.fleet:join", _FLEET, "Join this box to a fleet and run its agent.", session=False),
     "node": Row(f"{_CLI}.fleet:app", _FLEET, "The boxes of the fleet: list, revoke, replace.", group=True),
     "token": Row(f"{_CLI}.token:app", _WHO, "Make, list and end tokens: of boxes, people, programs.", group=True),
+    "doctor": Row(f"{_CLI}.doctor:doctor", _CARE, "Check this machine, and say what to do."),
+    "support-bundle": Row(f"{_CLI}.support:support_bundle", _CARE, "Collect what a supporter needs, no secrets."),
+    "install-service": Row(f"{_CLI}.service:install_service", _CARE, "Run a hub or an agent by systemd."),
     "completion": Row(f"{_CLI}.program:completion", _MORE, "Print the completion script of a shell."),
     "version": Row(f"{_CLI}.program:version", _MORE, "Print the versions of program and hub."),
 }

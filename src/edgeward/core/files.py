@@ -20,10 +20,13 @@ _MISSING: Any = object()
 
 
 def ensure_dir(path: Path, mode: int = 0o700) -> Path:
-    """The directory, made with its parents if need be; a new one is for its owner only."""
+    """The directory, made with its parents if need be; new ones, parents too, are for their owner only."""
     if not path.is_dir():
-        path.mkdir(mode=mode, parents=True, exist_ok=True)
-        _sync_dir(path.parent)
+        missing = [path]
+        missing += [p for p in path.parents if not p.exists()]
+        for one in reversed(missing):
+            one.mkdir(mode=mode, exist_ok=True)
+            _sync_dir(one.parent)
     return path
 
 

@@ -1,0 +1,337 @@
+"""`install-service`: a systemd unit for a hub or an agent, with as few rights as it needs.
+
+In: the role and its folder; out: a unit file, enabled and started where systemd runs. As root it is a system unit that
+runs as the folder's owner, else a unit of the user's own manager. The text is made by :func:`unit`, which does no I/O;
+nothing here edits a unit that it did not write.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgeward.cli.output import emit, write
+from edgeward.cli.session import Session, UsageError
+from edgeward.core.errors import EdgewardError, Invalid, NotFound, Refused
+from edgeward.core.files import ensure_dir, read_json, write_json
+
+ROLES = ("hub", "agent")
+_MARK = "# Written by `edgeward install-service`; changes belong into a drop-in: systemctl edit"
+#: A longer folder puts the API's socket into /tmp (core/daemon.py), which a private /tmp would hide.
+_SOCKET_ROOM = 90
+
+
+@dataclass(frozen=True)
+class Wanted:
+    role: str
+    data: str
+    python: str
+    #: A unit of the system's manager; else of the user's.
+    system: bool
+    user: str = ""
+    group: str = ""
+    low_port: bool = False
+    credential: str = ""
+
+
+def quoted(text: str) -> str:
+    """A word of ExecStart= and the like (systemd.syntax(7), systemd.service(5))."""
+    if any(ord(c) < 32 for c in text):
+        raise Invalid("a path with a control character cannot stand in a unit", field="--data")
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$") + '"'
+
+
+def path_value(text: str) -> str:
+    """A path of ReadWritePaths=; the same quoting but for the dollar."""
+    return quoted(text).replace("$$", "$")
+
+
+def unit(w: Wanted) -> str:
+    """The unit's text."""
+    hub = w.role == "hub"
+    lines = [
+        _MARK,
+        "[Unit]",
+        f"Description=Edgeward {w.role}",
+        "Documentation=man:systemd.exec(5)",
+        "StartLimitIntervalSec=0",
+    ]
+    if w.system:
+        lines += ["Wants=network-online.target", "After=network-online.target time-sync.target"]
+    lines += [
+        "",
+        "[Service]",
+        "Type=exec",
+        f"ExecStart={quoted(w.python)} -m edgeward.{w.role} --data {quoted(w.data)}",
+        "Restart=always",
+        "RestartSec=1",
+        "TimeoutStopSec=30",
+        # apps and nats-server outlive the agent, and the next one adopts them
+        f"KillMode={'mixed' if hub else 'process'}",
+        "LimitNOFILE=65536",
+        "OOMScoreAdjust=-500" if w.system else "",
+        f"LoadCredential=edgeward-vault:{w.credential}" if w.credential else "",
+        "",
+        "# as few rights as it needs; see `systemd-analyze security`",
+        "UMask=0077",
+        "NoNewPrivileges=yes",
+        "RestrictSUIDSGID=yes",
+        "RestrictRealtime=yes",
+        "LockPersonality=yes",
+        "SystemCallArchitectures=native",
+    ]
+    if w.system:
+        lines += _system_lines(w, hub)
+    lines += ["", "[Install]", f"WantedBy={'multi-user' if w.system else 'default'}.target", ""]
+    return "\n".join(line for i, line in enumerate(lines) if line or (i and lines[i - 1] != ""))
+
+
+def _system_lines(w: Wanted, hub: bool) -> list[str]:
+    rights = "CAP_NET_BIND_SERVICE" if w.low_port else ""
+    root = w.user in ("", "root")
+    lines = [] if root else [f"User={w.user}", f"Group={w.group or w.user}"]
+    lines += [
+        "ProtectSystem=strict",
+        f"ReadWritePaths={path_value(w.data)}",
+        "ProtectHome=read-only",
+        "ProtectClock=yes",
+        "ProtectHostname=yes",
+        "ProtectKernelLogs=yes",
+        "ProtectKernelModules=yes",
+        "ProtectKernelTunables=yes",
+        "ProtectProc=invisible" if hub else "",
+        "RemoveIPC=yes" if not root else "",
+        "PrivateTmp=yes" if len(w.data) < _SOCKET_ROOM else "",
+        "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK",
+    ]
+    if hub:
+        lines += [
+            f"CapabilityBoundingSet={rights}",
+            f"AmbientCapabilities={rights}" if rights and not root else "",
+            "PrivateDevices=yes",
+            "ProtectControlGroups=yes",
+            "RestrictNamespaces=yes",
+            "MemoryDenyWriteExecute=yes",
+            "SystemCallFilter=@system-service",
+            "SystemCallFilter=~@privileged @resources",
+            "SystemCallErrorNumber=EPERM",
+        ]
+    else:
+        # it starts apps as other users, in cgroups and namespaces of their own, and reads devices
+        lines += [
+            "Delegate=yes",
+            "CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER CAP_KILL CAP_NET_BIND_SERVICE CAP_SETGID "
+            "CAP_SETUID CAP_SYS_RESOURCE CAP_SYS_ADMIN CAP_SYS_PTRACE"
+            if root
+            else f"CapabilityBoundingSet={rights}",
+            "AmbientCapabilities=CAP_NET_BIND_SERVICE" if rights and not root else "",
+        ]
+        if root:
+            # the cgroup file system is what limits are written to
+            lines += ["ReadWritePaths=-/sys/fs/cgroup"]
+    return [line for line in lines if line]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def install_service(
+    session: Session,
+    role: Annotated[str, typer.Argument(metavar="hub|agent", show_default=False)],
+    data: Annotated[str, typer.Option("--data", metavar="DIR", help="The hub's or the node's folder.")] = "",
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="The unit's name; else edgeward-ROLE.")] = "",
+    user_unit: Annotated[bool, typer.Option("--user", help="A unit of this user's own manager, also as root.")] = False,
+    run_as: Annotated[str, typer.Option("--run-as", metavar="USER", help="Else the folder's owner.")] = "",
+    port: Annotated[str, typer.Option("--port", metavar="N", help="A new hub's port.")] = "",
+    bind: Annotated[str, typer.Option("--bind", metavar="ADDRESS", help="A new hub's address to listen on.")] = "",
+    advertise: Annotated[
+        str, typer.Option("--advertise", metavar="HOST", help="The name by which nodes reach a new hub.")
+    ] = "",
+    credential: Annotated[
+        str, typer.Option("--vault-credential", metavar="FILE", help="The vault's key, given by systemd.")
+    ] = "",
+    show: Annotated[bool, typer.Option("--print", help="Print the unit, change nothing.")] = False,
+    no_start: Annotated[bool, typer.Option("--no-start", help="Write the unit, do not enable or start it.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Stop it and take the unit away; its folder stays.")] = False,
+) -> None:
+    """Run a hub or an agent by systemd: at boot, again when it ends, with few rights."""
+    output = session.output(allowed=("table", "json", "yaml"))
+    if role not in ROLES:
+        raise UsageError(f"install-service {role}: one of {', '.join(ROLES)}")
+    unit_name = (name or f"edgeward-{role}").removesuffix(".service") + ".service"
+    if not re.fullmatch(r"[A-Za-z0-9:_.@-]{1,200}", unit_name):
+        raise UsageError(f"--name {name}: use letters, digits, '-', '_' and '.'")
+    system = os.geteuid() == 0 and not user_unit
+    path = _unit_folder(system) / unit_name
+    if remove:
+        _remove(path, system)
+        _say(output, {"removed": str(path)}, [f"{path} is gone; its folder is as it was"])
+        return
+    if not data:
+        raise UsageError("--data DIR is missing: the folder of the hub or the node")
+    folder = Path(data).expanduser().absolute()
+    settings = {"port": port, "bind": bind, "advertise": advertise}
+    owner = _owner(folder, run_as) if system else None
+    config = hub_config(folder, settings, owner, write_it=not show) if role == "hub" else _node_config(folder)
+    wanted = Wanted(
+        role=role,
+        data=str(folder),
+        python=sys.executable,
+        system=system,
+        user=owner.pw_name if owner else "",
+        group=_group(owner.pw_gid) if owner else "",
+        low_port=role == "hub" and 0 < int(config.get("port", 0)) < 1024,
+        credential=str(Path(credential).absolute()) if credential else "",
+    )
+    text = unit(wanted)
+    if show:
+        sys.stdout.write(text)
+        return
+    _write(path, text)
+    done, following = [f"{path} is written"], _next(unit_name, system, no_start)
+    if role == "hub" and owner is not None and owner.pw_uid == 0:
+        done.append("it runs as root, with no right that it does not need; a user of its own is better: --run-as USER")
+    if not following:
+        done.append(f"{unit_name} is enabled and running")
+    else:
+        done += ["next:", *(f"  {line}" for line in following)]
+    _say(output, {"unit": str(path), "name": unit_name, "next": following}, done)
+
+
+def _say(output: str, doc: dict[str, object], lines: list[str]) -> None:
+    if output == "table":
+        for line in lines:
+            write(line)
+    else:
+        emit(doc, output)
+
+
+def _unit_folder(system: bool) -> Path:
+    if system:
+        return Path("/etc/systemd/system")
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".config") / "systemd" / "user"
+
+
+def hub_config(
+    folder: Path, given: dict[str, str], owner: pwd.struct_passwd | None, *, write_it: bool
+) -> dict[str, Any]:
+    """The hub's configuration; made here for a new hub, its folder too, and never changed for one that is there."""
+    path = folder / "hub.json"
+    known = read_json(path, None)
+    if known is not None:
+        if any(given.values()):
+            raise Refused("has a configuration", file=str(path), remedy="leave --port, --bind and --advertise out")
+        return dict(known)
+    if not given["port"].isdigit() or not 0 < int(given["port"]) < 65536:
+        raise UsageError("a new hub needs --port N (443 is what nodes reach through most networks)")
+    bind = given["bind"] or "127.0.0.1"
+    config: dict[str, Any] = {"port": int(given["port"]), "bind": bind, "advertise": given["advertise"] or bind}
+    config["names"] = sorted({str(config["advertise"]), bind} - {"0.0.0.0", "::"})  # noqa: S104 - compared
+    if write_it:
+        ensure_dir(folder)
+        write_json(path, config)
+        if owner is not None and owner.pw_uid != os.geteuid():
+            for made in (folder, path):
+                os.chown(made, owner.pw_uid, owner.pw_gid)
+    return config
+
+
+def _node_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "node.json", None)
+    if config is None:
+        raise NotFound("is no node's folder", resource=str(folder), remedy=f"edgeward join TOKEN --data {folder}")
+    return dict(config)
+
+
+def _owner(folder: Path, run_as: str) -> pwd.struct_passwd:
+    try:
+        if run_as:
+            owner = pwd.getpwnam(run_as)
+        else:
+            at = folder
+            while not at.exists():
+                at = at.parent
+            owner = pwd.getpwuid(at.stat().st_uid)
+    except KeyError:
+        raise NotFound(f"there is no user {run_as or 'that owns the folder'}", remedy="useradd --system NAME") from None
+    if folder.exists() and run_as and folder.stat().st_uid != owner.pw_uid:
+        raise Refused(
+            f"belongs to another user than {run_as}",
+            resource=str(folder),
+            remedy=f"chown -R {run_as}: {folder}",
+        )
+    return owner
+
+
+def _group(gid: int) -> str:
+    import grp
+
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
+def _write(path: Path, text: str) -> None:
+    if path.exists() and _MARK not in path.read_text(errors="replace"):
+        raise Refused("was not written by this command", file=str(path), remedy="choose another --name, or delete it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(text)
+    scratch.chmod(0o644)
+    scratch.replace(path)
+
+
+def _systemctl(system: bool, *args: str) -> None:
+    argv = ["systemctl", *([] if system else ["--user"]), *args]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=90, check=False)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise EdgewardError(f"{' '.join(argv)}: {e}") from e
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()[:500]
+        raise EdgewardError(f"{' '.join(argv)}: {said}", remedy=f"see: journalctl -u {args[-1]}")
+
+
+def _runs(system: bool) -> bool:
+    """Whether the manager is there to be asked."""
+    if shutil.which("systemctl") is None:
+        return False
+    if system:
+        return Path("/run/systemd/system").is_dir()
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    return bool(runtime) and (Path(runtime) / "systemd" / "private").exists()
+
+
+def _next(name: str, system: bool, no_start: bool) -> list[str]:
+    """Starts it; or what is left for the user to do."""
+    if not no_start and _runs(system):
+        _systemctl(system, "daemon-reload")
+        _systemctl(system, "enable", "--now", name)
+        return []
+    control = "systemctl" if system else "systemctl --user"
+    lines = [f"{control} daemon-reload", f"{control} enable --now {name}"]
+    # without this a user's units end with the last session
+    return lines if system else [*lines, "loginctl enable-linger"]
+
+
+def _remove(path: Path, system: bool) -> None:
+    if not path.exists():
+        raise NotFound("there is no such unit", file=str(path))
+    if _MARK not in path.read_text(errors="replace"):
+        raise Refused("was not written by this command", file=str(path), remedy="take it away by hand")
+    if _runs(system):
+        _systemctl(system, "disable", "--now", path.name)
+    path.unlink()
+    if _runs(system):
+        _systemctl(system, "daemon-reload")

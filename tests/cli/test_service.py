@@ -1,0 +1,143 @@
+"""Units that systemd understands, with few rights."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgeward.cli.service import Wanted, hub_config, quoted, unit
+from edgeward.core.errors import Invalid
+
+ANALYZE = shutil.which("systemd-analyze")
+needs_analyze = pytest.mark.skipif(ANALYZE is None, reason="no systemd-analyze here")
+HARD = 'a b/%h/$HOME/"q"\\x'
+
+
+def wanted(role: str, data: str = "/var/lib/edgeward", *, system: bool = True, **more: object) -> Wanted:
+    return Wanted(role=role, data=data, python=sys.executable, system=system, **more)  # type: ignore[arg-type]
+
+
+def values(text: str, name: str) -> list[str]:
+    return re.findall(rf"^{name}=(.*)$", text, re.M)
+
+
+@needs_analyze
+@pytest.mark.parametrize("role", ["hub", "agent"])
+@pytest.mark.parametrize("system", [True, False])
+@pytest.mark.parametrize("data", ["/var/lib/edgeward", "/srv/" + HARD])
+@pytest.mark.parametrize("low_port", [True, False])
+def test_systemd_takes_the_unit(role: str, system: bool, data: str, low_port: bool, tmp_path: Path) -> None:
+    file = tmp_path / f"edgeward-{role}.service"
+    user = "daemon" if system else ""
+    file.write_text(unit(wanted(role, data, system=system, user=user, group="daemon", low_port=low_port)))
+    argv = [str(ANALYZE), *([] if system else ["--user"]), "verify", "--man=no", "--recursive-errors=no", str(file)]
+    env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=env)
+    said = [line for line in done.stderr.splitlines() if file.name in line]
+    assert said == [], done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+@needs_analyze
+@pytest.mark.parametrize(("role", "user", "most"), [("hub", "daemon", 30), ("agent", "daemon", 55), ("agent", "", 80)])
+def test_few_rights_are_left(role: str, user: str, most: int, tmp_path: Path) -> None:
+    """systemd's own score of exposure, 100 is everything: an agent that runs as root must be able to start apps."""
+    file = tmp_path / f"edgeward-{role}.service"
+    file.write_text(unit(wanted(role, user=user)))
+    argv = [str(ANALYZE), "security", "--offline=true", f"--threshold={most}", "--no-pager", str(file)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_path_stays_one_word_and_expands_nothing() -> None:
+    assert quoted('a b%h$HOME"x\\') == '"a b%%h$$HOME\\"x\\\\"'
+    with pytest.raises(Invalid):
+        quoted("a\nExecStartPre=/bin/evil")
+    text = unit(wanted("hub", "/srv/x y"))
+    assert values(text, "ExecStart") == [f'"{sys.executable}" -m edgeward.hub --data "/srv/x y"']
+
+
+def test_what_the_roles_need() -> None:
+    hub, agent = unit(wanted("hub", user="edge", low_port=True)), unit(wanted("agent", user="edge"))
+    # apps outlive their agent; a hub takes its children along
+    assert values(hub, "KillMode") == ["mixed"]
+    assert values(agent, "KillMode") == ["process"]
+    assert values(hub, "AmbientCapabilities") == ["CAP_NET_BIND_SERVICE"]
+    assert values(unit(wanted("hub", user="edge")), "CapabilityBoundingSet") == [""]
+    for text in (hub, agent):
+        assert values(text, "User") == ["edge"]
+        assert values(text, "NoNewPrivileges") == ["yes"]
+        assert values(text, "ProtectSystem") == ["strict"]
+        assert values(text, "ReadWritePaths") == ['"/var/lib/edgeward"']
+    # a deep folder's socket is in /tmp, which others must see
+    assert values(unit(wanted("hub", "/" + "x" * 95)), "PrivateTmp") == []
+    mine = unit(wanted("agent", system=False))
+    assert "User=" not in mine and "Capability" not in mine
+    assert values(mine, "WantedBy") == ["default.target"]
+    credential = unit(wanted("hub", credential="/etc/key"))
+    assert values(credential, "LoadCredential") == ["edgeward-vault:/etc/key"]
+
+
+def run(home: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "XDG_CONFIG_HOME": str(home), "XDG_RUNTIME_DIR": "", "EDGEWARD_CONTEXT": str(home / "no")}
+    argv = [sys.executable, "-m", "edgeward", "install-service", *args]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, env=env)
+
+
+def test_a_users_unit_is_written_kept_and_removed(tmp_path: Path) -> None:
+    data = tmp_path / "hub"
+    file = tmp_path / "systemd" / "user" / "edgeward-hub.service"
+    assert run(tmp_path, "hub", "--user").returncode == 2
+    assert "--port" in run(tmp_path, "hub", "--user", "--data", str(data)).stderr
+    shown = run(tmp_path, "hub", "--user", "--data", str(data), "--port", "8443", "--print")
+    assert "ExecStart=" in shown.stdout
+    assert not file.exists() and not data.exists()
+
+    done = run(tmp_path, "hub", "--user", "--data", str(data), "--port", "8443", "--bind", "10.1.1.1", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    doc = json.loads(done.stdout)
+    assert doc["unit"] == str(file)
+    assert any("enable --now" in line for line in doc["next"])  # no manager runs there, and it is not pretended
+    config = json.loads((data / "hub.json").read_text())
+    assert config == {"port": 8443, "bind": "10.1.1.1", "advertise": "10.1.1.1", "names": ["10.1.1.1"]}
+    assert data.stat().st_mode & 0o777 == 0o700
+
+    # again is no harm, but what is configured stays
+    assert run(tmp_path, "hub", "--user", "--data", str(data)).returncode == 0
+    assert run(tmp_path, "hub", "--user", "--data", str(data), "--port", "9").returncode == 3
+    file.write_text("[Service]\nExecStart=/bin/true\n")
+    for args in (("--data", str(data)), ("--remove",)):
+        refused = run(tmp_path, "hub", "--user", *args)
+        assert refused.returncode == 3 and "not written by this command" in refused.stderr
+    file.unlink()
+    assert run(tmp_path, "hub", "--user", "--data", str(data)).returncode == 0
+    assert run(tmp_path, "hub", "--user", "--remove").returncode == 0
+    assert not file.exists() and (data / "hub.json").exists()
+    assert run(tmp_path, "hub", "--user", "--remove").returncode == 5
+
+
+def test_an_agent_needs_a_node(tmp_path: Path) -> None:
+    done = run(tmp_path, "agent", "--user", "--data", str(tmp_path))
+    assert done.returncode == 5 and "edgeward join" in done.stderr
+    (tmp_path / "node.json").write_text('{"node": "n", "site": "s"}')
+    assert run(tmp_path, "agent", "--user", "--data", str(tmp_path)).returncode == 0
+    assert run(tmp_path, "pilot", "--user", "--data", str(tmp_path)).returncode == 2
+    assert run(tmp_path, "agent", "--user", "--data", str(tmp_path), "--name", "../x").returncode == 2
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a folder away")
+def test_a_new_hubs_folder_belongs_to_whom_it_runs_as(tmp_path: Path) -> None:
+    owner = pwd.getpwnam("daemon")
+    hub_config(tmp_path / "hub", {"port": "443", "bind": "", "advertise": ""}, owner, write_it=True)
+    for made in (tmp_path / "hub", tmp_path / "hub" / "hub.json"):
+        assert made.stat().st_uid == owner.pw_uid
+        assert made.stat().st_mode & 0o077 == 0
