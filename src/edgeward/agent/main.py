@@ -34,6 +34,7 @@ from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
 from edgeward.core.authz import Principal, administrator
 from edgeward.core.bus import Bus
+from edgeward.core.chain import Head
 from edgeward.core.errors import EdgewardError, NotFound
 from edgeward.core.files import read_json
 from edgeward.core.identity import NodeIdentity, inbox_prefix
@@ -113,6 +114,7 @@ class Agent:
             health=self._health,
             metrics=self._metrics,
             info={"role": "agent", "version": __version__, "node": self.node, "site": self.site},
+            audit_head=self._audit_head,
         )
         self.api_socket.unlink(missing_ok=True)
         old_umask = os.umask(0o177)  # the socket is for the owner only; uvicorn would make it for everybody
@@ -121,7 +123,7 @@ class Agent:
             async with server:
                 self.api_socket.chmod(0o600)
                 os.umask(old_umask)
-                await daemon.until(stop, self.apps.run, self._watch, self._messages, self._token_uses)
+                await daemon.until(stop, self.apps.run, self._watch, self._messages, self._token_uses, self._anchor)
         finally:
             os.umask(old_umask)
             self._ready = False
@@ -208,6 +210,20 @@ class Agent:
     async def _renew(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
         self.renewer.hurry()
         yield b"{}"
+
+    async def _anchor(self) -> None:
+        """The audit's head is kept in the replica's file, and goes to the hub with what the node reports of itself."""
+
+        async def keep(head: Head) -> None:
+            self.replica.set_meta("audit_head", msgspec.json.encode(head).decode())
+            if self._ready:
+                self._report_node()
+
+        await self.audit.run(keep)
+
+    def _audit_head(self) -> Head | None:
+        text = self.replica.meta("audit_head")
+        return msgspec.json.decode(text, type=Head) if text else None
 
     async def _token_uses(self) -> None:
         await self.tokens.run(self.replica.put_status)
@@ -310,6 +326,7 @@ class Agent:
                 "python": platform.python_version(),
                 "enforced": self.apps.enforced(),
                 "secrets": {"sealed": True, "key": self.vault.source},
+                "audit": {"last": head.seq, "hash": head.hash} if (head := self._audit_head()) else {},
             }
         )
 

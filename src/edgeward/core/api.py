@@ -40,11 +40,12 @@ from edgeward.core.access import (
     principal,
     shown,
     sift,
-    sift_records,
     signed_in,
 )
 from edgeward.core.audit import Audit
+from edgeward.core.audit_routes import audit_routes
 from edgeward.core.authz import Ask, Principal, Rule, perhaps
+from edgeward.core.chain import Head
 from edgeward.core.context import correlation
 from edgeward.core.errors import (
     EdgewardError,
@@ -58,7 +59,6 @@ from edgeward.core.errors import (
     Unauthorized,
 )
 from edgeward.core.manifest import MAX_DEPTH, load
-from edgeward.core.records import KEEP
 from edgeward.core.registry import Kind, kinds
 from edgeward.core.resource import CLUSTER, MAX_DOCUMENT, Key, Resource, check_name, decode, merge_patch, parse_revision
 from edgeward.core.resources import Resources
@@ -595,8 +595,9 @@ def build_app(
     health: Callable[[], tuple[bool, dict[str, Any]]],
     metrics: Callable[[], str],
     info: dict[str, Any],
+    audit_head: Callable[[], Head | None] | None = None,
 ) -> Gate:
-    """The whole API as an ASGI app."""
+    """The whole API as an ASGI app. ``audit_head``: the audit's head as it is kept elsewhere."""
     api = Api(resources, store)
 
     async def healthz(_: Request) -> Response:
@@ -617,12 +618,6 @@ def build_app(
 
         return json(document(str(info.get("version", ""))))
 
-    async def audit(request: Request) -> Response:
-        seen = sift_records(request, "audit")
-        limit = number(request, "limit", 500, low=1, high=10_000)
-        items = resources.audit.items(since=number(request, "since", 0), limit=KEEP)
-        return json({"items": [i for i in items if seen(i)][-limit:]})
-
     base = "/api/v1"
     reading = ["GET", "HEAD"]
     routes = [
@@ -631,7 +626,7 @@ def build_app(
         Route("/metrics", needs("metrics", "Hub")(metric)),
         Route("/openapi.json", signed_in(openapi)),
         Route(f"{base}/version", signed_in(version)),
-        Route(f"{base}/audit", declare(audit, Action("own", ("audit",)))),
+        *audit_routes(resources.audit, audit_head or (lambda: None)),
         *access_routes(resources, issue=info.get("role") != "agent"),
         *(closed(route) for route in extra_routes),
     ]

@@ -180,7 +180,7 @@ BUILT_IN: Mapping[str, tuple[Rule, ...]] = {
         ),
         Rule(verbs=["get", "list", "watch", "update", "patch", "events", "journal", "top"], kinds=["Node"]),
         Rule(verbs=["get", "list", "watch"], kinds=["Role"]),
-        Rule(verbs=["metrics"], kinds=[HUB]),
+        Rule(verbs=["metrics", "audit"], kinds=[HUB]),
     ),
     "viewer": (
         Rule(verbs=_READ, kinds=[WORK]),

@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from edgeward import __version__
 from edgeward.core import clock, daemon
 from edgeward.core.api import build_app
@@ -20,6 +22,7 @@ from edgeward.core.audit import Audit
 from edgeward.core.authz import BUILT_IN, Principal, administrator
 from edgeward.core.bus import Bus
 from edgeward.core.claims import Claims
+from edgeward.core.chain import Head
 from edgeward.core.errors import EdgewardError, Refused, Unauthorized
 from edgeward.core.files import ensure_dir, read_json
 from edgeward.core.identity import HubIdentity
@@ -79,6 +82,7 @@ class Hub:
         self.records = StreamRecords(self.bus.client)
         await self.records.open()
         audit = Audit(self.data / "audit.db")
+        self.audit = audit
         self.resources = Resources(self.store, audit, _keeps_built_in)
         self.tokens = AccessTokens(self.store)
         await self._first_objects()
@@ -129,6 +133,7 @@ class Hub:
             health=self._health,
             metrics=self._metrics,
             info={"role": "hub", "version": __version__},
+            audit_head=lambda: _head(self.store.fact("audit.head")),
         )
         self.links = Links(lambda: ("127.0.0.1", self.nats.ports["websocket"]))
         async with daemon.http_server(
@@ -155,6 +160,7 @@ class Hub:
                     self._controllers,
                     self._retention,
                     self._token_uses,
+                    self._anchor,
                 )
             finally:
                 self._ready = False
@@ -178,6 +184,12 @@ class Hub:
             old = self.store.find(role.key)
             if old is None or old.spec != role.spec:  # another release's
                 await self.store.put(role)
+
+    async def _anchor(self) -> None:
+        async def keep(head: Head) -> None:
+            await self.store.set_fact("audit.head", msgspec.json.encode(head))
+
+        await self.audit.run(keep)
 
     async def _token_uses(self) -> None:
         await self.tokens.run(self.store.put_status)
@@ -232,6 +244,10 @@ class Hub:
             name = node.metadata.name
             values[f'edgeward_node_online{{node="{name}"}}'] = float(self.nodes.is_online(name))
         return daemon.metrics_text(values)
+
+
+def _head(data: bytes | None) -> Head | None:
+    return msgspec.json.decode(data, type=Head) if data else None
 
 
 def _keeps_built_in(new: Resource | None, old: Resource | None) -> None:
