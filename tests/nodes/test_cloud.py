@@ -123,6 +123,7 @@ def test_when_both_sides_changed_it_the_rule_decides_and_the_loser_is_kept(tmp_p
     async def body() -> None:
         async with fleet(tmp_path) as f:
             for rule, winner in (("cloud", "hub"), ("edge", "site")):
+                await f.store.put(app(f"uses-{rule}", "plant", config=rule))
                 old = await f.store.put(config(rule, "old", conflict=rule))
                 await f.store.put(config(rule, "hub", conflict=rule))
                 decided = await f.push("plant-1", config(rule, "site", conflict=rule), old.revision)
@@ -132,6 +133,7 @@ def test_when_both_sides_changed_it_the_rule_decides_and_the_loser_is_kept(tmp_p
                 loser = "site" if winner == "hub" else "hub"
                 assert decided.journal["lost"]["spec"] == {"data": {"k": loser}}
             # the secret that lost is not written into the journal
+            await f.store.put(app("uses", "plant", envFrom=[{"secret": "s"}]))
             old = await f.store.put(doc("Secret", "s", {"data": {"p": "old"}}))
             await f.store.put(doc("Secret", "s", {"data": {"p": "hub"}}))
             decided = await f.push("plant-1", doc("Secret", "s", {"data": {"p": "hunter2"}}), old.revision)

@@ -36,12 +36,13 @@ from edgeward.core.resource import (
     make_patch,
     to_stored,
 )
-from edgeward.core.scope import check_reach, placed_sites
+from edgeward.core.scope import check_reach, fingerprint, placed_sites
 from edgeward.core.store import Change, Entry, same_desired
 from edgeward.core.store_nats import NatsStore
 from edgeward.nodes.ancestry import Ancestor, base_now
 from edgeward.nodes.liveness import LOOK, Liveness
 from edgeward.nodes.merge import Side, decide
+from edgeward.nodes.reach import check_known, check_refs, own_status, pinned, went_back
 from edgeward.nodes.views import STATUS_DOWN, SiteView, Views
 from edgeward.nodes.wire import (
     BeatAnswer,
@@ -245,6 +246,8 @@ class NodesCloud:
         full = ask.epoch != self._store.epoch or ask.since < self._store.compacted or ask.since > now or ask.since == 0
         names: list[Key] | None = None
         gone: dict[Key, int] = {}
+        # a release that does not know a kind cannot read it; it does not get it
+        newer = {k.name for k in kinds if k.level > ask.level}
         if full:
             keys = list(mine.entries)
         else:
@@ -252,7 +255,7 @@ class NodesCloud:
             keys, names = difference.changed, difference.names
             gone = {k: self._store.deleted(k)[0] or at for k, at in difference.gone.items()}
         behind = Key(*ask.after) if ask.after is not None else None
-        wanted = sorted(k for k in (*keys, *gone) if behind is None or k > behind)
+        wanted = sorted(k for k in (*keys, *gone) if k.kind not in newer and (behind is None or k > behind))
         page: list[msgspec.Raw] = []
         size = 0
         for key in wanted:
@@ -274,10 +277,16 @@ class NodesCloud:
             full,
             cast(list[HubObject], page),  # encoded before
             more,
-            "" if more else mine.print,
+            "" if more else self._print(mine, newer),
             line=line,
             names=None if more or names is None else [(k.kind, k.namespace, k.name) for k in names],
         )
+
+    @staticmethod
+    def _print(view: SiteView, newer: set[str]) -> str:
+        if not any(k.kind in newer for k in view.entries):
+            return view.print
+        return fingerprint((k, desired) for k, (desired, _) in view.entries.items() if k.kind not in newer)
 
     def _changed(self, change: Change) -> None:
         """Within a change of the store: keeps the views and pokes the nodes that it concerns."""
@@ -356,13 +365,14 @@ class NodesCloud:
             for change in ask.changes:
                 if change.seq <= done:
                     # decided before, only the answer was lost
-                    decided.append(Decided(change.seq, "same", "taken over before", self._now(change.key)))
+                    decided.append(Decided(change.seq, "same", "taken over before", self._now(node, change)))
                     continue
+                theirs = {k for k, (_, at) in mine.items() if at == self._revision(k)}
                 base, after = mine.pop(change.key, (0, -1))
                 own = base == change.base and after in (self._revision(change.key), self._store.was.get(change.key))
                 entry = self._store.entry(change.key) if own else None
                 seen = (entry.revision if entry else 0) if own else change.base
-                decided.append(await self._decide(node, site, msgspec.structs.replace(change, base=seen)))
+                decided.append(await self._decide(node, site, msgspec.structs.replace(change, base=seen), theirs))
                 done = change.seq
                 if decided[-1].outcome == "accept":
                     mine[change.key] = change.base, self._revision(change.key)
@@ -376,9 +386,16 @@ class NodesCloud:
         entry = self._store.entry(key)
         return entry.revision if entry else self._store.deleted(key)[0]
 
-    def _now(self, key: Key) -> HubObject:
+    def _now(self, node: str, change: LocalChange) -> HubObject:
+        """What the hub holds now, as far as it concerns the node: what is in its view, or what it has just sent."""
+        key = change.key
         entry = self._store.entry(key)
-        return self._object(key, entry.resource if entry else None, entry.revision if entry else self._store.revision)
+        if entry is None:
+            return self._object(key, None, self._store.revision)
+        seen = key in self._view(node).entries
+        if not seen and change.stored is not None:
+            seen = to_stored(entry.resource).spec == change.stored.spec
+        return self._object(key, entry.resource if seen else None, entry.revision)
 
     def _shared(self, key: Key, site: str, resource: Resource) -> bool:
         """Whether other sites have the object too."""
@@ -387,11 +404,19 @@ class NodesCloud:
             return False
         if kind.scope in ("hub", "site"):
             return False
+        return self._elsewhere(key, site)
+
+    def _elsewhere(self, key: Key, site: str) -> bool:
         sites = [s for s, nodes in self._nodes_at.items() if nodes]
         return self._views.elsewhere(key, site, sites, self._store.revision)
 
-    async def _decide(self, node: str, site: str, change: LocalChange) -> Decided:
+    async def _decide(self, node: str, site: str, change: LocalChange, theirs: set[Key]) -> Decided:
+        """``theirs``: objects that are as this node wrote them, though they may not be in its view yet."""
         key = change.key
+
+        def known(k: Key) -> bool:
+            return k in theirs or k in self._view(node).entries
+
         entry = self._store.entry(key)
         hub = entry.resource if entry else None
         journal: dict[str, Any] = {
@@ -400,9 +425,14 @@ class NodesCloud:
         }  # fmt: skip
         try:
             local = from_stored(change.stored) if change.stored is not None else None
+            check_known(key, site, there=hub is not None, known=known(key))
             if local is not None:
+                if local.key != key:
+                    raise Invalid("the change and its document name different objects", resource=str(key))
                 check_reach(local, site)
                 kinds.get(local.kind).check(local)
+                check_refs(local, site, known, lambda k: self._elsewhere(k, site))
+                local = pinned(local, hub, site)
                 _as_new(local, hub)
             elif hub is not None:
                 check_reach(hub, site, delete=True)
@@ -440,10 +470,10 @@ class NodesCloud:
                 lost_doc = {"kind": key.kind, "metadata": {"name": key.name}, "spec": change.stored.spec}
                 journal["lost"] = redact(lost_doc)
             await self._journal(journal, node, change)
-            return Decided(change.seq, "invalid", merged_why, self._now(key), journal)
+            return Decided(change.seq, "invalid", merged_why, self._now(node, change), journal)
         if merged.outcome != "same":
             await self._journal(journal, node, change)
-        return Decided(change.seq, merged.outcome, merged.why, self._now(key), journal)
+        return Decided(change.seq, merged.outcome, merged.why, self._now(node, change), journal)
 
     async def _journal(self, journal: dict[str, Any], node: str, change: LocalChange) -> None:
         await self._records.append("journal", journal, unique=f"j-{node}-{change.seq}-{int(change.time * 1000)}")
@@ -485,9 +515,11 @@ class NodesCloud:
         for what in touched:
             self._reported(node, what, named[what])
             self._fold.add(Key(*what.split("/")))
-        news = ask.node is not None and self._node_reports.get(node) != ask.node
+        news = ask.node is not None and self._node_reports.get(node) != own_status(ask.node)
         if ask.node is not None:
-            self._node_reports[node] = ask.node
+            if back := went_back(self._node_reports.get(node, {}), ask.node):
+                await self._audit_cut(node, *back)
+            self._node_reports[node] = own_status(ask.node)
             if news:
                 self._node_status.add(node)
         for event in ask.events:
@@ -500,6 +532,18 @@ class NodesCloud:
         if touched or news or ask.events:
             self._gather("persist", self._persist, node, _GATHER)
         return Ok()
+
+    async def _audit_cut(self, node: str, before: int, now: int) -> None:
+        await self._records.append(
+            "events",
+            {
+                "type": "Warning",
+                "reason": "AuditCut",
+                "resource": f"Node/{node}",
+                "message": f"the node's audit had {before} records, now {now}: its end was cut off, or its disk wiped",
+                "node": node,
+            },
+        )
 
     async def _on_beat(self, node: str, data: bytes) -> BeatAnswer | bytes:
         mine = self._view(node)
@@ -597,7 +641,9 @@ class NodesCloud:
             await self._store.put_status(key, fold(resource, self._store.items("Node"), apps))
             return None
         nodes = self._nodes_for(resource)
-        reports = {n: self._reports[n][name] for n in sorted(self._reporters.get(name, ()))}
+        # a node that does not have the object has no say in what becomes of it
+        told = [n for n in sorted(self._reporters.get(name, ())) if n in self._site_of and key in self._view(n).entries]
+        reports = {n: self._reports[n][name] for n in told}
         await self._store.put_status(key, fold(resource, nodes, reports))
         if key.kind == "App" and self._folds("Service"):
             for service in self._views.followers(key):

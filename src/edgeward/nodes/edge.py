@@ -30,6 +30,7 @@ from edgeward.core.resource import Key
 from edgeward.nodes.ancestry import Ancestor
 from edgeward.nodes.liveness import LOOK, Liveness, Pace
 from edgeward.nodes.wire import (
+    LEVEL,
     BeatAnswer,
     BeatAsk,
     HubObject,
@@ -322,7 +323,7 @@ class NodeEdge:
     async def _sync(self) -> None:
         for attempt in range(3):
             since = self._replica.hub_revision if attempt == 0 else 0
-            ask = SyncAsk(since, self._replica.epoch)
+            ask = SyncAsk(since, self._replica.epoch, level=LEVEL)
             objects: list[HubObject] = []
             pages = 0
             while True:

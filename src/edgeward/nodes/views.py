@@ -77,6 +77,18 @@ class SiteView:
         self.entries = entries
 
 
+def _tag(resource: Resource, scope: str) -> str | None:
+    """The one site that a resource can concern; _ANY: it may be several; None: none."""
+    if scope == "site":
+        return site_of(resource)
+    if scope == "placed":
+        return placed_sites(resource)
+    if scope == "sites":
+        sites: list[str] = list(resource.spec.sites)
+        return None if not sites else sites[0] if len(sites) == 1 and sites[0] != "*" else _ANY
+    return _ANY
+
+
 class Views:
     """The index. ``find`` gives an entry of the store, by key."""
 
@@ -131,7 +143,7 @@ class Views:
         new: str | None = None
         if resource is not None:
             scope = kinds.get(key.kind).scope
-            new = site_of(resource) if scope == "site" else placed_sites(resource) if scope == "placed" else _ANY
+            new = _tag(resource, scope)
         if old is not None and old != new:
             self._at.get(old, {}).pop(key, None)
         if new is None:

@@ -43,12 +43,20 @@ class LocalChange(msgspec.Struct, omit_defaults=True):
         return Key(self.kind, self.namespace, self.name)
 
 
+#: The level of this release: it knows Role and AccessToken.
+LEVEL = 1
+
+
 class SyncAsk(msgspec.Struct, omit_defaults=True):
-    """``since``/``epoch``: what the node has. ``after``: continue a paged answer behind this key."""
+    """``since``/``epoch``: what the node has. ``after``: continue a paged answer behind this key.
+
+    ``level``: kinds up to this level are known to the node (:attr:`edgeward.core.registry.Kind.level`).
+    """
 
     since: int
     epoch: str
     after: tuple[str, str, str] | None = None
+    level: int = 0
 
 
 class SyncAnswer(msgspec.Struct, omit_defaults=True):

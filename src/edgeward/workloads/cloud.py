@@ -36,7 +36,8 @@ def fold(app: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, A
     online = {n.metadata.name: bool(n.status.get("online")) for n in nodes}
     messages: list[str] = []
     for name in sorted(reports):
-        for i in reports[name].get("instances", []):
+        for reported in reports[name].get("instances", []):
+            i = {**reported, "node": name}  # whatever it says: a node speaks of its own
             instances.append(i if online.get(name) else {**i, "stale": True})
         if reports[name].get("message"):
             messages.append(f"{name}: {reports[name]['message']}")
