@@ -89,7 +89,7 @@ def real(edgeward: Program, certificate: tuple[Path, Path], tmp_path: Path) -> I
     thread.join(5)
 
 
-def test_the_life_of_resources(real: Program) -> None:
+def test_the_life_of_resources(real: Program, tmp_path: Path) -> None:
     both = f"{NODE}---\n{SECRET}---\n{SITE}---\n{CONFIG}"
     done = real("apply", "-f", "-", stdin=both)
     lines = ["site/plant created", "node/plant-1 created", "config/settings created", "secret/db created"]
@@ -122,6 +122,15 @@ def test_the_life_of_resources(real: Program) -> None:
     assert {a["verb"] for a in audit} >= {"create", "replace", "delete"}
     assert "hunter2" not in json.dumps(audit)
     assert "delete" in real("audit").stdout
+    assert "records" in real("audit", "verify").stdout
+    export = tmp_path / "audit.jsonl"
+    real("audit", "export", str(export))
+    assert "are whole" in real("audit", "verify", str(export)).stdout
+    real("audit", "export", str(export), code=1)  # nothing is written over
+    export.write_text(export.read_text().replace("create", "crea7e", 1))
+    assert "record 1 was changed" in real("audit", "verify", str(export), code=3).stderr
+    real("audit", "export", code=2)
+    real("audit", "sing", code=2)
 
 
 def test_refusals_of_the_server(real: Program) -> None:

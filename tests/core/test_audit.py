@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import pytest
+
+import edgeward.core.audit as audit_module
 from edgeward.core.audit import Audit
+from edgeward.core.chain import FORMAT, Head, check_export
+from edgeward.core.errors import Invalid
+from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key, Resource, decode
 from edgeward.hub.kinds import load
 
@@ -75,3 +83,119 @@ def test_secret_values_are_not_on_the_disk_either(tmp_path: Path) -> None:
     written = b"".join(p.read_bytes() for p in tmp_path.iterdir())
     assert b"***" in written
     assert b"geheim" not in written
+
+
+def fill(path: Path, n: int) -> None:
+    async def body() -> None:
+        audit = Audit(path)
+        for i in range(n):
+            await audit.write("create", Key("Config", "default", f"c{i}"), actor="eve")
+        audit.close()
+
+    asyncio.run(body())
+
+
+def forge(path: Path, sql: str, *values: Any) -> None:
+    db = sqlite3.connect(path)
+    with db:
+        db.execute(sql, values)
+    db.close()
+
+
+def test_what_was_done_to_the_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "audit.db"
+    fill(path, 9)
+    audit = Audit(path)
+    head = audit.head()
+    assert (audit.verify(head).broken, audit.verify(head).records, audit.verify(head).vouched) == (0, 9, 9)
+    audit.close()
+    copy = path.read_bytes()
+    for sql, where in (
+        ("UPDATE chain SET body=replace(body, 'eve', 'bob') WHERE seq=4", 4),
+        ("DELETE FROM chain WHERE seq=5", 5),
+        ("DELETE FROM chain WHERE seq>6", 7),
+        ("DELETE FROM chain WHERE seq<3", 1),
+        ("UPDATE chain SET body=x'00ff' WHERE seq=2", 2),
+        ("DELETE FROM chain", 1),
+    ):
+        path.write_bytes(copy)
+        forge(path, sql)
+        audit = Audit(path)
+        assert audit.verify(head).broken == where, sql
+        assert len(audit.items()) <= 9, "a damaged record does not keep the others from being read"
+        audit.close()
+
+
+def test_the_oldest_go_and_the_head_elsewhere_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_module, "KEEP", 20)
+    monkeypatch.setattr(audit_module, "_SLACK", 5)
+    monkeypatch.setattr(audit_module, "_PERIOD", 0.0)
+
+    async def body() -> None:
+        audit = Audit(tmp_path / "audit.db")
+        kept: list[Head] = []
+
+        async def keep(head: Head) -> None:
+            assert audit.verify(head).broken == 0, "at every moment"
+            kept.append(head)
+
+        task = asyncio.create_task(audit.run(keep))
+        for n in range(100):
+            await audit.write("create", Key("Config", "default", f"c{n}"), actor="eve")
+            for _ in range(3):
+                await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            while kept[-1].seq < 100:  # noqa: ASYNC110 - turn by turn
+                await asyncio.sleep(0)
+        task.cancel()
+        found = audit.verify(kept[-1])
+        assert found.broken == 0 and found.last == 100 and 20 <= found.records <= 27
+        assert audit.verify(kept[0]).broken > 0, "an older head does not vouch for what is gone since"
+        audit.close()
+
+    asyncio.run(body())
+
+
+def test_what_an_earlier_release_wrote_is_the_chains_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "audit.db"
+
+    async def body() -> None:
+        records = SqliteRecords(path)
+        for n in range(3):
+            await records.append("audit", {"actor": "eve", "verb": "create", "name": f"c{n}"})
+        records.close()
+
+    asyncio.run(body())
+    for _ in range(2):
+        audit = Audit(path)
+        assert [i["name"] for i in audit.items()] == ["c0", "c1", "c2"]
+        assert audit.verify(None).records == 3
+        audit.close()
+
+
+def test_labels_that_changed_are_kept() -> None:
+    async def body() -> None:
+        audit = Audit()
+        one, two = make("Config", "1"), make("Config", "1")
+        two.metadata.labels = {"team": "red"}
+        await audit.write("patch", one.key, actor="eve", before=one, after=two)
+        assert audit.items()[0]["labels"] == {"before": {}, "after": {"team": "red"}}
+
+    asyncio.run(body())
+
+
+def test_an_export_is_checked_without_the_system(tmp_path: Path) -> None:
+    path = tmp_path / "audit.db"
+    fill(path, 5)
+    audit = Audit(path)
+    links = [msgspec.json.encode(one) for one in audit.links()]
+    first = msgspec.json.encode({"format": FORMAT, "since": 0, "head": msgspec.to_builtins(audit.head())})
+    assert check_export([first, *links]).vouched == 5
+    assert check_export([first, *links[:-1]]).broken == 5
+    assert check_export([first, links[0], links[1].replace(b"eve", b"bob"), *links[2:]]).broken == 2
+    part = msgspec.json.encode({"format": FORMAT, "since": 2, "head": msgspec.to_builtins(audit.head())})
+    assert check_export([part, *links[2:]]).broken == 0
+    for bad in ([], [b"{}"], [b"no"], [links[0]], [first, b"{"], [first, b'{"seq": 1}']):
+        with pytest.raises(Invalid):
+            check_export(bad)
+    audit.close()

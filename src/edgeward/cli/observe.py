@@ -10,13 +10,16 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from edgeward.cli.output import Grid, emit, print_rows, record_rows, write
 from edgeward.cli.session import Session, UsageError
 from edgeward.cli.write import seconds
+from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.resource import check_name
 
 Record = dict[str, Any]
@@ -127,12 +130,65 @@ def journal(session: Session, limit: Limit = "200") -> None:
     _records(answer, output, JOURNAL_COLUMNS, "entries in the journal")
 
 
-def audit(session: Session, limit: Limit = "200") -> None:
-    """Print who wrote what, and when."""
+def audit(
+    session: Session,
+    what: Annotated[str, typer.Argument(metavar="[list|verify|export]")] = "list",
+    file: Annotated[str, typer.Argument(metavar="[FILE]", help="Of export and verify; - is the terminal.")] = "",
+    limit: Limit = "200",
+) -> None:
+    """Print who wrote what, and when; check that nobody changed it; take it along.
+
+    `audit verify` asks the server, `audit verify FILE` checks an export without it; the exit code is 3 when a record
+    was changed, taken out or cut off. `audit export FILE` writes the whole chain.
+    """
     output = session.output(allowed=_RECORD_FORMATS)
+    if what == "list":
+        with session.api() as api:
+            answer = api.request("GET", "/api/v1/audit", query={"limit": count(limit, "--limit")})
+        _records(answer, output, AUDIT_COLUMNS, "writes")
+    elif what == "verify":
+        _audit_verify(session, file, output)
+    elif what == "export":
+        _audit_export(session, file)
+    else:
+        raise UsageError(f"audit {what}: audit list, audit verify, or audit export")
+
+
+def _audit_verify(session: Session, file: str, output: str) -> None:
+    if file:
+        from edgeward.core.chain import check_export
+
+        try:
+            with Path(file).open("rb") as lines:
+                verdict = msgspec.to_builtins(check_export(lines))
+        except EdgewardError as e:
+            e.file = file
+            raise
+    else:
+        with session.api() as api:
+            verdict = api.request("GET", "/api/v1/audit/verify")
+    broken, vouched = verdict.get("broken", 0), verdict.get("vouched", 0)
+    if output in ("json", "yaml"):
+        emit(verdict, output)
+    elif not broken:
+        told = f", vouched for elsewhere up to {vouched}" if vouched else ""
+        write(f"{verdict['records']} records ({verdict.get('first', 0)} to {verdict.get('last', 0)}) are whole{told}")
+    if broken:
+        raise Invalid(f"the audit is not what it was: record {broken} {verdict.get('why', '')}", file=file)
+
+
+def _audit_export(session: Session, file: str) -> None:
+    if not file:
+        raise UsageError("audit export FILE: name the file to write, or - for the terminal")
     with session.api() as api:
-        answer = api.request("GET", "/api/v1/audit", query={"limit": count(limit, "--limit")})
-    _records(answer, output, AUDIT_COLUMNS, "writes")
+        chunks = api.stream("/api/v1/audit/export")
+        if file == "-":
+            for chunk in chunks:
+                sys.stdout.buffer.write(chunk)
+            return
+        with Path(file).open("xb") as out:
+            for chunk in chunks:
+                out.write(chunk)
 
 
 def top(

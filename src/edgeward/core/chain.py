@@ -14,6 +14,10 @@ from collections.abc import Iterable
 
 import msgspec
 
+from edgeward.core.errors import Invalid
+
+#: The first line of an export names it.
+FORMAT = "edgeward-audit/1"
 #: What stands before the first record.
 GENESIS = "0" * 64
 
@@ -93,3 +97,27 @@ def check(links: Iterable[Link], head: Head | None = None) -> Verdict:
     if head is not None and head.seq > last:
         return broken(last + 1, f"the end is cut off: record {head.seq} was there at {head.time or 'some time'}")
     return Verdict(count, first, last, 0, "", vouched)
+
+
+def check_export(lines: Iterable[bytes]) -> Verdict:
+    """Whether an exported chain is what it was. Raises ``Invalid`` when it is no export."""
+    numbered = iter(enumerate(lines, 1))
+    try:
+        first = msgspec.json.decode(next(numbered)[1])
+        if not isinstance(first, dict) or first.get("format") != FORMAT:
+            raise Invalid(f"is no {FORMAT} file", line=1)
+        head = msgspec.convert(first["head"], Head) if first.get("head") else None
+        if first.get("since"):
+            head = None  # a part: only its inner order can be checked
+    except (StopIteration, msgspec.DecodeError, msgspec.ValidationError):
+        raise Invalid(f"is no {FORMAT} file", line=1, remedy="make one: edgeward audit export FILE") from None
+
+    def links() -> Iterable[Link]:
+        for n, line in numbered:
+            if line.strip():
+                try:
+                    yield msgspec.json.decode(line, type=Link)
+                except (msgspec.DecodeError, msgspec.ValidationError) as e:
+                    raise Invalid(f"is damaged: {e}", line=n) from None
+
+    return check(links(), head)

@@ -21,8 +21,8 @@ from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
 from edgeward.core.authz import BUILT_IN, Principal, administrator
 from edgeward.core.bus import Bus
-from edgeward.core.claims import Claims
 from edgeward.core.chain import Head
+from edgeward.core.claims import Claims
 from edgeward.core.errors import EdgewardError, Refused, Unauthorized
 from edgeward.core.files import ensure_dir, read_json
 from edgeward.core.identity import HubIdentity
