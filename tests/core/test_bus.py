@@ -14,7 +14,7 @@ import pytest
 from nats.aio.msg import Msg
 from nats.js.api import StreamConfig
 
-from edgeward.core.bus import Bus
+from edgeward.core.bus import Bus, cancellable
 from edgeward.core.errors import Conflict, Invalid, NotFound, TooLarge, Unreachable
 from edgeward.core.natsserver import AGENT_USER, NatsServer, NodeSpec
 
@@ -265,5 +265,31 @@ def test_a_cancellation_in_the_turn_of_the_answer_is_not_lost(tmp_path: Path, ve
             async with asyncio.timeout(5):
                 await asyncio.wait({task})
             assert task.cancelled()
+
+    asyncio.run(main())
+
+
+def test_a_cancellation_in_the_turn_of_an_error_is_not_lost() -> None:
+    async def main() -> None:
+        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        rounds = 0
+
+        async def ask_for_ever() -> None:
+            nonlocal rounds
+            while rounds < 5:
+                rounds += 1
+                try:
+                    await cancellable(asyncio.wait_for(answer, 30))
+                except ValueError:
+                    await asyncio.sleep(0)
+
+        task = asyncio.create_task(ask_for_ever())
+        while not rounds:  # noqa: ASYNC110 - turn by turn
+            await asyncio.sleep(0)
+        answer.set_exception(ValueError("no responders"))
+        task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled()
+        assert rounds == 1
 
     asyncio.run(main())

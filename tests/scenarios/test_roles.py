@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import ssl
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.scenarios.test_join import box
+
+__all__ = ["box"]
 
 System = Any
 
@@ -69,6 +77,54 @@ def test_tokens_of_roles_at_the_hub_and_at_a_cut_site(
     monkeypatch.setenv("EDGEWARD_TOKEN", operator)
     system.wait("gone from the node", lambda: not whoami(system, *at))
     monkeypatch.delenv("EDGEWARD_TOKEN")
+
+
+def test_people_of_a_site_come_in_over_tls_with_a_token_while_it_is_cut_off(
+    systems: Callable[..., System], box: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up = systems("hub", "up")
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    data = tmp_path / "one"
+    data.mkdir(mode=0o700)
+    (data / "node.json").write_text(json.dumps({"api": {"listen": f"127.0.0.1:{port}"}}))
+    box("one", up.run("token", "create", "--site", "plant", "--node", "box-1", "--ttl", "24h").split()[-1])
+    here = up.run("token", "create", "--role", "operator", "--sites", "plant", "--ttl", "1h", "--name", "here").split()[
+        -1
+    ]
+    hub_only = up.run("token", "create", "--role", "admin", "--ttl", "1h").split()[-1]
+    nodes = [{"name": "box-1", "site": "plant", "api": f"https://127.0.0.1:{port}"}]
+    context = tmp_path / "site.json"
+    context.write_text(json.dumps({"nodes": nodes, "ca_file": up.context["ca_file"]}))
+
+    def at(*args: str, token: str, code: int = 0) -> str:
+        env = {**os.environ, "EDGEWARD_TOKEN": token, "EDGEWARD_CONTEXT": str(context)}
+        argv = [sys.executable, "-m", "edgeward", *args, "--at", "box-1"]
+        done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=60)
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    def open_() -> bool:
+        try:
+            return "operator" in at("whoami", token=here)
+        except AssertionError:
+            return False
+
+    up.wait("the site knows the token", open_)
+    assert "the token is wrong" in at("get", "apps", token=hub_only, code=3)
+    assert "token" in at("get", "apps", token="", code=3)
+    assert "may not" in at("get", "accesstokens", token=here, code=3)
+    up.stop()
+    assert "here: person, role operator" in at("whoami", token=here), "while the hub is away"
+    assert "box-1" in at("get", "nodes", token=here)
+    # who does not trust the hub's CA trusts no node; who asks for another node does not take this one for it
+    nodes[0]["name"] = "box-2"
+    context.write_text(json.dumps({"nodes": nodes, "ca_file": up.context["ca_file"]}))
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeward", "whoami", "--at", "box-2"], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "EDGEWARD_TOKEN": here, "EDGEWARD_CONTEXT": str(context)},
+    )  # fmt: skip
+    assert (done.returncode, "certificate" in done.stderr) == (6, True)
 
 
 def whoami(system: System, *at: str) -> str:

@@ -27,10 +27,11 @@ from starlette.routing import Route
 from edgeward import __version__
 from edgeward.agent.desired import Desired
 from edgeward.agent.kinds import load
+from edgeward.agent.listen import Listener, address_of, needs_token
 from edgeward.agent.replica import Replica
 from edgeward.core import clock, daemon
 from edgeward.core.access import Action, declare, needs, record_routes, top_sift
-from edgeward.core.api import build_app
+from edgeward.core.api import Auth, Gate, build_app
 from edgeward.core.audit import Audit
 from edgeward.core.authz import Principal, administrator
 from edgeward.core.bus import Bus
@@ -96,6 +97,8 @@ class Agent:
             vault=self.vault,
         )
         self.tokens = AccessTokens(self.replica, site=self.site)
+        listen = address_of(config.get("api"))
+        self.listener = Listener(self.identity, listen, self._say) if listen else None
         self._ready = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self.nats: NatsServer | None = None
@@ -106,16 +109,7 @@ class Agent:
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def run(self, stop: asyncio.Event) -> int:
-        self.app = app = build_app(
-            self.resources,
-            self.replica,
-            auth=self._who,
-            extra_routes=self._routes(),
-            health=self._health,
-            metrics=self._metrics,
-            info={"role": "agent", "version": __version__, "node": self.node, "site": self.site},
-            audit_head=self._audit_head,
-        )
+        self.app = app = self._api(self._who)
         self.api_socket.unlink(missing_ok=True)
         old_umask = os.umask(0o177)  # the socket is for the owner only; uvicorn would make it for everybody
         try:
@@ -123,7 +117,11 @@ class Agent:
             async with server:
                 self.api_socket.chmod(0o600)
                 os.umask(old_umask)
-                await daemon.until(stop, self.apps.run, self._watch, self._messages, self._token_uses, self._anchor)
+                works = [self.apps.run, self._watch, self._messages, self._token_uses, self._anchor]
+                if (listener := self.listener) is not None:
+                    open_api = self._api(self._bearer)
+                    works.append(lambda: listener.run(open_api))
+                await daemon.until(stop, *works)
         finally:
             os.umask(old_umask)
             self._ready = False
@@ -136,6 +134,18 @@ class Agent:
             self.run_file.remove()
             self.api_socket.unlink(missing_ok=True)
         return 0
+
+    def _api(self, auth: Auth) -> Gate:
+        return build_app(
+            self.resources,
+            self.replica,
+            auth=auth,
+            extra_routes=self._routes(),
+            health=self._health,
+            metrics=self._metrics,
+            info={"role": "agent", "version": __version__, "node": self.node, "site": self.site},
+            audit_head=self._audit_head,
+        )
 
     async def _messages(self) -> None:
         """nats-server, and everything that speaks through it."""
@@ -199,6 +209,8 @@ class Agent:
 
     async def _renewed(self, trust_changed: bool) -> None:
         self._event("Normal", "CredentialsRenewed", "the hub renewed this node's credentials")
+        if self.listener is not None:
+            self.listener.renewed()
         if trust_changed and self.nats is not None:
             await self.nats.restart()
             self._say()
@@ -240,6 +252,7 @@ class Agent:
             ready=self._ready,
             nats=nats.pid if nats else None,
             api=str(self.api_socket),
+            api_url=(self.listener.url or None) if self.listener is not None else None,
             mqtt_url=f"mqtt://{self.address}:{nats.ports['mqtt']}" if nats else None,
             mqtt_user=MQTT_USER,
             mqtt_password=self._mqtt_password(),
@@ -333,6 +346,9 @@ class Agent:
     def _who(self, token: str | None, client: Any) -> Principal:
         """The socket is its owner's: who can open it without a token is this machine's administrator."""
         return administrator("local", "local") if token is None else self.tokens.verify(token)
+
+    def _bearer(self, token: str | None, client: Any) -> Principal:
+        return self.tokens.verify(needs_token(token))
 
     # -- API beside the resources ---------------------------------------------------------------------
 

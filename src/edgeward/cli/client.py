@@ -62,6 +62,18 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock = _connect_unix(self._path, self.timeout or CONNECT_TIMEOUT)
 
 
+class _NamedConnection(http.client.HTTPSConnection):
+    """TLS to a server whose certificate is for another name than the address that it is reached by."""
+
+    def __init__(self, host: str, port: int | None, *, timeout: float, context: Any, name: str) -> None:
+        super().__init__(host, port, timeout=timeout, context=context)
+        self._tls, self._name = context, name
+
+    def connect(self) -> None:
+        plain = socket.create_connection((self.host, self.port), self.timeout)
+        self.sock = self._tls.wrap_socket(plain, server_hostname=self._name)
+
+
 class Api:
     """One server's API. Use it as a context manager, or call :meth:`close`."""
 
@@ -71,11 +83,14 @@ class Api:
         *,
         token: str | None = None,
         ca_file: str | None = None,
+        node: str = "",
         who: str = "the server",
         remedy: str = "",
         connect_timeout: float = CONNECT_TIMEOUT,
     ) -> None:
         self.url = url
+        #: The node whose own API this is, if it is one over TLS: its certificate is for its name.
+        self._node = node
         self.who = who
         self._remedy = remedy
         self._token = token
@@ -113,6 +128,10 @@ class Api:
             tls = ssl.create_default_context(cafile=self._ca_file)
         except OSError as e:  # SSLError is one, too
             raise self._unreachable(f"the CA file {self._ca_file} cannot be read: {e.strerror or e}") from None
+        if self._node:
+            from edgeward.core.certs import NODE_DOMAIN
+
+            return _NamedConnection(host, port, timeout=timeout, context=tls, name=self._node + NODE_DOMAIN)
         return http.client.HTTPSConnection(host, port, timeout=timeout, context=tls)
 
     def _unreachable(self, why: str) -> Unreachable:
@@ -357,7 +376,7 @@ def connect(context: str | None, at: str | None, *, connect_timeout: float = CON
             raise Unreachable(
                 f"the context {loaded.path} has no API address of node {node.name}", remedy="is its agent running?"
             )
-        return _agent_api(node.api, loaded, f"node {node.name}", connect_timeout)
+        return _agent_api(node.api, loaded, f"node {node.name}", connect_timeout, node.name)
     if not loaded.hub_url:
         raise Unreachable(
             f"the context {loaded.path} has no hub", remedy="name a node by --at NODE, or start a hub: `edgeward up`"
@@ -372,7 +391,7 @@ def connect(context: str | None, at: str | None, *, connect_timeout: float = CON
     )
 
 
-def _agent_api(address: str, context: Context | None, who: str, connect_timeout: float) -> Api:
+def _agent_api(address: str, context: Context | None, who: str, connect_timeout: float, name: str = "") -> Api:
     token = os.environ.get(TOKEN_ENV) or (context.token if context else None)
     if token and not is_access_token(token):
         token = None  # the hub's own; a node's socket is its owner's without one
@@ -380,4 +399,4 @@ def _agent_api(address: str, context: Context | None, who: str, connect_timeout:
     remedy = f"is its agent running{where}?"
     url = address if "://" in address else _AF_UNIX_NAME + str(Path(address).expanduser())
     ca_file = context.ca_file if context else None
-    return Api(url, token=token, ca_file=ca_file, who=who, remedy=remedy, connect_timeout=connect_timeout)
+    return Api(url, token=token, ca_file=ca_file, node=name, who=who, remedy=remedy, connect_timeout=connect_timeout)

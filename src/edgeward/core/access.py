@@ -169,7 +169,7 @@ def record_key(record: Mapping[str, Any]) -> Key | None:
     parts = str(record.get("resource", "")).split("/")
     if len(parts) == 3:
         return Key(parts[0], parts[1], parts[2])
-    kind = next((k for k in kinds if k.name == parts[0]), None)
+    kind = kinds.named(parts[0])
     if len(parts) == 2 and kind is not None:
         return Key(kind.name, "default" if kind.namespaced else CLUSTER, parts[1])
     return None
@@ -252,7 +252,8 @@ def may_reveal(who: Principal, r: Resource) -> bool:
 
 
 def _secret_fields(kind: str) -> tuple[str, ...]:
-    return next((k.secret_fields for k in kinds if k.name == kind), ())
+    known = kinds.named(kind)
+    return known.secret_fields if known is not None else ()
 
 
 def keep_hidden(doc: dict[str, Any], old: Resource | None) -> None:

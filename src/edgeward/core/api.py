@@ -697,4 +697,4 @@ async def _not_allowed(request: Request, exc: Exception) -> Response:
 
 Handler = Callable[[Request], Awaitable[Response]]
 
-__all__ = ["Auth", "Handler", "Principal", "actor_of", "build_app", "parse_body", "read_body", "refused"]
+__all__ = ["Auth", "Gate", "Handler", "Principal", "actor_of", "build_app", "parse_body", "read_body", "refused"]

@@ -103,6 +103,7 @@ async def http_server(app: Any, **options: Any) -> AsyncIterator[uvicorn.Server]
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # whoever connects by a relay on this machine could name any address as its own
         timeout_keep_alive=75,
         timeout_graceful_shutdown=2,
         h11_max_incomplete_event_size=65536,

@@ -128,6 +128,10 @@ class Kinds:
             )
         return kind
 
+    def named(self, name: str) -> Kind | None:
+        """The kind called exactly so, if there is one."""
+        return self._kinds.get(name)
+
     def find(self, word: str) -> Kind:
         """The kind a person means by ``app``, ``apps``, ``App`` or a short name."""
         name = self._alias.get(word.lower())
