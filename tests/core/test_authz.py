@@ -128,7 +128,20 @@ def test_the_built_in_roles() -> None:
     for verb in VERBS:
         for kind in every:
             assert decide(BUILT_IN["admin"], Ask(verb, kind))
-    writes = ("create", "update", "patch", "delete", "status", "reveal", "promote", "enrol", "issue", "revoke", "exec")
+    writes = (
+        "create",
+        "update",
+        "patch",
+        "delete",
+        "status",
+        "reveal",
+        "promote",
+        "enrol",
+        "issue",
+        "revoke",
+        "rotate",
+        "exec",
+    )
     for kind in every:
         for verb in writes:
             assert not decide(BUILT_IN["viewer"], Ask(verb, kind)), (verb, kind)

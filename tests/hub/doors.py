@@ -183,8 +183,19 @@ async def open_hub(folder: Path, *, life: float = 90 * DAY) -> AsyncIterator[Ope
                 raise Unauthorized("no")
             return administrator("admin")
 
+        told: list[str] = []
+
+        async def tell(node: str) -> None:
+            told.append(node)
+
+        def new_ca() -> None:
+            f.identity.ensure_certificate()
+            hub.server.config.ssl.load_cert_chain(tls)  # type: ignore[attr-defined]
+
+        enrol_routes = EnrolRoutes(enrolment, f.identity, tell=tell, online=lambda n: n != "away", new_ca=new_ca)
+        hub.told = told  # type: ignore[attr-defined]
         app = build_app(
-            f.resources, f.store, auth=auth, extra_routes=EnrolRoutes(enrolment, f.identity).routes(),
+            f.resources, f.store, auth=auth, extra_routes=enrol_routes.routes(),
             health=lambda: (True, {}), metrics=lambda: "", info={},
         )  # fmt: skip
         links = Links(lambda: ("127.0.0.1", f.server.ports["websocket"]))

@@ -28,7 +28,7 @@ from edgeward.nodes.wire import BeatAnswer, BeatAsk
 
 def run(body: Any) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(60):
             await body
 
     asyncio.run(bounded())

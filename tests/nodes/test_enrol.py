@@ -341,6 +341,8 @@ def test_without_a_link_what_the_hub_says_decides() -> None:
     assert step(down_for=25, probe="reachable", probes=2) == ("renew", 0.0), "something keeps it out"
     # 400 days away; and a clock at 1970: at once
     assert step(NOW + 400 * DAY, down_for=25, probe="reachable", probes=1) == ("renew", 0.0)
+    assert step(NOW + 400 * DAY, down_for=1) == ("wait", 1.0)
+    assert step(NOW + 400 * DAY, down_for=3) == ("probe", 0.0), "it knows that it is its own fault"
     assert step(0.0, down_for=25, probe="reachable", probes=1) == ("renew", 0.0)
     assert step(NOW + 400 * DAY, down_for=25, probe="unreachable", probes=1)[0] == "probe"
 

@@ -170,3 +170,101 @@ def test_a_wiped_directory_of_up_is_set_up_anew(systems: Callable[..., Any]) -> 
     again.ready_file.unlink()
     third = systems("hub", "up")
     third.wait("online", lambda: status(third, "plant-1").get("online"))
+
+
+def credentials(up: Any, node: str) -> str:
+    return str((status(up, node).get("credentials") or {}).get("issued", ""))
+
+
+def test_credentials_are_renewed_and_an_expired_node_gets_back_in(
+    systems: Callable[..., Any], box: Callable[..., Box], tmp_path: Path
+) -> None:
+    """Lives of 15 s: what is 90 days otherwise."""
+    (tmp_path / "hub" / "hub").mkdir(parents=True)
+    (tmp_path / "hub" / "hub" / "hub.json").write_text('{"certificateLife": "15s"}')
+    up = systems("hub", "up")
+    token = up.run("token", "create", "--site", "plant", "--node", "box-1").split()[-1]
+    one = box("one", token)
+    up.wait("joined", lambda: status(up, "box-1").get("online"))
+    first = credentials(up, "box-1")
+    since = status(up, "box-1")["since"]
+    one.close()
+    last = credentials(up, "box-1")
+    before = credentials(up, "plant-1")
+    up.wait("renewed", lambda: credentials(up, "plant-1") > before, 40)
+    ends = status(up, "box-1")["credentials"]["expires"][:19]
+    up.wait("box-1's have ended", lambda: time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) > ends, 40)
+    again = box("one", token)
+    up.wait(
+        "back without a visit", lambda: credentials(up, "box-1") > last and status(up, "box-1")["since"] > since, 60
+    )
+    up.wait("online", lambda: status(up, "box-1").get("online"))
+    assert first
+    assert again.process.poll() is None
+    # renewals are not seen by anybody: plant-1 was never offline
+    events = json.loads(up.run("events", "-o", "json"))["items"]
+    assert "NodeOffline" not in [e["reason"] for e in events if e["resource"] == "Node/plant-1"]
+    assert "CredentialsRenewed" in [e["reason"] for e in events if e["resource"] == "Node/plant-1"]
+
+
+def test_the_ca_is_replaced_while_a_node_is_away(
+    systems: Callable[..., Any], box: Callable[..., Box], tmp_path: Path
+) -> None:
+    up = systems("hub", "up")
+    token = up.run("token", "create", "--site", "plant", "--node", "box-1").split()[-1]
+    one = box("one", token)
+    up.wait("joined", lambda: status(up, "box-1").get("online"))
+    one.close()
+    up.wait("away", lambda: not status(up, "box-1").get("online"), 40)
+    old = json.loads(up.run("hub", "ca", "-o", "json"))
+    new = json.loads(up.run("hub", "rotate-ca", "-o", "json"))
+    assert new["signing"] != old["signing"]
+    assert (new["trusted"], new["waiting"], new["waitingOnline"]) == (2, ["box-1"], [])
+    # a new hub process and nats-server: everybody dials anew
+    hub = up.context["pids"]["hub"]
+    for pid in (up.context["pids"]["nats"], hub):
+        os.kill(pid, signal.SIGKILL)
+    up.wait("a new hub", lambda: up.context["pids"]["hub"] not in (None, hub))
+    up.wait("plant-1 is linked", lambda: _reached(up, "plant-1"), 60)
+    up.run("hub", "retire-ca")
+    box("one", token)
+    up.wait("box-1 is back", lambda: status(up, "box-1").get("online"), 90)
+
+
+def _reached(up: Any, node: str) -> bool:
+    """Whether the hub reaches the node over the link."""
+    env = {**os.environ, "EDGEWARD_CONTEXT": str(up.data / "context.json")}
+    argv = [sys.executable, "-m", "edgeward", "top", "nodes", "-o", "json"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=30)
+    found = json.loads(done.stdout)["items"] if done.returncode == 0 else []  # the hub is not there yet
+    return any(n["name"] == node and n.get("agentMB") for n in found)
+
+
+def test_many_at_once_and_one_that_leaves(systems: Callable[..., Any], box: Callable[..., Box], tmp_path: Path) -> None:
+    up = systems("hub", "up")
+    names = [f"box-{n}" for n in range(20)]
+    (tmp_path / "boxes").write_text("# ours\n" + "".join(f"{n} field\n" for n in names))
+    lines = up.run("token", "create", "--batch", str(tmp_path / "boxes"))
+    (tmp_path / "tokens").write_text(lines)
+    fleet = tmp_path / "fleet"
+    out = up.run("join", "--batch", str(tmp_path / "tokens"), "--data", str(fleet))
+    assert sorted(out.split("\n")) == sorted(["", *(f"node/{n} joined" for n in names)])
+    assert up.get("node", "box-7")["spec"]["site"] == "field"
+    keys = {status(up, n)["credentials"]["publicKey"] for n in names}
+    assert len(keys) == 20
+    # again: nothing happens; one of them runs
+    assert "joined already" in up.run("join", "--batch", str(tmp_path / "tokens"), "--data", str(fleet))
+    token = next(line.split()[1] for line in lines.splitlines() if line.startswith("box-7 "))
+    seven = Box(fleet / "box-7", token)
+    try:
+        up.wait("online", lambda: status(up, "box-7").get("online"))
+        up.run("leave", "--data", str(fleet / "box-7"))
+        assert seven.process.wait(20) == 0
+        up.run("get", "node", "box-7", code=5)
+        up.run("leave", "--data", str(fleet / "box-7"), code=3)
+    finally:
+        seven.close()
+    for bad in ("box-1\n", "a b c\n", "box-1 x\nbox-1 y\n", "../x ewj_y\n"):
+        (tmp_path / "bad").write_text(bad)
+        up.run("join", "--batch", str(tmp_path / "bad"), "--data", str(fleet), code=3)
+    assert not (tmp_path / "x").exists()

@@ -50,9 +50,9 @@ from edgeward.core.streaming import flag, json, number
 from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
 from edgeward.nodes.calls import CallServer
-from edgeward.nodes.door import Address, Door
+from edgeward.nodes.door import Door
 from edgeward.nodes.edge import NodeEdge
-from edgeward.nodes.enrol_edge import Renewer
+from edgeward.nodes.enrol_edge import Renewer, door_of
 from edgeward.nodes.wan import LinkWatch, redial
 from edgeward.streams.edge import ExportsEdge
 from edgeward.workloads.edge import AppsEdge
@@ -203,9 +203,7 @@ class Agent:
     # -- identity ------------------------------------------------------------------------------------------------
 
     def _door(self) -> Door:
-        address = Address(str(self.hub["host"]), int(self.hub["port"]), str(self.hub.get("proxy", "")))
-        proxy_ca = self.identity.proxy_ca_file
-        return Door(address, self.identity.trusted(), proxy_ca.read_text() if proxy_ca.exists() else "")
+        return door_of(self.identity, self.hub)
 
     async def _renewed(self, trust_changed: bool) -> None:
         self._event("Normal", "CredentialsRenewed", "the hub renewed this node's credentials")

@@ -69,6 +69,8 @@ COMMANDS: dict[str, Row] = {
     "whoami": Row(f"{_CLI}.access:whoami", _WHO, "Who you are to the system, and your rules."),
     "can": Row(f"{_CLI}.access:can", _WHO, "Whether you may do something."),
     "join": Row(f"{_CLI}.fleet:join", _FLEET, "Join this box to a fleet and run its agent.", session=False),
+    "leave": Row(f"{_CLI}.fleet:leave", _FLEET, "Take this box out of its fleet.", session=False),
+    "hub": Row(f"{_CLI}.hub:app", _FLEET, "The hub itself: its certificate authority.", group=True),
     "node": Row(f"{_CLI}.fleet:app", _FLEET, "The boxes of the fleet: list, revoke, replace.", group=True),
     "token": Row(f"{_CLI}.token:app", _WHO, "Make, list and end tokens: of boxes, people, programs.", group=True),
     "doctor": Row(f"{_CLI}.doctor:doctor", _CARE, "Check this machine, and say what to do."),

@@ -41,6 +41,7 @@ VERBS: Mapping[str, str] = {
     "enrol": "let a node in",
     "issue": "make a token",
     "revoke": "cut a node off, end a token",
+    "rotate": "replace the hub's certificate authority",
     "metrics": "read the process's metrics from another machine",
     "backup": "make a backup, or a support bundle",
     "exec": "run something inside an app",

@@ -8,6 +8,7 @@ between and looks into TLS cannot pass for the hub. The decisions are in ``nodes
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -20,7 +21,8 @@ from starlette.routing import Route
 from edgeward.core import clock
 from edgeward.core.access import needs, opened, principal
 from edgeward.core.api import parse_body, read_body
-from edgeward.core.errors import EdgewardError, Invalid, TooMany, Unreachable
+from edgeward.core.certs import fingerprint
+from edgeward.core.errors import Conflict, EdgewardError, Invalid, TooMany, Unreachable
 from edgeward.core.identity import HubIdentity
 from edgeward.core.quantity import parse_duration
 from edgeward.core.resource import check_name, invalid_from
@@ -34,6 +36,8 @@ log = logging.getLogger("edgeward.enrol")
 MAX_ASK = 32 * 1024
 _AT_ONCE = 64
 _READ, _WORK = 10.0, 30.0
+#: Nodes that are told at once to renew: each starts its nats-server anew when the CAs are others.
+_TELL_AT_ONCE = 8
 #: Asks of one source that may fail at once, and how fast that grows back.
 _FAILURES, _FAILURES_PER_SECOND = 20, 0.5
 
@@ -61,8 +65,19 @@ def _from(request: Request) -> str:
 
 
 class EnrolRoutes:
-    def __init__(self, enrolment: Enrolment, identity: HubIdentity) -> None:
+    def __init__(
+        self,
+        enrolment: Enrolment,
+        identity: HubIdentity,
+        *,
+        tell: Callable[[str], Awaitable[None]],
+        online: Callable[[str], bool],
+        new_ca: Callable[[], None],
+    ) -> None:
+        """``tell``: has an online node renew now. ``new_ca``: the listener's certificate is to be made anew."""
         self._enrolment, self._identity = enrolment, identity
+        self._tell, self._online, self._new_ca = tell, online, new_ca
+        self._telling: asyncio.Task[None] | None = None
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._failures = Throttle(burst=_FAILURES, rate=_FAILURES_PER_SECOND)
 
@@ -74,6 +89,10 @@ class EnrolRoutes:
             Route(f"{base}/enrol", opened(self.enrol), methods=["POST"]),
             Route(f"{base}/renew", opened(self.renew), methods=["POST"]),
             Route(f"{base}/leave", opened(self.leave), methods=["POST"]),
+            Route(f"{base}/ca/rotate", needs("rotate", "Hub")(self.rotate), methods=["POST"]),
+            Route(f"{base}/ca/activate", needs("rotate", "Hub")(self.activate), methods=["POST"]),
+            Route(f"{base}/ca/retire", needs("rotate", "Hub")(self.retire), methods=["POST"]),
+            Route(f"{base}/ca/state", needs("rotate", "Hub")(self.state), methods=["GET"]),
             Route(f"{base}/issue/jointoken", needs("issue", "JoinToken")(self.issue), methods=["POST"]),
             Route(f"{base}/nodes/{{name}}/revoke", needs("revoke", "Node", "object")(self.revoke), methods=["POST"]),
         ]
@@ -116,6 +135,54 @@ class EnrolRoutes:
             raise
         said = msgspec.json.encode(grant)
         return json(Answer(said, self._enrolment.proof(body, said)))
+
+    # -- the CA ----------------------------------------------------------------------------------------------------
+
+    async def rotate(self, request: Request) -> Response:
+        """Makes the next CA; nodes that are online are told at once, the others when they are back."""
+        self._identity.authority.rotate()
+        self._tell_nodes()
+        return await self.state(request)
+
+    async def activate(self, request: Request) -> Response:
+        """The next CA signs from now on, the listener's certificate first."""
+        self._identity.authority.activate()
+        self._new_ca()
+        return await self.state(request)
+
+    async def retire(self, request: Request) -> Response:
+        if self._identity.authority.next is not None:
+            raise Conflict("a next CA waits", remedy="activate it first")
+        self._identity.authority.retire()
+        self._tell_nodes()
+        return await self.state(request)
+
+    async def state(self, request: Request) -> Response:
+        authority = self._identity.authority
+        waiting = self._enrolment.waiting()
+        return json(
+            {
+                "signing": fingerprint(authority.cert).hex(),
+                "next": fingerprint(authority.next).hex() if authority.next else None,
+                "trusted": len(authority.trust().trusted),
+                "waiting": waiting,
+                "waitingOnline": [n for n in waiting if self._online(n)],
+            }
+        )
+
+    def _tell_nodes(self) -> None:
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.get_running_loop().create_task(self._tell_all())
+
+    async def _tell_all(self) -> None:
+        slots = asyncio.Semaphore(_TELL_AT_ONCE)
+
+        async def one(node: str) -> None:
+            async with slots:
+                with contextlib.suppress(EdgewardError):  # it renews when it is back
+                    await self._tell(node)
+
+        await asyncio.gather(*(one(n) for n in self._enrolment.waiting() if self._online(n)))
 
     # -- an operator's -----------------------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ from edgeward.hub.enrol import EnrolRoutes
 from edgeward.hub.front import Links, front_protocol
 from edgeward.hub.kinds import load
 from edgeward.hub.routes import HubRoutes
+from edgeward.nodes.calls import call
 from edgeward.nodes.cloud import NodesCloud
 from edgeward.nodes.enrol_cloud import Enrolment
 from edgeward.streams.cloud import StreamsCloud
@@ -64,10 +65,11 @@ class Hub:
         self.certificate_life = parse_duration(config.get("certificateLife", "90d"))
         self.run_file = daemon.RunFile(data / "run.json")
         self._ready = False
+        self._server: Any = None
 
     async def run(self, stop: asyncio.Event) -> int:
         ensure_dir(self.data)
-        identity = HubIdentity.open(self.data / "identity", self.names)
+        self.identity = identity = HubIdentity.open(self.data / "identity", self.names)
         identity.admin_token()
         # the nodes' accounts are in the store and pushed (nodes/enrol_cloud.py)
         spec = HubSpec(identity.operator_jwt, identity.system_account, identity.own_accounts)
@@ -127,7 +129,9 @@ class Hub:
             auth=auth,
             extra_routes=[
                 *routes.routes(),
-                *EnrolRoutes(self.enrolment, identity).routes(),
+                *EnrolRoutes(
+                    self.enrolment, identity, tell=self._have_renew, online=self.nodes.is_online, new_ca=self._new_ca
+                ).routes(),
                 *backup_routes(self.bus.client, self.data, sealing_key(self.data), vault),
             ],
             health=self._health,
@@ -143,7 +147,8 @@ class Hub:
             ssl_certfile=str(identity.tls_file),
             ssl_keyfile=str(identity.tls_file),
             http=front_protocol(self.links),
-        ):
+        ) as server:
+            self._server = server
             self._ready = True
             self._say()
             log.info(
@@ -159,6 +164,7 @@ class Hub:
                     self.enrolment.run,
                     self._controllers,
                     self._retention,
+                    self._listener,
                     self._token_uses,
                     self._anchor,
                 )
@@ -170,6 +176,23 @@ class Hub:
         await self.nats.stop()
         self.run_file.remove()
         return 0
+
+    # -- the listener's certificate --------------------------------------------------------------------------------
+
+    def _new_ca(self) -> None:
+        if self.identity.ensure_certificate(self.names) and self._server is not None:
+            # the context of the running listener: connections from now on
+            self._server.config.ssl.load_cert_chain(self.identity.tls_file)
+            log.info("the listener has a new certificate")
+
+    async def _listener(self) -> None:
+        while True:
+            await asyncio.sleep(6 * 3600)  # the period of looking at a certificate of a year
+            self._new_ca()
+
+    async def _have_renew(self, node: str) -> None:
+        async for _ in call(self.bus.client, node, "renew", {}):
+            pass
 
     def _say(self) -> None:
         self.run_file.write(ready=self._ready, nats=self.nats.pid, url=f"https://{self.address}:{self.port}")

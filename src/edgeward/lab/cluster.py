@@ -254,7 +254,9 @@ class Cluster:
         await self.links.open(self.topology, port)
         bind, seen = self.links.bind_address(None), self.links.host_address(None)
         names = sorted({self.links.link_address(n)[0] for n in self.nodes} | {seen})
-        write_json(self.hub.directory / "hub.json", {"port": port, "bind": bind, "advertise": seen, "names": names})
+        config = read_json(self.hub.directory / "hub.json", {})  # what else the operator wrote there stays
+        config |= {"port": port, "bind": bind, "advertise": seen, "names": names}
+        write_json(self.hub.directory / "hub.json", config)
         self.hub.argv = self._python(None, "edgeward.hub", "--data", str(self.hub.directory), "--die-with-parent")
         await self._start(self.hub)
         self._say("hub is ready")

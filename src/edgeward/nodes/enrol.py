@@ -203,6 +203,8 @@ class Member(msgspec.Struct, omit_defaults=True):
     expires: float = 0.0
     #: Serial number of the present certificate, hex.
     serial: str = ""
+    #: A digest of the CAs that it was last given to trust.
+    trusts: str = ""
     #: From an earlier release: a key is known by the user JWT that it got.
     legacy: bool = False
 
@@ -363,6 +365,8 @@ class Standing(msgspec.Struct, frozen=True):
 
 #: Without the link for so long, a node looks whether it is its own credentials or trust that keep it out.
 STRANDED, PROBE = 20.0, 30.0
+#: The same for one whose credentials have ended by its own clock.
+STRANDED_ENDED = 2.0
 #: Seconds between two tries to renew.
 RETRY_FIRST, RETRY_MOST, RETRY_MOST_DOWN = 5.0, 3600.0, 60.0
 #: A wait is cut into pieces: the wall clock may step.
@@ -382,9 +386,10 @@ def next_step(s: Standing, now: float, spread: float) -> tuple[Literal["wait", "
             return "renew", _backoff(s.failed, min(RETRY_MOST, max(RETRY_FIRST, life / 30)), spread)
         wait = renew_at(s.issued, s.expires, spread) - now if s.expires else 0.0
         return ("renew", 0.0) if wait <= 0 else ("wait", min(wait, LOOK))
-    if s.down_for < STRANDED:
-        return "wait", STRANDED - s.down_for
     ended = bool(s.expires) and not s.issued - 86400 <= now < s.expires
+    patience = STRANDED_ENDED if ended else STRANDED
+    if s.down_for < patience:
+        return "wait", patience - s.down_for
     if s.probe == "untrusted" or (s.probe == "reachable" and (ended or s.probes > 1)):
         return "renew", _backoff(s.failed, RETRY_MOST_DOWN, spread) if s.failed else 0.0
     return "probe", PROBE * (0.5 + spread / 2) if s.probe else 0.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
@@ -50,10 +51,18 @@ class _Made(msgspec.Struct, frozen=True):
     certificate: x509.Certificate
     issued: float
     expires: float
+    #: All CAs to trust, PEM.
+    ca: str
 
     def on(self, member: Member) -> Member:
         serial = f"{self.certificate.serial_number:x}"
-        return msgspec.structs.replace(member, issued=self.issued, expires=self.expires, serial=serial)
+        return msgspec.structs.replace(
+            member, issued=self.issued, expires=self.expires, serial=serial, trusts=_digest(self.ca)
+        )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Enrolment:
@@ -358,12 +367,22 @@ class Enrolment:
 
     def _certificate(self, csr: x509.CertificateSigningRequest, node: str, now: float) -> _Made:
         issued, expires = float(int(now)), float(int(now + self._life))
-        return _Made(self._identity.authority.node(csr, node, issued, expires), issued, expires)
+        return _Made(self._identity.authority.node(csr, node, issued, expires), issued, expires, self._trusted())
+
+    def _trusted(self) -> str:
+        """All CAs to trust. In an order that an activation does not change: it is no news to a node."""
+        return "".join(sorted(self._identity.authority.trust().trusted))
 
     def _grant(self, member: Member, made: _Made, node: str, site: str, now: float) -> Grant:
         jwt = self._identity.user_jwt(node, member.seed, member.key, issued=int(made.issued), expires=int(made.expires))
-        ca = "".join(self._identity.authority.trust().trusted)
-        return Grant(jwt, pem(made.certificate), ca, site, made.issued, made.expires, now)
+        return Grant(jwt, pem(made.certificate), made.ca, site, made.issued, made.expires, now)
+
+    # -- the hub's own CA ------------------------------------------------------------------------------------------
+
+    def waiting(self) -> list[str]:
+        """Nodes that have not heard of the CAs that are to be trusted now."""
+        now = _digest(self._trusted())
+        return sorted(n for n, m in self.members().items() if m.key and m.trusts != now)
 
     def proof(self, request: bytes, grant: bytes) -> bytes:
         """The hub's signature over an answer."""

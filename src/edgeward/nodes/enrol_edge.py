@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
-from collections.abc import Awaitable, Callable
+import signal
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 
-from edgeward.core import clock
+from edgeward.core import clock, proc
 from edgeward.core.certs import check_certificate, fingerprint, key_pem, make_csr, new_key, pem
 from edgeward.core.errors import EdgewardError, Forbidden, Invalid, NotFound, Refused, Unreachable
 from edgeward.core.files import read_json, write_json
@@ -154,6 +157,41 @@ def leave(identity: NodeIdentity, node: str, door: Door) -> None:
     ask = LeaveAsk(nonce, node, identity.public_key)
     ask.signature = identity.sign(transcript(ask))
     door.ask("leave", ask)
+
+
+def door_of(identity: NodeIdentity, hub: Mapping[str, Any]) -> Door:
+    """The way to the hub that ``node.json`` names."""
+    address = Address(str(hub["host"]), int(hub["port"]), str(hub.get("proxy", "")))
+    proxy_ca = identity.proxy_ca_file
+    return Door(address, identity.trusted(), proxy_ca.read_text() if proxy_ca.exists() else "")
+
+
+def leave_fleet(data: Path, *, force: bool = False) -> tuple[str, EdgewardError | None]:
+    """Tells the hub, ends the agent, forgets the identity. Gives the node's name, and (``force``) why the hub was not
+    told."""
+    identity = NodeIdentity.open(data / "identity")
+    config = read_json(data / "node.json", {})
+    if not identity.enrolled or "hub" not in config:
+        raise Refused("is no node of a fleet", resource=str(data))
+    node, error = str(config["node"]), None
+    try:
+        with door_of(identity, config["hub"]) as door:
+            leave(identity, node, door)
+    except EdgewardError as e:
+        if not force:
+            e.remedy = f"{e.remedy + '; ' if e.remedy else ''}to leave without telling it: --force"
+            raise
+        error = e
+    run = read_json(data / "run.json", {})
+    if run.get("pid") and run.get("start"):
+        agent = proc.ProcId(int(run["pid"]), run["start"])
+        if proc.alive(agent):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(agent.pid, signal.SIGTERM)
+    identity.forget()
+    del config["hub"]
+    write_json(data / "node.json", config)
+    return node, error
 
 
 class Renewer:

@@ -1,0 +1,77 @@
+"""`hub rotate-ca|retire-ca|ca`: the hub's own certificate authority, replaced without a gap."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from edgeward.cli.output import emit, write
+from edgeward.cli.session import Session, UsageError, command
+from edgeward.core.quantity import parse_duration
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="The hub itself: its certificate authority.")
+
+_FORMATS = ("table", "json", "yaml")
+_LOOK = 0.5
+
+
+def rotate_ca(
+    session: Session,
+    wait: Annotated[
+        str, typer.Option("--wait", metavar="TIME", help="How long to wait for the nodes that are online.")
+    ] = "60s",
+) -> None:
+    """Replace the CA: make the next one, have the nodes trust it too, then sign with it.
+
+    Nodes that are away follow when they are back. The old one is trusted until `hub retire-ca`.
+    """
+    output = session.output(allowed=_FORMATS)
+    try:
+        patience = parse_duration(wait)
+    except ValueError as e:
+        raise UsageError(f"--wait: {e}") from None
+    with session.api() as api:
+        state = api.request("POST", "/api/v1/ca/rotate")
+        deadline = time.monotonic() + patience
+        while state["waitingOnline"] and time.monotonic() < deadline:
+            time.sleep(_LOOK)
+            state = api.request("GET", "/api/v1/ca/state")
+        state = api.request("POST", "/api/v1/ca/activate")
+    _show(state, output)
+    if output == "table":
+        write("the old CA is trusted until: edgeward hub retire-ca")
+
+
+def retire_ca(session: Session) -> None:
+    """End the trust in all CAs but the one that signs."""
+    output = session.output(allowed=_FORMATS)
+    with session.api() as api:
+        _show(api.request("POST", "/api/v1/ca/retire"), output)
+
+
+def ca(session: Session) -> None:
+    """Which CA signs, and which nodes have not heard of what is trusted now."""
+    output = session.output(allowed=_FORMATS)
+    with session.api() as api:
+        _show(api.request("GET", "/api/v1/ca/state"), output)
+
+
+def _show(state: dict[str, Any], output: str) -> None:
+    if output != "table":
+        emit(state, output)
+        return
+    write(f"signing: {state['signing']}")
+    if state["next"]:
+        write(f"next: {state['next']}")
+    write(f"trusted: {state['trusted']}")
+    if state["waiting"]:
+        more = len(state["waiting"]) - 20
+        names = ", ".join(state["waiting"][:20]) + (f" and {more} more" if more > 0 else "")
+        write(f"not heard of it yet: {names}")
+
+
+app.command("rotate-ca")(command(rotate_ca))
+app.command("retire-ca")(command(retire_ca))
+app.command("ca")(command(ca))
