@@ -56,6 +56,7 @@ from edgeward.core.errors import (
     Refused,
     TooLarge,
     TooMany,
+    TooSlow,
     Unauthorized,
 )
 from edgeward.core.manifest import MAX_DEPTH, load
@@ -70,6 +71,8 @@ from edgeward.core.throttle import Throttle, source_of
 log = logging.getLogger("edgeward.api")
 
 MAX_PAGE = 1000
+#: Seconds that a body may take.
+BODY_TIME = 60.0
 _HEARTBEAT = 15.0
 #: Seconds after which a caller whose answer is still streaming is looked at again: tokens end, roles change.
 _AGAIN = 1.0
@@ -220,10 +223,14 @@ async def read_body(request: Request, limit: int = MAX_DOCUMENT) -> bytes:
     if length.isdigit() and int(length) > limit:
         raise TooLarge(f"the body has {length} bytes", remedy=remedy)
     data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        if len(data) > limit:
-            raise TooLarge(f"the body has more than {limit} bytes", remedy=remedy)
+    try:
+        async with asyncio.timeout(BODY_TIME):
+            async for piece in request.stream():
+                data += piece
+                if len(data) > limit:
+                    raise TooLarge(f"the body has more than {limit} bytes", remedy=remedy)
+    except TimeoutError:
+        raise TooSlow(f"the body was not there within {BODY_TIME:g} s", remedy="send it again, faster") from None
     return bytes(data)
 
 

@@ -97,8 +97,11 @@ class _Server(uvicorn.Server):
 @contextlib.asynccontextmanager
 async def http_server(app: Any, **options: Any) -> AsyncIterator[uvicorn.Server]:
     """An HTTP server that listens inside the block. Raises ``OSError`` when the address is taken."""
+    from edgeward.core.http_guard import GuardedProtocol
+
     config = uvicorn.Config(
         app,
+        http=options.pop("http", GuardedProtocol),
         lifespan="off",
         log_config=None,
         access_log=False,

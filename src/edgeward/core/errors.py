@@ -72,6 +72,10 @@ class Forbidden(EdgewardError):
         return {**super().problem(), **self.members}
 
 
+class TooSlow(EdgewardError):
+    reason, status, exit_code = "TooSlow", 408, 1
+
+
 class TooMany(EdgewardError):
     """Too many tries from one place; ``after`` seconds later it may try again."""
 
@@ -117,6 +121,7 @@ _BY_REASON: dict[str, type[EdgewardError]] = {
         Gone,
         TooLarge,
         TooMany,
+        TooSlow,
         Unreachable,
     )
 }

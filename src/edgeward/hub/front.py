@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from edgeward.core.http_guard import GuardedProtocol
 
 log = logging.getLogger("edgeward.front")
 
@@ -99,7 +99,7 @@ class Links:
 def front_protocol(links: Links) -> type[asyncio.Protocol]:
     """The protocol class for uvicorn (``Config(http=...)``)."""
 
-    class Front(HttpToolsProtocol):
+    class Front(GuardedProtocol):
         _head = b""
         _decided = False
 
@@ -113,6 +113,7 @@ def front_protocol(links: Links) -> type[asyncio.Protocol]:
             self._decided = True
             head, self._head = self._head, b""
             if head.startswith(LINK_PATH):
+                self.unguard()
                 cast(Any, self).connections.discard(self)
                 cast(Any, self)._unset_keepalive_if_required()
                 links.splice(self.transport, head)
