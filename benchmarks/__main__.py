@@ -5,7 +5,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import outbox, spine
+from benchmarks import fleet, idle, outbox, spine
 from benchmarks.common import Row, save
 
 ALL = {
@@ -15,6 +15,8 @@ ALL = {
     "restart": spine.restart,
     "backlog": spine.backlog,
     "outbox": outbox.outbox,
+    "idle": idle.idle,
+    "fleet": fleet.fleet,
 }
 
 

@@ -7,13 +7,17 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from nats.js.api import StreamConfig
 from tests.core.pair import until
 
 from edgeward.core.bus import Bus
 from edgeward.core.identity import HubIdentity, NodeIdentity
+from edgeward.core.jsread import read_batch
 from edgeward.core.natsserver import AGENT_USER, HubSpec, NatsServer, NodeSpec
 from edgeward.nodes.wan import (
     ESTABLISHED,
@@ -142,45 +146,65 @@ def test_the_kernel_counts_our_own_connection() -> None:
                 assert not owns(None, mine.inode)
 
 
+class Leaf:
+    """A hub's and a node's nats-server with the leaf between them, and a connection to each."""
+
+    def __init__(self, hub: NatsServer, node: NatsServer, cloud: Bus, edge: Bus) -> None:
+        self.hub, self.node, self.cloud, self.edge = hub, node, cloud, edge
+        self.port = hub.ports["websocket"]
+        self.heard: list[str] = []
+
+    async def hears(self) -> bool:
+        await self.edge.publish("ew.hub.beat.plant-1", b"", reply="_INBOX_plant-1.0")
+        await self.edge.flush()
+        return bool(self.heard)
+
+    def carried(self) -> tuple[int, int]:
+        (one,) = connections(self.port) or []
+        return one.info.bytes_sent, one.info.bytes_received
+
+
+@asynccontextmanager
+async def leaf(tmp_path: Path) -> AsyncIterator[Leaf]:
+    identity = HubIdentity.open(tmp_path / "identity")
+    own = NodeIdentity.open(tmp_path / "node-identity")
+    own.accept(identity.issue_node("plant-1", own.public_key), identity.ca_pem)
+    hub = NatsServer(tmp_path / "hub", HubSpec(identity.operator_jwt, identity.system_account, identity.accounts))
+    await hub.start()
+    url = f"ws://127.0.0.1:{hub.ports['websocket']}"
+    node = NatsServer(tmp_path / "node", NodeSpec("plant-1", hub_url=url, creds_file=own.creds_file))
+    await node.start()
+    try:
+        cloud = await Bus.connect(hub.url, name="hub", user=identity.user)
+        edge = await Bus.connect(node.url, name="x", username=AGENT_USER, password=node.secret, inbox="_INBOX_plant-1")
+        pair = Leaf(hub, node, cloud, edge)
+
+        async def hear(msg: object) -> bytes:
+            pair.heard.append("one")
+            return b"yes"
+
+        await cloud.serve("ew.hub.beat.*", hear, node_token=3)  # type: ignore[arg-type]
+        async with asyncio.timeout(60):
+            await until(pair.hears, 20)
+            yield pair
+        await edge.close()
+        await cloud.close()
+    finally:
+        await node.stop()
+        await hub.stop()
+
+
 @linux
 def test_a_leaf_is_ended_and_comes_back_by_itself(tmp_path: Path) -> None:
     async def body() -> None:
-        identity = HubIdentity.open(tmp_path / "identity")
-        own = NodeIdentity.open(tmp_path / "node-identity")
-        own.accept(identity.issue_node("plant-1", own.public_key), identity.ca_pem)
-        hub = NatsServer(tmp_path / "hub", HubSpec(identity.operator_jwt, identity.system_account, identity.accounts))
-        await hub.start()
-        port = hub.ports["websocket"]
-        node = NatsServer(
-            tmp_path / "node", NodeSpec("plant-1", hub_url=f"ws://127.0.0.1:{port}", creds_file=own.creds_file)
-        )
-        await node.start()
-        try:
-            bus = await Bus.connect(hub.url, name="hub", user=identity.user)
-            edge = await Bus.connect(
-                node.url, name="x", username=AGENT_USER, password=node.secret, inbox="_INBOX_plant-1"
-            )
-            heard: list[str] = []
-
-            async def hear(msg: object) -> bytes:
-                heard.append("one")
-                return b"yes"
-
-            await bus.serve("ew.hub.beat.*", hear, node_token=3)  # type: ignore[arg-type]
-            talk = Talker()
+        async with leaf(tmp_path) as pair:
+            node, port, talk = pair.node, pair.port, Talker()
             watch = LinkWatch(talk, port, lambda: node.pid, lambda: redial(node.url, node.secret))
-
-            async def linked() -> bool:
-                await edge.publish("ew.hub.beat.plant-1", b"", reply="_INBOX_plant-1.0")
-                await edge.flush()
-                return bool(heard)
-
-            await until(linked, 20)
             await watch.step(watch._own(connections(port) or []), 0.0)
             assert watch.meter.connections == 1
             await redial(node.url, node.secret)
-            heard.clear()
-            await until(linked, 20)
+            pair.heard.clear()
+            await until(pair.hears, 20)
 
             async def new() -> bool:
                 await watch.step(watch._own(connections(port) or []), 1.0)
@@ -190,10 +214,35 @@ def test_a_leaf_is_ended_and_comes_back_by_itself(tmp_path: Path) -> None:
             assert talk.changes >= 2
             sent, received = watch.meter.totals()
             assert sent > 4000 and received > 4000
-            await edge.close()
-            await bus.close()
-        finally:
-            await node.stop()
-            await hub.stop()
+
+    asyncio.run(body())
+
+
+@linux
+def test_what_a_node_reads_of_its_own_streams_does_not_cross_the_link(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with leaf(tmp_path) as pair:
+            client = pair.edge.client
+            js = client.jetstream()
+            await js.add_stream(StreamConfig(name="T", subjects=["t.>"], allow_direct=True))
+            await js.publish("t.a", b"1")
+
+            async def read() -> list[bytes]:
+                return [data for *_, data in await read_batch(client, "$JS.API", "T", 1, "t.>", 10)]
+
+            assert await read() == [b"1"]
+            pair.heard.clear()
+            await pair.hears()  # behind all that was to be sent before
+            await until(lambda: bool(pair.heard), 20)
+            before = pair.carried()
+            for _ in range(20):
+                assert await read() == [b"1"]
+            await pair.edge.flush()
+            # nats-server sends what it has within some milliseconds; one beat is behind all of it
+            pair.heard.clear()
+            await pair.hears()
+            await until(lambda: bool(pair.heard), 20)
+            sent = pair.carried()[0] - before[0]
+            assert sent < 300, f"20 reads sent {sent} bytes"
 
     asyncio.run(body())

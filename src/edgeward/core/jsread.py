@@ -14,6 +14,7 @@ from nats.aio.client import Client
 from edgeward.core.bus import cancellable
 from edgeward.core.errors import Unreachable
 
+_LOCAL = "ew.local"
 #: (sequence, subject, headers, data)
 Message = tuple[int, str, dict[str, str], bytes]
 
@@ -27,6 +28,10 @@ async def read_batch(
     Raises ``Unreachable`` when nothing answers in time.
     """
     inbox = client.new_inbox()
+    if api == "$JS.API":
+        # this server's own stream: at a node an inbox is a subject that crosses the link, and each read would send the
+        # subscription to it and its end over it; devices may not listen here either
+        inbox = f"{_LOCAL}.{inbox.rsplit('.', 1)[1]}"
     sub = await client.subscribe(inbox, pending_msgs_limit=batch + 8, pending_bytes_limit=64 * 1024 * 1024)
     try:
         ask = {"seq": max(1, seq), "next_by_subj": subject, "batch": batch, "max_bytes": 4 * 1024 * 1024}

@@ -652,6 +652,8 @@ class NodesCloud:
 
     async def _persist_report(self, node: str) -> float | None:
         self._gathered.discard(("persist", node))
+        if self._store.find(Key("Node", CLUSTER, node)) is None:
+            return None
         doc = msgspec.json.encode(
             {
                 "statuses": self._reports.get(node, {}),
