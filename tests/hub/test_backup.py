@@ -153,7 +153,7 @@ def test_a_database_that_is_written_to_is_copied_whole(tmp_path: Path) -> None:
         new = tmp_path / "new"
         await restore(backup, new, recovery(hub))
         db = sqlite3.connect(new / "audit.db")
-        assert db.execute("SELECT count(*) FROM records").fetchone() == (50,)
+        assert db.execute("SELECT count(*) FROM chain").fetchone() == (50,)
         db.close()
 
     asyncio.run(body())

@@ -21,8 +21,8 @@ def app(name: str, backoff: str, site: str = "", **more: Any) -> dict[str, Any]:
     return {"kind": "App", "metadata": {"name": name}, "spec": spec}
 
 
-def config(value: str) -> dict[str, Any]:
-    return {"kind": "Config", "metadata": {"name": "c"}, "spec": {"data": {"k": value}}}
+def config(value: str, name: str = "c") -> dict[str, Any]:
+    return {"kind": "Config", "metadata": {"name": name}, "spec": {"data": {"k": value}}}
 
 
 EXPORT = {
@@ -83,9 +83,13 @@ def test_nodes_that_are_ahead_of_a_restored_hub_keep_what_is_newer(
 
     # life goes on at the hub, and at a site that is then cut
     old.apply([config("2"), app("mine", "2s", "plant", **uses), app("shared", "2s"), app("new", "2s", "shop")])
+    late = {"envFrom": [{"config": "late"}, {"secret": "late"}]}
+    secret = {"kind": "Secret", "metadata": {"name": "late"}, "spec": {"data": {"S": "planted-late-33"}}}
+    old.apply([config("1", "late"), secret, app("late", "2s", "plant", **late)])
     old.run("delete", "app", "doomed")
     old.wait("shop has it", lambda: backoff(old, "new", "--at", "shop-1") == "2s")
     old.wait("plant has it", lambda: backoff(old, "mine", "--at", "plant-1") == "2s")
+    old.wait("plant has the latest", lambda: backoff(old, "late", "--at", "plant-1") == "2s")
     old.wait("both have it", lambda: {backoff(old, "shared", "--at", n) for n in ("plant-1", "shop-1")} == {"2s"})
     old.run("lab", "cut", "plant", "--data", str(old.data))
     old.apply(app("mine", "3s", "plant", **uses), "--at", "plant-1")
@@ -108,14 +112,14 @@ def test_nodes_that_are_ahead_of_a_restored_hub_keep_what_is_newer(
     def settled() -> bool:
         return (
             backoff(new, "mine") == backoff(new, "both") == backoff(new, "local") == "3s"
-            and backoff(new, "new") == "2s"
+            and backoff(new, "new") == backoff(new, "late") == "2s"
             and new.get("config", "c")["spec"]["data"]["k"] == "2"
         )
 
     def exists(name: str) -> bool:
         return any(a["metadata"]["name"] == name for a in new.get("apps")["items"])
 
-    new.wait("what was newer is back at the hub", lambda: exists("local") and exists("new") and settled(), 60)
+    new.wait("what was newer is back at the hub", lambda: all(map(exists, ("local", "new", "late"))) and settled(), 60)
     new.wait("and decided", lambda: {backoff(new, "shared", "--at", n) for n in ("plant-1", "shop-1")} == {"2s"})
     # what several sites share is each site's own until somebody promotes it
     new.wait("overrides", lambda: len(new.get("overrides")["items"]) == 2)
@@ -126,6 +130,10 @@ def test_nodes_that_are_ahead_of_a_restored_hub_keep_what_is_newer(
     # a deletion after the backup is known to nobody any more, and is not guessed
     assert exists("doomed")
 
+    shown = json.loads(new.run("get", "secret", "late", "-o", "json", "--show-secrets"))
+    assert shown["spec"]["data"] == {"S": "planted-late-33"}
+
+    new.run("audit", "verify")
     reasons = {e["reason"] for e in records(new, "events")}
     new.wait("the nodes say so", lambda: "NewerThanHub" in {e["reason"] for e in records(new, "events")})
     assert "HubRestored" in reasons

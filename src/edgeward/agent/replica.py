@@ -19,6 +19,7 @@ import msgspec
 
 from edgeward.core import clock
 from edgeward.core.errors import EdgewardError
+from edgeward.core.registry import kinds
 from edgeward.core.resource import (
     CLUSTER,
     Key,
@@ -387,7 +388,7 @@ class Replica(Store):
     def _keep(self, ahead: dict[Key, tuple[Resource, int]], before: dict[Key, _Row | None]) -> Kept:
         kept = Kept([], [])
         overrides = {k: r.hub for k, r in self._rows.items() if k.kind == "Override" and r.hub is not None}
-        for key, (mine, base) in sorted(ahead.items()):
+        for key, (mine, base) in sorted(ahead.items(), key=lambda item: (_sending(item[0]), item[0])):
             row = self._rows.get(key)
             if row is not None and row.hub is not None and same_desired(self._over(key, row.hub, overrides), mine):
                 continue
@@ -438,6 +439,11 @@ class Replica(Store):
             row.base = now.revision if now.stored is not None else 0
         self._set_hub(key, row, now)
         self._commit(before)
+
+
+def _sending(key: Key) -> int:
+    """What others name goes up before them: the hub takes nothing that names what it does not know."""
+    return {"used": 0, "follows": 2}.get(kinds.get(key.kind).scope, 1)
 
 
 def _patched(base: Resource, override: Resource) -> Resource | None:

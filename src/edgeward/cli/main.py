@@ -76,6 +76,7 @@ COMMANDS: dict[str, Row] = {
     "doctor": Row(f"{_CLI}.doctor:doctor", _CARE, "Check this machine, and say what to do."),
     "support-bundle": Row(f"{_CLI}.support:support_bundle", _CARE, "Collect what a supporter needs, no secrets."),
     "install-service": Row(f"{_CLI}.service:install_service", _CARE, "Run a hub or an agent by systemd."),
+    "sbom": Row(f"{_CLI}.sbom:sbom", _CARE, "What this release is made of (CycloneDX)."),
     "completion": Row(f"{_CLI}.program:completion", _MORE, "Print the completion script of a shell."),
     "version": Row(f"{_CLI}.program:version", _MORE, "Print the versions of program and hub."),
 }
