@@ -13,6 +13,7 @@ from edgeward.core.audit import Audit
 from edgeward.core.errors import Conflict, Invalid, NotFound
 from edgeward.core.resource import CLUSTER, Key, Resource, decode
 from edgeward.core.resources import Resources, dependents
+from edgeward.core.store import Entry
 from edgeward.core.store_sqlite import SqliteStore
 from edgeward.hub.kinds import load
 
@@ -268,6 +269,77 @@ def test_the_last_finalizer_lets_it_go() -> None:
         assert r.store.all() == []
 
     run(body)
+
+
+def test_a_namespace_that_goes_lets_finalizers_come_off_and_leaves_nothing_behind() -> None:
+    async def body(r: Resources) -> None:
+        made = await r.create(make("Namespace", "line-3"), actor="eve")
+        await r.create(config("held", namespace="line-3", finalizers=["ew/clean"]), actor="eve")
+        home = Key("Namespace", CLUSTER, "line-3")
+        assert (await r.delete(home, actor="eve")).metadata.deletionTimestamp, "it is not gone yet"
+        # a write of the namespace (`apply` of its file) must not take it away from over what is still in it
+        await r.replace(again(made, resourceVersion=""), actor="eve")
+        assert r.store.get(home).metadata.deletionTimestamp
+        with pytest.raises(Invalid) as refused:
+            await r.create(config("late", namespace="line-3"), actor="eve")
+        assert refused.value.remedy == "wait until it is gone, then create it anew"
+        held = r.store.get(key("held", "line-3"))
+        await r.replace(again(held, finalizers=[]), actor="cleaner")
+        await r.collect()
+        assert r.store.all() == []
+        await r.create(make("Namespace", "line-3"), actor="eve")
+        assert not (await r.delete(home, actor="eve")).metadata.deletionTimestamp, "gone at once"
+
+    run(body)
+
+
+def test_what_goes_may_lose_its_finalizer_when_what_it_names_is_gone() -> None:
+    async def body(r: Resources) -> None:
+        await r.create(make("Site", "s"), actor="eve")
+        spec = {"process": {"command": ["x"]}, "placement": {"site": "s"}}
+        await r.create(make("App", "a", spec, finalizers=["ew/clean"]), actor="eve")
+        going = await r.delete(Key("App", "default", "a"), actor="eve")
+        await r.delete(Key("Site", CLUSTER, "s"), actor="eve")
+        await r.replace(again(going, finalizers=[]), actor="cleaner")
+        assert r.store.all() == []
+
+    run(body)
+
+
+class Slow(SqliteStore):
+    """Lets others run inside a write, as the hub's store does while it waits for NATS."""
+
+    async def _put(self, resource: Resource, old: Entry | None) -> Resource:
+        await asyncio.sleep(0)
+        if self.entry(resource.key) is not old:
+            raise Conflict("changed meanwhile", resource=str(resource.key))
+        return await super()._put(resource, old)
+
+    async def remove(self, key: Key, *, expect: int | None = None) -> None:
+        await asyncio.sleep(0)
+        await super().remove(key, expect=expect)
+        await asyncio.sleep(0)
+
+
+def test_two_cascades_at_once_delete_everything_once() -> None:
+    async def main() -> None:
+        store, audit = Slow(), Audit()
+        r = Resources(store, audit)
+        await r.create(make("Namespace", "line-3"), actor="eve")
+        for n in range(20):
+            await r.create(config(f"c{n}", *([f"c{n - 1}"] if n % 2 else []), namespace="line-3"), actor="eve")
+        home = Key("Namespace", CLUSTER, "line-3")
+        await asyncio.gather(
+            r.delete(key("c0", "line-3"), actor="eve"), r.collect(), r.delete(home, actor="eve"), r.collect()
+        )
+        assert store.all() == []
+        deleted = [i["name"] for i in audit.items() if i["verb"] == "delete" and i["kind"] == "Config"]
+        assert sorted(deleted) == sorted(f"c{n}" for n in range(20))
+        assert {i["outcome"] for i in audit.items()} == {"done"}
+        store.close()
+        audit.close()
+
+    asyncio.run(main())
 
 
 def test_collect_finishes_what_a_killed_process_left() -> None:

@@ -144,7 +144,7 @@ def wait_gone(api: Api, going: Sequence[tuple[Kind, str | None, str]], patience:
                 if now is None:
                     progress.show(label, "gone")
                     return True
-                waits = ", ".join((now.get("metadata") or {}).get("finalizers") or ()) or "its owner"
+                waits = ", ".join((now.get("metadata") or {}).get("finalizers") or ()) or "what is in it"
                 progress.show(label, f"waits for {waits}")
                 return False
 

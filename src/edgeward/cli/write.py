@@ -208,8 +208,8 @@ def _farewell(left: Mapping[str, Any], *, dry_run: bool) -> str:
     if dry_run:
         return "deleted (dry run)"
     meta = left.get("metadata") or {}
-    if meta.get("deletionTimestamp") and meta.get("finalizers"):
-        return f"deleting (waits for {', '.join(meta['finalizers'])})"
+    if meta.get("deletionTimestamp"):
+        return f"deleting (waits for {', '.join(meta.get('finalizers') or ['what is in it'])})"
     return "deleted"
 
 

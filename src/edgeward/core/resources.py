@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 import msgspec
 
@@ -56,6 +56,22 @@ class Resources:
         self.audit = audit
         #: Of two writes that would each fit a quota alone, the second is checked with the first in place.
         self._admission = asyncio.Lock()
+        self._cascade = asyncio.Lock()
+        self._cascading: asyncio.Task[object] | None = None
+
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """One cascade at a time: a person's and the controllers' would delete the same dependents under each other."""
+        me = asyncio.current_task()
+        if self._cascading is me:
+            yield
+            return
+        async with self._cascade:
+            self._cascading = me
+            try:
+                yield
+            finally:
+                self._cascading = None
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
@@ -63,19 +79,25 @@ class Resources:
         kind = kinds.get(resource.kind)
         what = str(resource.key)
         namespace = resource.metadata.namespace
-        if kind.namespaced and namespace != "default":
+        # what is there already may still be changed in a namespace that is going: its finalizers have to come off
+        if old is None and kind.namespaced and namespace != "default":
             home = self.store.find(Key("Namespace", CLUSTER, namespace))
             if home is None or home.metadata.deletionTimestamp:
                 raise Invalid(
                     f"namespace {namespace!r} does not exist" if home is None else f"namespace {namespace!r} is going",
                     resource=what,
                     field="$.metadata.namespace",
-                    remedy=f"create it first: kind Namespace, name {namespace}",
+                    remedy=f"create it first: kind Namespace, name {namespace}"
+                    if home is None
+                    else "wait until it is gone, then create it anew",
                 )
-        if kind.namespaced and (limits := quota_of(self.store.find(Key("Namespace", CLUSTER, namespace)))):
+        # what goes may lose its finalizers, whatever it names or counts
+        going = old is not None and bool(old.metadata.deletionTimestamp)
+        limits = quota_of(self.store.find(Key("Namespace", CLUSTER, namespace))) if kind.namespaced else None
+        if limits and not going:
             inside = [r for k in kinds for r in self.store.items(k.name, namespace) if k.namespaced]
             quota.check(namespace, limits, inside, resource)
-        for ref in kind.refs(resource):
+        for ref in () if going else kind.refs(resource):
             if self.store.find(Key(ref.kind, ref.namespace, ref.name)) is None:
                 raise Invalid(
                     f"there is no {ref.kind} {ref.name!r}",
@@ -173,13 +195,24 @@ class Resources:
             raise
         await self._audited(verb, key, actor, source, old, stored, "done")
         if stored.metadata.deletionTimestamp and not stored.metadata.finalizers:
-            await self._remove(key, actor, source)
+            if key.kind == "Namespace":
+                await self.collect()  # it goes when what is in it is gone
+            else:
+                async with self._alone():
+                    await self._remove(key, actor, source)
         return stored
 
     async def delete(
         self, key: Key, *, expect: int | None = None, actor: str, source: str = "", dry_run: bool = False
     ) -> Resource:
-        """Marks it for deletion; it goes at once unless it has finalizers. Dependents go with it."""
+        """Marks it for deletion; it goes at once unless it has finalizers. Dependents go with it.
+
+        What comes back has a ``deletionTimestamp`` when it is not gone yet.
+        """
+        async with self._alone():
+            return await self._delete_asked(key, expect, actor, source, dry_run)
+
+    async def _delete_asked(self, key: Key, expect: int | None, actor: str, source: str, dry_run: bool) -> Resource:
         old = self.store.get(key)
         if self._guard is not None:
             try:
@@ -210,6 +243,10 @@ class Resources:
                     old = await self.store.put(msgspec.structs.replace(old, metadata=meta), expect=expect)
                 await self._audited("delete", key, actor, source, old, None, "done")
                 await self.collect()
+                if self.store.find(key) is None:
+                    return msgspec.structs.replace(
+                        old, metadata=msgspec.structs.replace(old.metadata, deletionTimestamp="")
+                    )
                 return old
             await self._remove(key, actor, source, expect=expect)
         except EdgewardError as e:
@@ -227,8 +264,11 @@ class Resources:
             await self._delete_too(r.key, f"{actor} (with {key})", source)
 
     async def _delete_too(self, key: Key, actor: str, source: str = "") -> None:
-        with contextlib.suppress(NotFound):  # it went with another of its owners
-            await self._delete(self.store.get(key), None, actor, source, False)
+        r = self.store.find(key)
+        if r is None or r.metadata.deletionTimestamp:
+            return  # it went, or goes, with another of its owners
+        with contextlib.suppress(NotFound):
+            await self._delete(r, None, actor, source, False)
 
     def _orphan(self, r: Resource) -> bool:
         """It has owners, and none of them is there any more (another one of the same name is not it)."""
@@ -240,6 +280,10 @@ class Resources:
 
     async def collect(self) -> None:
         """Finishes what a killed process left half done: namespaces that are going, dependents without their owner."""
+        async with self._alone():
+            await self._collect()
+
+    async def _collect(self) -> None:
         for namespace in self.store.items("Namespace"):
             if not namespace.metadata.deletionTimestamp:
                 continue
