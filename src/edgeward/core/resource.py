@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 
 from edgeward.core.errors import EdgewardError, Invalid, TooLarge
+from edgeward.core.misfit import invalid_from
 from edgeward.core.registry import Kind, kinds, redact
 
 API_VERSION = "edgeward/v1"
@@ -100,54 +101,6 @@ class Resource(msgspec.Struct, kw_only=True):
         return {k: doc[k] for k in ("apiVersion", "kind", "metadata", "spec", "status")}
 
 
-_UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>[^`]*)`(?: - at `(?P<path>[^`]*)`)?$")
-_AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.S)
-
-
-def _fields(struct: Any, path: str) -> list[str]:
-    """The field names a struct takes at ``path`` (best effort, for "did you mean")."""
-    here = struct
-    for part in [p for p in re.split(r"[.\[]", path.removeprefix("$")) if p]:
-        types = [here]
-        while types and not (isinstance(types[0], type) and issubclass(types[0], msgspec.Struct)):
-            args = getattr(types[0], "__args__", ())
-            types = [a for a in args if a is not type(None)][-1:] if args else []
-        if not types:
-            return []
-        if part.endswith("]"):
-            continue
-        match = next((f for f in msgspec.structs.fields(types[0]) if f.encode_name == part), None)
-        if match is None:
-            return []
-        here = match.type
-    while not (isinstance(here, type) and issubclass(here, msgspec.Struct)):
-        args = [a for a in getattr(here, "__args__", ()) if a is not type(None)]
-        if not args:
-            return []
-        here = args[-1]
-    return [f.encode_name for f in msgspec.structs.fields(here)]
-
-
-def invalid_from(error: msgspec.ValidationError, struct: type, *, prefix: str = "$", resource: str = "") -> Invalid:
-    """Our error for msgspec's, with the path below ``prefix`` and a remedy where one can be guessed."""
-    text = str(error)
-    unknown = _UNKNOWN.match(text)
-    if unknown:
-        inner = unknown["path"] or "$"
-        known = _fields(struct, inner)
-        near = difflib.get_close_matches(unknown["field"], known, n=1, cutoff=0.6)
-        remedy = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}" if known else ""
-        path = prefix + inner.removeprefix("$")
-        return Invalid("unknown field", resource=resource, field=f"{path}.{unknown['field']}", remedy=remedy)
-    at = _AT.match(text)
-    what = at["what"] if at else text
-    path = prefix + ((at["path"] if at else None) or "$").removeprefix("$")
-    missing = re.match(r"^Object missing required field `([^`]*)`$", what)
-    if missing:
-        return Invalid("is required", resource=resource, field=f"{path}.{missing[1]}", remedy="add it")
-    return Invalid(what[:1].lower() + what[1:], resource=resource, field=path)
-
-
 def check_name(name: object, path: str, resource: str = "") -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         shown = repr(name) if not isinstance(name, str) or len(name) < 80 else repr(name[:77] + "...")
@@ -223,14 +176,15 @@ def decode(doc: object, *, namespace: str = "default") -> Resource:
     try:
         meta = msgspec.convert(doc["metadata"], Metadata)
     except msgspec.ValidationError as e:
-        raise invalid_from(e, Metadata, prefix="$.metadata", resource=what) from None
+        raise invalid_from(e, Metadata, prefix="$.metadata", resource=what, doc=doc["metadata"]) from None
     if kind.namespaced and not meta.namespace:
         meta.namespace = namespace
     _check_metadata(meta, kind, what)
+    declared = doc.get("spec") if doc.get("spec") is not None else {}
     try:
-        spec = msgspec.convert(doc.get("spec") if doc.get("spec") is not None else {}, kind.spec)
+        spec = msgspec.convert(declared, kind.spec)
     except msgspec.ValidationError as e:
-        raise invalid_from(e, kind.spec, prefix="$.spec", resource=what) from None
+        raise invalid_from(e, kind.spec, prefix="$.spec", resource=what, doc=declared) from None
     status = doc.get("status") or {}
     if not isinstance(status, dict):
         raise Invalid("expected an object", resource=what, field="$.status")
@@ -265,7 +219,7 @@ def from_stored(stored: Stored, status: dict[str, Any] | None = None) -> Resourc
     try:
         typed = msgspec.convert(spec, kind.spec)
     except msgspec.ValidationError as e:
-        raise invalid_from(e, kind.spec, prefix="$.spec", resource=what) from None
+        raise invalid_from(e, kind.spec, prefix="$.spec", resource=what, doc=spec) from None
     return Resource(kind=stored.kind, metadata=stored.metadata, spec=typed, status=status or {})
 
 
