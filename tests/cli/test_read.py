@@ -132,6 +132,13 @@ def test_describe(edgeward: Program, hub: Any) -> None:
     }
     out = edgeward("describe", "app", "web").stdout
     assert "tier=a" in out and "- node: plant-1" in out and "v1 up" in out and "not me" not in out
+    hub.put({**web(), "spec": {"process": {"command": ["sh", "-c", "a, b"]}}})
+    assert 'command: [sh, -c, "a, b"]' in edgeward("describe", "app", "web").stdout, "entries stay apart"
+
+
+def test_what_is_no_kind_names_its_own_command(edgeward: Program, hub: Any) -> None:
+    for word, command in (("events", "edgeward events"), ("journal", "edgeward journal"), ("streams", "stream list")):
+        assert command in edgeward("get", word, code=5).stderr
 
 
 def test_explain_comes_from_the_kind(edgeward: Program) -> None:

@@ -158,13 +158,18 @@ def test_a_resource_from_its_birth_to_its_end() -> None:
         status, d = await hub.ask("PATCH", f"{CONFIGS}/a/status", {"n": {"a": None, "b": 2}})
         assert (d["status"], d["metadata"]) == ({"phase": "x", "n": {"b": 2}}, c["metadata"])
 
+        status, e = await hub.ask("PUT", f"{CONFIGS}/a/status?dryRun=true", {"status": {"phase": "y"}})
+        assert (status, e["status"], (await hub.ask("GET", f"{CONFIGS}/a"))[1]) == (200, {"phase": "y"}, d)
+
         assert (await hub.ask("DELETE", f"{CONFIGS}/a?dryRun=true"))[0] == 200
+        assert (await hub.ask("DELETE", f"{CONFIGS}/a?dryRun=All"))[0] == 200
         assert (await hub.ask("DELETE", f"{CONFIGS}/a"))[0] == 200
         for method, doc in (("GET", None), ("DELETE", None), ("PATCH", {}), ("PUT", config("a"))):
             assert (await hub.refused(method, f"{CONFIGS}/a", doc))[0] == 404, method
         _, audit = await hub.ask("GET", "/api/v1/audit")
         assert {(i["actor"], i["source"]) for i in audit["items"]} == {("eve", "127.0.0.1")}
         assert all(i["request"] for i in audit["items"])
+        assert [i["verb"] for i in audit["items"]].count("status") == 2, "every write, also of a status"
 
     run(body)
 
@@ -200,6 +205,16 @@ REFUSED: list[tuple[str, str, Any, int, str, str]] = [
     ("PATCH", f"{CONFIGS}/a", {"spec": {"dat": {}}}, 422, "$.spec.dat", "'data'"),
     ("PATCH", f"{CONFIGS}/a", {"spec": {"data": {"k": 1}}}, 422, "$.spec.data.k", "quotes"),
     ("PUT", f"{CONFIGS}/a/status", [], 422, "$.status", ""),
+    # a misspelt parameter must neither write nor list everything
+    ("POST", f"{CONFIGS}?dryRun=ture", config("b"), 422, "?dryRun", "write true"),
+    ("POST", f"{CONFIGS}?dryRun", config("b"), 422, "?dryRun", "write true"),
+    ("POST", f"{CONFIGS}?dryrun=true", config("b"), 422, "?dryrun", "'dryRun'"),
+    ("DELETE", f"{CONFIGS}/a?dry_run=true", None, 422, "?dry_run", "'dryRun'"),
+    ("PUT", f"{CONFIGS}/a/status?dry=true", {}, 422, "?dry", "dryRun"),
+    ("GET", f"{CONFIGS}?labelselector=a", None, 422, "?labelselector", "'labelSelector'"),
+    ("GET", f"{CONFIGS}?watch=maybe", None, 422, "?watch", "write true"),
+    ("GET", f"{CONFIGS}/a?watch=true", None, 422, "?watch", "none is taken"),
+    ("GET", f"{CONFIGS}?watch=true&resourceVersion=999999", None, 410, "", "list again"),
     ("PUT", f"{CONFIGS}/gone/status", {}, 404, "", ""),
     ("PUT", CONFIGS, {}, 405, "", "POST"),
     ("POST", f"{CONFIGS}/a", {}, 405, "", "PATCH"),
@@ -267,7 +282,7 @@ async def pieces(size: int) -> AsyncIterator[bytes]:
 def test_a_body_key_given_twice_names_the_key() -> None:
     with pytest.raises(Invalid) as caught:
         parse_body(b'{"spec": {"replicas": 1, "replicas": 2}}', "application/json")
-    assert (caught.value.field, caught.value.remedy) == ("$.replicas", "keep one of them")
+    assert (caught.value.field, caught.value.remedy) == ("$.spec.replicas", "keep one of them")
 
 
 def test_tokens_request_ids_and_nothing_of_the_inside() -> None:

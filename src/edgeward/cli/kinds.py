@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 
+from edgeward.core.errors import NotFound
 from edgeward.core.registry import Kind, Kinds, kinds
 
 #: Modules that register kinds, in no special order.
@@ -21,6 +22,18 @@ def load_kinds() -> Kinds:
     return kinds
 
 
+#: What people ask `get` for and has a command of its own.
+_COMMANDS = {
+    "event": "events", "events": "events", "ev": "events", "journal": "journal", "audit": "audit", "log": "logs APP",
+    "logs": "logs APP", "stream": "stream list", "streams": "stream list", "all": "get apps,services,configs",
+}  # fmt: skip
+
+
 def find_kind(word: str) -> Kind:
     """The kind a person means by ``app``, ``apps``, ``App`` or a short name; raises ``NotFound``."""
-    return load_kinds().find(word)
+    try:
+        return load_kinds().find(word)
+    except NotFound as e:
+        if command := _COMMANDS.get(word.lower()):
+            e.remedy = f"it is no resource; see: edgeward {command}"
+        raise

@@ -7,6 +7,7 @@ change between the two is missed.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -222,7 +223,7 @@ def _prose(value: object, depth: int) -> Iterator[str]:
                 yield f"{pad}{key}:"
                 yield from _prose(inner, depth + 1)
             elif inner != {}:  # nothing said is nothing to read
-                yield f"{pad}{key}: {', '.join(map(cell, inner)) or '-' if isinstance(inner, list) else cell(inner)}"
+                yield f"{pad}{key}: {_short(inner)}"
     elif isinstance(value, list):
         for inner in value:
             lines = list(_prose(inner, depth + 1)) if isinstance(inner, dict | list) else [f"{pad}  {cell(inner)}"]
@@ -231,6 +232,18 @@ def _prose(value: object, depth: int) -> Iterator[str]:
                 yield from lines[1:]
     else:
         yield f"{pad}{cell(value)}"
+
+
+def _short(value: object) -> str:
+    """A value in its line; a list as YAML writes it, so that entries with commas or blanks stay apart."""
+    if isinstance(value, list) and value:
+        return cell("[" + ", ".join(_entry(v) for v in value) + "]")
+    return cell(value)
+
+
+def _entry(value: object) -> str:
+    plain = isinstance(value, str) and value and not re.search(r"[\s,\[\]{}\"'#:\\]", value)
+    return str(value) if plain or not isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _flat(value: dict[str, Any] | list[Any]) -> bool:

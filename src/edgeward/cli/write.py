@@ -75,7 +75,7 @@ def apply(
                 verb, doc = apply_one(api, d, dry_run=dry_run, new=new)
             except EdgewardError as e:
                 if e.resource:
-                    e.file, e.line = e.file or d.manifest.file, e.line or d.manifest.line
+                    e.file, e.line = e.file or d.manifest.file, e.line or d.manifest.line_of(e.field)
                 failures.add(e)
                 continue
             if verb == "created":

@@ -65,7 +65,7 @@ from edgeward.core.resource import CLUSTER, MAX_DOCUMENT, Key, Resource, check_n
 from edgeward.core.resources import Resources
 from edgeward.core.selectors import parse_fields, parse_labels
 from edgeward.core.store import Change, Store
-from edgeward.core.streaming import flag, json, number
+from edgeward.core.streaming import flag, json, number, only
 from edgeward.core.throttle import Throttle, source_of
 
 log = logging.getLogger("edgeward.api")
@@ -234,11 +234,18 @@ async def read_body(request: Request, limit: int = MAX_DOCUMENT) -> bytes:
     return bytes(data)
 
 
-def _duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Twice:
+    """Stands for an object that has a key twice, until it is known where it is."""
+
+    key: str
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Twice:
     doc: dict[str, Any] = {}
     for key, value in pairs:
         if key in doc:
-            raise Invalid("is given twice", field=f"$.{key}", remedy="keep one of them")
+            return _Twice(key)
         doc[key] = value
     return doc
 
@@ -251,7 +258,7 @@ def parse_body(data: bytes, content_type: str) -> Any:
         doc = documents[0].doc
     else:
         try:
-            doc = stdjson.loads(data, object_pairs_hook=_duplicates)
+            doc = stdjson.loads(data, object_pairs_hook=_pairs)
         except (ValueError, RecursionError) as e:
             raise Invalid(f"the body is no valid JSON: {e}", field="$", remedy="or send application/yaml") from None
     _check_storable(doc, "$", 0)
@@ -262,6 +269,8 @@ def _check_storable(value: Any, path: str, depth: int) -> None:
     """Refuses what a parser takes and the store's JSON cannot hold."""
     if depth > MAX_DEPTH:
         raise Invalid(f"is nested deeper than {MAX_DEPTH} levels", field=path[:200], remedy="flatten it")
+    if isinstance(value, _Twice):
+        raise Invalid("is given twice", field=f"{path}.{value.key}"[:200], remedy="keep one of them")
     if isinstance(value, dict):
         for key, inner in value.items():
             _check_storable(key, path, depth + 1)
@@ -358,11 +367,13 @@ class Api:
         kind = self._kind(request)
         namespace = request.path_params.get("ns")
         if request.method == "POST":
+            only(request, "dryRun")
             self._perhaps(request, "create", kind, namespace or ("default" if kind.namespaced else CLUSTER))
             resource = await self._document(request)
             check_write(request, "create", resource, None)
-            dry = flag(request, "dryRun")
+            dry = flag(request, "dryRun", "all")
             return self._one(request, await self.resources.create(resource, dry_run=dry, **actor_of(request)), 201)
+        only(request, "labelSelector", "fieldSelector", "limit", "continue", "watch", "resourceVersion")
         watching = flag(request, "watch")
         asked = namespace if kind.namespaced else CLUSTER
         allowed = sift(request, "watch" if watching else "list", kind.name, asked)
@@ -419,6 +430,12 @@ class Api:
         since = parse_revision(since_text) if since_text else None
         if since_text and since is None:
             raise Invalid(f"{since_text[:40]!r} is no revision", field="?resourceVersion", remedy="list first")
+        if since and since > self.store.revision:
+            # of a store that was since restored, or of another system: what comes below it would never be told
+            raise Gone(
+                f"revision {since} is not reached yet (the newest is {self.store.revision})",
+                remedy="list again and watch from the list's revision",
+            )
         shown_keys = {r.key for r in self.store.items(kind.name, namespace) if chosen(r)} if since else set()
         changes = self.store.watch(since)
         if since is None:
@@ -515,8 +532,10 @@ class Api:
             if self.store.find(key) is None:
                 who.require(Ask(verb, key.kind, key.namespace, key.name))  # there or not: the same refusal
         if verb == "get":
+            only(request)
             return self._one(request, self.store.get(key))
-        by, dry = actor_of(request), flag(request, "dryRun")
+        only(request, "dryRun")
+        by, dry = actor_of(request), flag(request, "dryRun", "all")
         expect = self._expect(request)
         if verb == "patch":
             return self._one(request, await self._patch(request, key, expect, dry, by))
@@ -576,14 +595,17 @@ class Api:
         reading = request.method in ("GET", "HEAD")
         principal(request).require(ask_for(self.store, "get" if reading else "status", key))
         if reading:
+            only(request)
             return self._one(request, self.store.get(key))
+        only(request, "dryRun")
+        dry = flag(request, "dryRun", "all")
         doc = parse_body(await read_body(request), request.headers.get("content-type", "application/json"))
         status = doc.get("status", doc) if isinstance(doc, dict) else None
         if not isinstance(status, dict):
             raise Invalid("expected an object", resource=str(key), field="$.status")
         if request.method == "PATCH":
             status = merge_patch(self.store.get(key).status, status)
-        return self._one(request, await self.resources.status(key, status, **actor_of(request)))
+        return self._one(request, await self.resources.status(key, status, dry_run=dry, **actor_of(request)))
 
 
 _VERB = {"GET": "get", "HEAD": "get", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}

@@ -145,6 +145,8 @@ class Resources:
     async def _audited(
         self, verb: str, key: Key, actor: str, source: str, before: Resource | None, after: Resource | None, why: str
     ) -> None:
+        # who did what to what, never what is in it; the request's id comes with the line
+        log.info("%s %s by %s: %s", verb, key, actor, why)
         await self.audit.write(
             verb, key, actor=actor, source=source, request=correlation.get(), before=before, after=after, outcome=why
         )
@@ -296,7 +298,13 @@ class Resources:
             if self._orphan(r) and not r.metadata.deletionTimestamp:
                 await self._delete_too(r.key, "system (its owner is gone)")
 
-    async def status(self, key: Key, status: dict[str, object], *, actor: str, source: str = "") -> Resource:
+    async def status(
+        self, key: Key, status: dict[str, object], *, actor: str, source: str = "", dry_run: bool = False
+    ) -> Resource:
         """Replaces the status: for controllers, not for people."""
+        now = self.store.get(key)
+        if dry_run:
+            return msgspec.structs.replace(now, status=status)
         await self.store.put_status(key, status)
+        await self._audited("status", key, actor, source, None, None, "done")
         return self.store.get(key)

@@ -5,6 +5,7 @@ Handlers raise :class:`~edgeward.core.errors.EdgewardError`; the API turns those
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -30,8 +31,24 @@ def number(request: Request, name: str, default: int, *, low: int = 0, high: int
     return value
 
 
-def flag(request: Request, name: str) -> bool:
-    return request.query_params.get(name, "").lower() in ("1", "true", "yes")
+def flag(request: Request, name: str, *also: str) -> bool:
+    """A switch of the query string. What it does not know it refuses: ``dryRun=ture`` must not write."""
+    text = request.query_params.get(name)
+    if text is None or text.lower() in ("0", "false", "no"):
+        return False
+    if text.lower() in ("1", "true", "yes", *also):
+        return True
+    raise Invalid(f"{text[:40]!r} is neither true nor false", field=f"?{name}", remedy="write true, or leave it out")
+
+
+def only(request: Request, *names: str) -> None:
+    """Refuses parameters that mean nothing here: a misspelt ``dryRun`` or ``labelSelector`` does not pass for none."""
+    for name in request.query_params:
+        if name not in names:
+            near = difflib.get_close_matches(name.lower(), {n.lower(): n for n in names}, n=1, cutoff=0.6)
+            hint = next((f"did you mean {n!r}?" for n in names if near and n.lower() == near[0]), "")
+            known = f"known: {', '.join(names)}" if names else "none is taken here"
+            raise Invalid("unknown parameter", field=f"?{name[:60]}", remedy=hint or known)
 
 
 def json(doc: Any, status: int = 200) -> Response:

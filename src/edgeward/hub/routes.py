@@ -35,6 +35,9 @@ from edgeward.nodes.cloud import NodesCloud
 from edgeward.streams.cloud import StreamsCloud
 from edgeward.workloads.logs import Marked
 
+#: Bytes of the body that brings a node's public key.
+MAX_KEY = 4096
+
 
 class HubRoutes:
     def __init__(
