@@ -44,6 +44,9 @@ def test_a_write_replaces_content_and_mode_whatever_the_umask(tmp_path: Path) ->
         write_atomic(path, "ä", mode=0o644)
         assert (path.read_bytes(), mode(path)) == ("ä".encode(), 0o644)
         assert mode(ensure_dir(tmp_path / "a" / "b")) == 0o700
+        os.umask(0o022)
+        assert mode(ensure_dir(tmp_path / "c" / "d" / "e")) == 0o700
+        assert (mode(tmp_path / "c"), mode(tmp_path / "c" / "d")) == (0o700, 0o700), "parents too"
     finally:
         os.umask(old)
 

@@ -61,6 +61,37 @@ log = logging.getLogger("edgeward.agent")
 
 MQTT_USER = "edge"
 
+#: Counters of the outbox by Prometheus' rules of naming.
+_METRIC = {
+    **{k: f"{k}_total" for k in ("accepted", "forwarded")},
+    **{f"dropped_{k}": f"dropped_{k}_total" for k in ("full", "age", "duplicate", "size")},
+    "no_identity": "without_identity_total",
+    "last_ack_at": "last_ack_timestamp_seconds",
+}
+_HELP = {
+    "edgeward_agent_memory_bytes": "Resident memory of the agent.",
+    "edgeward_agent_pending_changes": "Local changes that the hub has not decided yet.",
+    "edgeward_agent_revision": "Revision of the replica.",
+    "edgeward_agent_resources": "Resources in the replica.",
+    "edgeward_agent_uptime_seconds": "Since the agent started.",
+    "edgeward_link_up": "1 while the hub answers.",
+    "edgeward_link_beats_total": "Heartbeats that the hub answered.",
+    "edgeward_link_syncs_total": "Syncs of desired state.",
+    "edgeward_link_full_syncs_total": "Syncs that began from nothing.",
+    "edgeward_link_pushed_total": "Local changes sent to the hub.",
+    "edgeward_link_reports_total": "Reports of state.",
+    "edgeward_outbox_accepted_total": "Readings taken into the queue.",
+    "edgeward_outbox_forwarded_total": "Readings that the hub acknowledged.",
+    "edgeward_outbox_pending": "Readings that wait for the hub.",
+    "edgeward_outbox_pending_bytes": "Bytes that wait for the hub.",
+    "edgeward_outbox_dropped_full_total": "Readings dropped because the queue was full.",
+    "edgeward_outbox_dropped_age_total": "Readings dropped because they were too old.",
+    "edgeward_outbox_dropped_duplicate_total": "Repeats of a reading, known by its identity.",
+    "edgeward_outbox_dropped_size_total": "Readings too large to be carried.",
+    "edgeward_outbox_without_identity_total": "Readings without the declared identity.",
+    "edgeward_outbox_last_ack_timestamp_seconds": "When the hub last acknowledged (Unix time).",
+}
+
 
 class Agent:
     """One node's agent; :meth:`run` until the stop event."""
@@ -425,8 +456,8 @@ class Agent:
             for queue, counters in self.outbox.counters().items():
                 for k, v in counters.items():
                     if isinstance(v, int | float):
-                        values[f'edgeward_outbox_{k}{{queue="{queue}"}}'] = float(v)
-        return daemon.metrics_text(values)
+                        values[f'edgeward_outbox_{_METRIC.get(k, k)}{{queue="{queue}"}}'] = float(v)
+        return daemon.metrics_text(values, _HELP)
 
 
 def main() -> int:

@@ -166,7 +166,10 @@ def memory_mb(pid: int | None) -> float:
 
 
 def metrics_text(values: dict[str, float], help_texts: dict[str, str] | None = None) -> str:
-    """Prometheus text exposition of plain gauges; names may carry labels (``name{a="b"}``)."""
+    """Prometheus text exposition; names may carry labels (``name{a="b"}``), what ends in ``_total`` is a counter.
+
+    Numbers are written in full: a counter cut to six digits stands still and then jumps.
+    """
     out: list[str] = []
     seen: set[str] = set()
     for name in sorted(values):
@@ -176,7 +179,8 @@ def metrics_text(values: dict[str, float], help_texts: dict[str, str] | None = N
             if help_texts and base in help_texts:
                 out.append(f"# HELP {base} {help_texts[base]}")
             out.append(f"# TYPE {base} {'counter' if base.endswith('_total') else 'gauge'}")
-        out.append(f"{name} {values[name]:g}")
+        value = values[name]
+        out.append(f"{name} {int(value) if value.is_integer() else repr(value)}")
     return "\n".join(out) + "\n"
 
 

@@ -53,6 +53,41 @@ _WRITE = [
     _parameter("dryRun", "query", "Check only", {"type": "boolean"}),
     _parameter("If-Match", "header", "The revision it must have; another gives 409"),
 ]
+_STATUS = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+_RECORDS = [
+    _parameter("since", "query", "Only records behind this number", {"type": "integer", "minimum": 0}),
+    _parameter("limit", "query", "At most the last so many", {"type": "integer", "minimum": 1, "maximum": 10_000}),
+]
+_FOLLOW = _parameter("follow", "query", "Go on with what comes, by server-sent events", {"type": "boolean"})
+
+
+def _fixed() -> dict[str, Any]:
+    """What hub and agent have beside the kinds."""
+
+    def get(summary: str, name: str, parameters: list[dict[str, Any]], media: str = "application/json") -> Any:
+        done = {
+            "description": "Done",
+            "content": {media: {"schema": {"type": "string" if "text" in media else "object"}}},
+        }
+        answers = {"200": done, "default": _answers(_REF.format(name="Problem"))["default"]}
+        return {"get": {"tags": ["System"], "summary": summary, "operationId": name, "parameters": parameters,
+                        "responses": answers}}  # fmt: skip
+
+    health = {"503": {"description": "Not ready"}}
+    paths = {
+        "/healthz": get("Whether the process lives", "healthz", []),
+        "/readyz": get("Whether it does its work", "readyz", []),
+        "/metrics": get("Prometheus metrics; open on loopback", "metrics", [], "text/plain"),
+        "/openapi.json": get("This document", "openapi", []),
+        "/api/v1/version": get("Role and version", "version", []),
+        "/api/v1/audit": get("Who wrote what, refused writes too", "audit", _RECORDS),
+        "/api/v1/events": get("What happened", "events", [*_RECORDS, _FOLLOW]),
+        "/api/v1/journal": get("How changes of both sides were decided", "journal", [*_RECORDS, _FOLLOW]),
+    }
+    for path in ("/healthz", "/readyz"):
+        paths[path]["get"]["security"] = []
+    paths["/readyz"]["get"]["responses"] |= health
+    return paths
 
 
 def _body(ref: str) -> dict[str, Any]:
@@ -98,6 +133,17 @@ def _paths(kind: Kind) -> dict[str, Any]:
                        "parameters": _WRITE, "responses": _answers(one)},
         },
     }  # fmt: skip
+    paths[f"{prefix}/{{name}}/status"] = {
+        "parameters": named,
+        "get": {**tag, "summary": f"Get a {kind.name} with its status", "operationId": f"get{kind.name}Status",
+                "responses": _answers(one)},
+        "put": {**tag, "summary": f"Replace the status of a {kind.name}: for controllers",
+                "operationId": f"replace{kind.name}Status", "parameters": _WRITE[:1],
+                "requestBody": _STATUS, "responses": _answers(one)},
+        "patch": {**tag, "summary": f"Merge-patch the status of a {kind.name}: for controllers",
+                  "operationId": f"patch{kind.name}Status", "parameters": _WRITE[:1],
+                  "requestBody": _STATUS, "responses": _answers(one)},
+    }  # fmt: skip
     if kind.namespaced:
         paths[f"/api/v1/{kind.plural}"] = {
             "get": {**tag, "summary": f"List {kind.plural} of all namespaces", "operationId": f"listAll{kind.name}",
@@ -111,7 +157,7 @@ def document(version: str) -> dict[str, Any]:
     types = [Metadata, *(k.spec for k in kinds)]
     _, components = msgspec.json.schema_components(types, ref_template=_REF)
     schemas: dict[str, Any] = {**components, "Problem": _PROBLEM}
-    paths: dict[str, Any] = {}
+    paths: dict[str, Any] = _fixed()
     for kind in kinds:
         schemas[kind.name] = {
             "type": "object",

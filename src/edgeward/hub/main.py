@@ -49,6 +49,19 @@ from edgeward.streams.cloud import StreamsCloud
 
 log = logging.getLogger("edgeward.hub")
 
+_HELP = {
+    "edgeward_hub_links": "Open links of nodes.",
+    "edgeward_hub_memory_bytes": "Resident memory of the hub.",
+    "edgeward_hub_nats_memory_bytes": "Resident memory of its nats-server.",
+    "edgeward_hub_nats_restarts_total": "Starts of nats-server after the first.",
+    "edgeward_hub_resources": "Resources in the store.",
+    "edgeward_hub_revision": "Revision of the store.",
+    "edgeward_hub_tombstones": "Deletions that are remembered.",
+    "edgeward_hub_uptime_seconds": "Since the hub started.",
+    "edgeward_hub_watchers": "Open watches.",
+    "edgeward_node_online": "1 while the hub hears the node.",
+}
+
 
 class Hub:
     """One hub process; :meth:`run` until the stop event."""
@@ -266,7 +279,7 @@ class Hub:
         for node in self.store.items("Node"):
             name = node.metadata.name
             values[f'edgeward_node_online{{node="{name}"}}'] = float(self.nodes.is_online(name))
-        return daemon.metrics_text(values)
+        return daemon.metrics_text(values, _HELP)
 
 
 def _head(data: bytes | None) -> Head | None:
