@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from edgeward.cli.main import spread
+
 #: A pytest fixture's type, by its shape (conftest is not importable under importlib mode).
 Program = Any
 
@@ -201,3 +203,9 @@ def test_completion(edgeward: Program) -> None:
         assert "edgeward" in edgeward("completion", shell).stdout
     done = edgeward(_EDGEWARD_COMPLETE="complete_bash", COMP_WORDS="edgeward stream r", COMP_CWORD="2")
     assert done.stdout.split() == ["read"]
+
+
+def test_short_options_with_an_equals_sign() -> None:
+    assert spread(["get", "app", "-o=json", "-n=a=b", "--x=y"]) == ["get", "app", "-o", "json", "-n", "a=b", "--x=y"]
+    plain = ["label", "app", "web", "a=b", "c-", "--", "-o=x"]
+    assert spread(plain) == plain

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -196,9 +197,23 @@ def _drop_stdout() -> None:
     os.close(null)
 
 
+_SHORT = re.compile(r"^(-[a-zA-Z])=(.*)$", re.S)
+
+
+def spread(args: list[str]) -> list[str]:
+    """``-o=json``, as kubectl's users write it, is ``-o json``; the parser would read it as ``=json``."""
+    got: list[str] = []
+    for n, arg in enumerate(args):
+        if arg == "--":
+            return got + args[n:]
+        match = _SHORT.match(arg)
+        got += [match[1], match[2]] if match else [arg]
+    return got
+
+
 def main(argv: list[str] | None = None) -> NoReturn:
     """The entry point."""
-    args = sys.argv[1:] if argv is None else argv
+    args = spread(sys.argv[1:] if argv is None else argv)
     try:
         program().main(args=args, prog_name=PROGRAM, complete_var=COMPLETE_VAR)
         code = 0

@@ -15,6 +15,7 @@ import json as stdjson
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -647,6 +648,11 @@ def build_app(
 
         return json(document(str(info.get("version", ""))))
 
+    async def namespace_status(request: Request) -> Response:
+        """Else ``namespaces/x/status`` would be the list of a kind called status."""
+        request.scope["path_params"] = {**request.path_params, "plural": "namespaces"}
+        return await api.status(request)
+
     base = "/api/v1"
     reading = ["GET", "HEAD"]
     routes = [
@@ -656,6 +662,11 @@ def build_app(
         Route("/openapi.json", signed_in(openapi)),
         Route(f"{base}/version", signed_in(version)),
         *audit_routes(resources.audit, audit_head or (lambda: None)),
+        Route(
+            f"{base}/namespaces/{{name}}/status",
+            declare(namespace_status, Action("own", ("get", "status"))),
+            methods=[*reading, "PUT", "PATCH"],
+        ),
         *access_routes(resources, issue=info.get("role") != "agent"),
         *(closed(route) for route in extra_routes),
     ]

@@ -20,7 +20,7 @@ import msgspec
 from edgeward.core import clock
 from edgeward.core.chain import GENESIS, Head, Link, Verdict, check, link
 from edgeward.core.errors import EdgewardError
-from edgeward.core.resource import Key, Resource
+from edgeward.core.resource import CLUSTER, Key, Resource
 from edgeward.core.store_sqlite import open_database
 
 log = logging.getLogger("edgeward.audit")
@@ -84,7 +84,7 @@ class Audit:
             "actor": actor,
             "verb": verb,
             "kind": key.kind,
-            "namespace": key.namespace,
+            "namespace": "" if key.namespace == CLUSTER else key.namespace,
             "name": key.name,
             "outcome": outcome,
         }
