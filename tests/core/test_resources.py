@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from edgeward.core.audit import Audit
-from edgeward.core.errors import Conflict, Invalid, NotFound
+from edgeward.core.errors import Conflict, Forbidden, Invalid, NotFound
 from edgeward.core.resource import CLUSTER, Key, Resource, decode
 from edgeward.core.resources import Resources, dependents
 from edgeward.core.store import Entry
@@ -340,6 +340,20 @@ def test_two_cascades_at_once_delete_everything_once() -> None:
         audit.close()
 
     asyncio.run(main())
+
+
+def test_nobody_makes_up_what_nodes_report() -> None:
+    async def body(r: Resources) -> None:
+        await r.create(make("App", "a", {"process": {"command": ["x"]}}), actor="eve")
+        app = Key("App", "default", "a")
+        with pytest.raises(Forbidden, match="nodes report"):
+            await r.status(app, {"phase": "Running"}, actor="eve")
+        assert r.store.get(app).status == {}
+        assert outcomes(r)[-1] == ("status", "a", "Forbidden")
+        await r.create(config("c"), actor="eve")
+        assert (await r.status(key("c"), {"seen": 1}, actor="controller")).status == {"seen": 1}
+
+    run(body)
 
 
 def test_collect_finishes_what_a_killed_process_left() -> None:

@@ -80,6 +80,8 @@ class Kind:
     #: What it takes of its namespace's quota (``core/quota.py``).
     usage: Callable[[Resource], Mapping[str, float | None]] = _no_usage
     columns: tuple[Column, ...] = ()
+    #: Its status is made of what nodes report; nobody else writes it.
+    reported: bool = False
     #: Top-level spec fields whose values are secret: never listed, printed, logged or diffed.
     secret_fields: tuple[str, ...] = ()
     example: str = ""

@@ -17,7 +17,7 @@ import msgspec
 from edgeward.core import clock, quota
 from edgeward.core.audit import Audit
 from edgeward.core.context import correlation
-from edgeward.core.errors import Conflict, EdgewardError, Invalid, NotFound
+from edgeward.core.errors import Conflict, EdgewardError, Forbidden, Invalid, NotFound
 from edgeward.core.kinds import quota_of
 from edgeward.core.registry import kinds
 from edgeward.core.resource import CLUSTER, Key, Resource, encode_stored, parse_revision
@@ -301,8 +301,15 @@ class Resources:
     async def status(
         self, key: Key, status: dict[str, object], *, actor: str, source: str = "", dry_run: bool = False
     ) -> Resource:
-        """Replaces the status: for controllers, not for people."""
+        """Replaces the status: for controllers, not for people; ``Forbidden`` where it is made of nodes' reports."""
         now = self.store.get(key)
+        if kinds.get(key.kind).reported:
+            e = Forbidden(
+                "is made of what nodes report", resource=str(key), field="$.status", remedy="change the spec instead"
+            )
+            if not dry_run:
+                await self._audited("status", key, actor, source, None, None, f"{e.reason}: {e.message}")
+            raise e
         if dry_run:
             return msgspec.structs.replace(now, status=status)
         await self.store.put_status(key, status)

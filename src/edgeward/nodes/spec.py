@@ -100,6 +100,7 @@ kinds.add(
         "Node",
         "nodes",
         NodeSpec,
+        reported=True,
         doc="One edge machine, running one agent.",
         namespaced=False,
         scope="site",

@@ -124,6 +124,7 @@ kinds.add(
         "Export",
         "exports",
         ExportSpec,
+        reported=True,
         doc="Readings of nodes, delivered to a stream of the hub.",
         scope="placed",
         check=_check,
