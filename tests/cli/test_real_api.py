@@ -182,3 +182,19 @@ def test_watch_and_events(real: Program) -> None:
     assert json.loads(following.stdout.readline())["message"] == "second"
     following.kill()
     following.communicate()
+
+
+def test_what_is_going_is_said_to_be_going(real: Program) -> None:
+    home = "apiVersion: edgeward/v1\nkind: Namespace\nmetadata: {name: line-3}\n"
+    held = CONFIG.replace("settings}", "held, namespace: line-3, finalizers: [ew/clean]}")
+    real("apply", "-f", "-", stdin=f"{home}---\n{held}")
+    assert real("delete", "ns", "line-3").stdout == "namespace/line-3 deleting (waits for what is in it)\n"
+    assert real("delete", "config", "held", "-n", "line-3").stdout == "config/held deleting (waits for ew/clean)\n"
+    again = real("apply", "-f", "-", stdin=home).stdout
+    assert again == "namespace/line-3 configured (it is being deleted: apply again when it is gone)\n"
+    assert real("get", "configs", "-A", "-o=name").stdout == "config/held\n", "still there, so that it can be finished"
+    bad = f"{home}---\n" + CONFIG.replace("settings}", "late, namespace: line-3}")
+    assert (
+        "standard input:7: Config/line-3/late: $.metadata.namespace: "
+        in real("apply", "-f", "-", stdin=bad, code=3).stderr
+    )

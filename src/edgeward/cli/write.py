@@ -82,7 +82,8 @@ def apply(
                 new.add(d.key)
             written.append((d, doc, verb))
             if output == "table":
-                write(f"{full_name(doc)} {verb}" + (" (dry run)" if dry_run else ""))
+                going = " (it is being deleted: apply again when it is gone)" if _going(doc) else ""
+                write(f"{full_name(doc)} {verb}" + (" (dry run)" if dry_run else "") + going)
             elif output == "name":
                 write(full_name(doc))
         if output in ("json", "yaml"):
@@ -124,10 +125,13 @@ def _revision(doc: Mapping[str, Any]) -> str:
     return str((doc.get("metadata") or {}).get("resourceVersion") or "")
 
 
+def _going(doc: Mapping[str, Any]) -> bool:
+    return bool((doc.get("metadata") or {}).get("deletionTimestamp"))
+
+
 def _settled(d: Declared, current: Mapping[str, Any]) -> bool:
     """Whether leaving it alone is an answer: it stays, and the file does not insist on another revision."""
-    going = (current.get("metadata") or {}).get("deletionTimestamp")
-    return not going and d.revision in ("", _revision(current))
+    return not _going(current) and d.revision in ("", _revision(current))
 
 
 def _rests_on(d: Declared, new: set[object]) -> bool:
