@@ -273,12 +273,12 @@ def test_the_last_finalizer_lets_it_go() -> None:
 
 def test_a_namespace_that_goes_lets_finalizers_come_off_and_leaves_nothing_behind() -> None:
     async def body(r: Resources) -> None:
-        made = await r.create(make("Namespace", "line-3"), actor="eve")
+        await r.create(make("Namespace", "line-3"), actor="eve")
         await r.create(config("held", namespace="line-3", finalizers=["ew/clean"]), actor="eve")
         home = Key("Namespace", CLUSTER, "line-3")
         assert (await r.delete(home, actor="eve")).metadata.deletionTimestamp, "it is not gone yet"
         # a write of the namespace (`apply` of its file) must not take it away from over what is still in it
-        await r.replace(again(made, resourceVersion=""), actor="eve")
+        await r.replace(make("Namespace", "line-3"), actor="eve")
         assert r.store.get(home).metadata.deletionTimestamp
         with pytest.raises(Invalid) as refused:
             await r.create(config("late", namespace="line-3"), actor="eve")
