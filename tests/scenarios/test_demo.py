@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,18 @@ def test_the_demo_holds(tmp_path: Path) -> None:
     assert result["offline_failures"] == 0
     assert result["local_change_applied"] is True
     assert isinstance(result["enforced"], list)
+
+
+def test_what_did_not_hold_fails_it_and_the_result_has_every_field(tmp_path: Path) -> None:
+    """A port of the hub's that somebody else has: the first act fails, and a script still gets its line."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, "-m", "edgeward", "demo", "--json", "--data", str(tmp_path / "d"), "--port", port],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "did not hold" in done.stdout
+    assert set(json.loads(done.stdout.splitlines()[-1])) == set(FIELDS)

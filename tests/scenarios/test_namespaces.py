@@ -86,6 +86,9 @@ def test_isolation_partition_and_a_cut_without_loss(net: Callable[[str], Any]) -
     lab.run("lab", "partition", "plant", "plant-1,plant-3/plant-2")
     assert reaches(lab, "plant-1", *three)
     assert not reaches(lab, "plant-3", *two)
+    said = json.loads(lab.run("lab", "status", "-o", "json"))["sites"][0]
+    assert said["parted"] == [["plant-1", "plant-3"], ["plant-2"]]
+    assert "parted plant-1,plant-3/plant-2" in lab.run("lab", "status")
     lab.run("lab", "partition", "plant", "nobody", code=3)
     assert "plant-1, plant-2, plant-3" in lab.stderr
     lab.run("lab", "heal", "plant")

@@ -143,7 +143,7 @@ class Child:
             self._say(f"{self.title} {ending(self.process.returncode)}, starting it again")
             self.restarts += 1
             await asyncio.sleep(delay)  # the back-off of a child that keeps dying
-            if self.wanted:
+            if self.wanted and self.pid is None:  # `kill` and `start` may have come in between
                 await self._spawn()
 
     async def stop(self, sig: int = signal.SIGTERM) -> None:
@@ -305,12 +305,14 @@ class Cluster:
     async def _start(self, child: Child) -> None:
         if self._group is None:
             raise EdgewardError("the cluster is not open")
-        child.run_file.unlink(missing_ok=True)
+        if child.pid is None:  # what a running one says of itself is true, and it says it once
+            child.run_file.unlink(missing_ok=True)
+        before = child.restarts
         await child.start(self._group)
         try:
             async with asyncio.timeout(START_TIMEOUT):
                 while not child.ready():
-                    if child.restarts > 3:
+                    if child.restarts - before > 3:
                         raise EdgewardError(
                             f"{child.name} does not stay up; its last words:\n{child.last_words()}",
                             remedy=f"see {child.log_file}",

@@ -46,6 +46,13 @@ MIN_SENT = 1000
 #: What an App may limit.
 LIMITS = ("cpu", "memory", "pids", "user")
 MIN_OFFLINE_REQUESTS = 100
+#: What ``--json`` tells, null where the run did not come so far.
+FIELDS = (
+    *("edge_p50_ms", "edge_p99_ms", "cloud_p50_ms", "cloud_p99_ms"),
+    *("sent", "received", "duplicates", "lost", "out_of_order"),
+    *("offline_requests", "offline_failures", "offline_restart_s", "backlog_first_s", "backlog_done_s"),
+    *("local_change_applied", "hub_pss_mb", "agent_pss_mb", "nats_pss_mb", "enforced"),
+)
 
 
 class Show:
@@ -198,7 +205,7 @@ class Demo:
     def __init__(self, lab: Lab, show: Show) -> None:
         self.lab = lab
         self.show = show
-        self.result: dict[str, Any] = {}
+        self.result: dict[str, Any] = dict.fromkeys(FIELDS)
         self.failed: list[str] = []
         self._cloud: asyncio.subprocess.Process | None = None
         self._port = 0
@@ -522,7 +529,7 @@ class Demo:
 
     def table(self) -> None:
         r = self.result
-        enforced = [what.rpartition(".")[2] for what in r.get("enforced", [])]
+        enforced = [what.rpartition(".")[2] for what in r["enforced"] or []]
         table = Table(title="What was measured", title_justify="left", title_style="bold", box=None, show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(justify="right", no_wrap=True)
@@ -545,7 +552,7 @@ class Demo:
         self.show.console.print()
         self.show.console.print(table)
         missing = [what for what in LIMITS if what not in enforced]
-        if "enforced" in r and missing:
+        if r["enforced"] is not None and missing:
             self.show.console.print(
                 f"\nNot enforced here: {', '.join(missing)} (needs root and cgroups).", soft_wrap=True
             )
@@ -566,6 +573,14 @@ async def run_demo(
     directory = data.absolute() if data else Path(tempfile.mkdtemp(prefix="edgeward-demo-"))
     topology = parse(TOPOLOGY, file="demo")
     demo: Demo | None = None
+    told = False
+
+    def tell() -> None:
+        nonlocal told
+        if as_json and demo is not None and not told:
+            print(json.dumps(demo.result), flush=True)
+            told = True
+
     started = time.monotonic()
     code = 1
     try:
@@ -581,6 +596,8 @@ async def run_demo(
                     demo.failed.append("interrupted")
             except EdgewardError as e:
                 demo.hold(False, str(e))
+            except Exception as e:  # noqa: BLE001 - whatever broke it, the claims behind it did not hold
+                demo.hold(False, f"{type(e).__name__}: {e}")
             finally:
                 for task in (work, stopped):
                     task.cancel()
@@ -603,6 +620,7 @@ async def run_demo(
                     + ("Ctrl-C ends it." if data else "Ctrl-C ends it and removes its state."),
                     soft_wrap=True,
                 )
+                tell()  # who reads it wants it now, not after Ctrl-C
                 waiting = asyncio.create_task(lab.run())
                 await stop.wait()
                 waiting.cancel()
@@ -610,8 +628,7 @@ async def run_demo(
     finally:
         if data is None and (demo is None or not demo.failed):
             shutil.rmtree(directory, ignore_errors=True)
-        elif data is None:
+        elif data is None and not told:
             show.console.print(f"Its logs are in {directory}")
-    if as_json and demo is not None:
-        print(json.dumps(demo.result))
+    tell()
     return code

@@ -100,6 +100,9 @@ class Lab:
         await self.backing.set_profile(self._site(site), profile)
         self._link[site] = profile.name
         self._profile[site] = profile
+        for where, relay in self._relays:
+            if where == site:
+                relay.set_profile(profile)
 
     async def partition(self, site: str, groups: list[list[str]]) -> None:
         await self.backing.partition(self._site(site), groups)

@@ -27,22 +27,27 @@ class Link:
         self.up, self.down = Shaper(profile, "up"), Shaper(profile, "down")
         self._rng = random.Random(seed)  # noqa: S311 - an emulation, repeatable by its seed
         self._open = asyncio.Event()
+        self._cut = False
         self.set_profile(profile)
 
     def set_profile(self, profile: Profile) -> None:
         self.profile = profile
         self.up.set_profile(profile)
         self.down.set_profile(profile)
-        if profile.silent:
-            self._open.clear()
-        else:
-            self._open.set()
+        self._decide()
 
     def cut(self) -> None:
-        self._open.clear()
+        self._cut = True
+        self._decide()
 
     def heal(self) -> None:
-        if not self.profile.silent:
+        self._cut = False
+        self._decide()
+
+    def _decide(self) -> None:
+        if self._cut or self.profile.silent:
+            self._open.clear()
+        else:
             self._open.set()
 
     @property
