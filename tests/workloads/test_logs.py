@@ -74,6 +74,32 @@ def test_what_cannot_be_copied_is_cut_all_the_same(tmp_path: Path) -> None:
     assert not (tmp_path / "i.log.1").is_symlink()
 
 
+@settings(deadline=None)
+@given(st.floats(1, 1e9), st.integers(4096, 1 << 30))
+def test_the_faster_it_grows_the_sooner_it_is_looked_at(rate: float, cap: int) -> None:
+    """A steady writer is above its cap by no more than it writes between two of the soonest looks."""
+    growth = logs.Growth()
+    now, size, kept, warm = 1.0, 0.0, 0.0, 0
+    for _ in range(200):
+        pause = growth.look_in(now, int(size), cap)
+        assert logs.SOONEST <= pause <= logs.LATEST
+        if warm:  # after the first two looks its rate is known
+            assert size + kept <= cap + rate * logs.SOONEST + 1, "before it is cut"
+        if size > cap // 2:
+            kept, size, warm = cap // 2, 0.0, warm + 1
+            growth.cut()
+        now += pause
+        size += rate * pause
+
+
+def test_a_quiet_file_is_looked_at_seldom_and_a_pause_is_not_trusted() -> None:
+    growth = logs.Growth()
+    assert growth.look_in(1.0, 0, 1 << 20) == logs.LATEST
+    assert growth.look_in(2.0, 0, 1 << 20) == logs.LATEST
+    assert growth.look_in(2.1, 400_000, 1 << 20) == logs.SOONEST
+    assert growth.look_in(2.2, 400_000, 1 << 20) < logs.LATEST, "it may go on where it left off"
+
+
 def test_a_missing_file_is_no_error(tmp_path: Path) -> None:
     path = tmp_path / "none.log"
     assert not logs.rotate(path, 100)

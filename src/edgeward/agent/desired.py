@@ -5,6 +5,8 @@ Pure reading; every answer follows from the replica alone, so it is the same wit
 
 from __future__ import annotations
 
+from typing import Any
+
 from edgeward.agent.replica import Replica
 from edgeward.core.resource import CLUSTER, Key, Resource
 from edgeward.core.scope import NodeView, matches
@@ -15,6 +17,14 @@ class Desired:
     def __init__(self, replica: Replica, node: str, site: str) -> None:
         self._replica = replica
         self._node, self._site = node, site
+        self._said: dict[Key, list[dict[str, Any]]] = {}
+
+    def said(self, key: Key, status: dict[str, Any] | None) -> None:
+        """What this node's own app is now. The replica keeps it too, but a moment later: an app that starts because
+        another one is ready must find that one's endpoints."""
+        self._said[key] = list((status or {}).get("instances", []))
+        if status is None:
+            del self._said[key]
 
     def nodes(self) -> list[Resource]:
         return [n for n in self._replica.items("Node") if n.spec.site == self._site]
@@ -57,8 +67,9 @@ class Desired:
         env: dict[str, str] = {}
         for service in self._replica.items("Service", namespace):
             endpoints: list[str] = []
-            app = self._replica.find(Key("App", namespace, str(service.spec.app)))
-            for i in (app.status if app else {}).get("instances", []):
+            key = Key("App", namespace, str(service.spec.app))
+            app = self._replica.find(key)
+            for i in self._said.get(key, (app.status if app else {}).get("instances", [])):
                 port = i.get("ports", {}).get(service.spec.port)
                 if port and i.get("phase") == "Running":
                     endpoints.append(f"{i.get('address') or '127.0.0.1'}:{port}")

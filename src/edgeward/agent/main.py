@@ -332,7 +332,9 @@ class Agent:
             self._spawn(self.replica.put_status(key, status or {}))
 
     def _app_status(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
-        self._status(Key("App", namespace, name), status)
+        key = Key("App", namespace, name)
+        self.desired.said(key, status)
+        self._status(key, status)
 
     def _export_status(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
         self._status(Key("Export", namespace, name), status)

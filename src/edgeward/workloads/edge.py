@@ -28,6 +28,7 @@ from edgeward.core.registry import extensions
 from edgeward.core.resource import Resource
 from edgeward.core.vault import Vault
 from edgeward.workloads import cgroup, health, logs
+from edgeward.workloads.logs import Growth
 from edgeward.workloads.plan import (
     Adopt,
     Forget,
@@ -400,6 +401,7 @@ class AppsEdge:
                     self._states.pop(key, None)
                     self._live.pop(key, None)
                     self._messages.pop(key, None)
+                    self._runtime.forget(*key)
         return again
 
     def _save(self, key: AppKey, state: State) -> None:
@@ -415,7 +417,11 @@ class AppsEdge:
         row = InstanceRow(f"{key[1]}-{clock.new_id(6)}", *key, version, slot, started_at=clock.now())
         live = Live(row, spec)
         try:
-            row.ports = self._ports(spec)
+            record = state.slots.setdefault(slot_key(version, slot), Slot())
+            row.ports = self._ports(spec, record.ports)
+            if record.ports != row.ports:
+                record.ports = dict(row.ports)
+                self._save(key, state)
             self._db.save_instance(row)
             self._live.setdefault(key, {})[row.id] = live
             started = self._runtime.start(row, snapshot, self._source.service_env(key[0]))
@@ -434,15 +440,18 @@ class AppsEdge:
         self._event("Normal", "Started", f"instance {row.id} of version {version[:8]}", *key)
         self._look_after(live)
 
-    def _ports(self, spec: AppSpec) -> dict[str, int]:
+    def _ports(self, spec: AppSpec, before: dict[str, int]) -> dict[str, int]:
+        """A port for each that the spec names; those of ``before`` where nobody else has taken them."""
         taken = {p for all_ in self._live.values() for i in all_.values() for p in i.row.ports.values()}
         found: dict[str, int] = {}
         for port in spec.ports:
             if port.port is not None:
                 found[port.name] = port.port
                 continue
-            for _ in range(200):
+            for n in range(200):
                 candidate = random.randint(*_PORTS)  # noqa: S311 - spreading, not secrecy
+                if n == 0:
+                    candidate = before.get(port.name, candidate)
                 if candidate in taken:
                     continue
                 with socket.socket() as s:
@@ -498,6 +507,7 @@ class AppsEdge:
         state.slots = {k: v for k, v in state.slots.items() if k.partition(":")[0] in live_versions}
         self._save(key, state)
         self._runtime.clean(live.row)
+        logs.rotate(self._runtime.log_file(live.row), parse_bytes(live.spec.logs.bytes))
         self._db.remove_instance(instance)
         self._usage.pop(instance, None)
 
@@ -564,17 +574,44 @@ class AppsEdge:
             snapshot = self._db.version(live.row.namespace, live.row.name, live.row.version)
             if snapshot is None:
                 return "its version is not kept any more"
-            env = self._runtime.environment(live.row, snapshot, {})
-            return await health.command(spec.exec.command, env, self._runtime.folder(live.row), timeout)
+            try:
+                argv, env, user = self._runtime.check(live.row, snapshot, self._source.service_env(live.row.namespace))
+            except EdgewardError as e:
+                return str(e)
+            return await health.command(argv, env, self._runtime.folder(live.row), timeout, user)
         return ""
 
     async def _rotate(self) -> None:
+        due: dict[str, float] = {}
+        growths: dict[str, Growth] = {}
+        tidy = 0.0
         while True:
-            await asyncio.sleep(1.0)  # the period of looking at file sizes
-            for key, instances in list(self._live.items()):
-                for live in instances.values():
-                    logs.rotate(self._runtime.log_file(live.row), parse_bytes(live.spec.logs.bytes))
-                self._drop_old_logs(key, set(instances))
+            now = clock.monotonic()
+            living = {i.row.id: i for all_ in self._live.values() for i in all_.values()}
+            growths = {k: growths.get(k) or Growth() for k in living}
+            due = {k: due.get(k, now) for k in living}
+            for k, live in living.items():
+                if due[k] <= now:
+                    due[k] = await self._rotate_one(live, growths[k])
+            if now >= tidy:
+                tidy = now + 1.0
+                for key, instances in list(self._live.items()):
+                    self._drop_old_logs(key, set(instances))
+            pause = min([*due.values(), now + logs.LATEST]) - clock.monotonic()
+            await asyncio.sleep(max(logs.SOONEST / 2, pause))  # the period of looking at file sizes
+
+    async def _rotate_one(self, live: Live, growth: Growth) -> float:
+        """Looks at one file, cuts it when it must be; gives the time of the next look."""
+        path, cap = self._runtime.log_file(live.row), parse_bytes(live.spec.logs.bytes)
+        try:
+            size = path.stat().st_size
+        except OSError:
+            size = 0
+        now = clock.monotonic()
+        pause = growth.look_in(now, size, cap)
+        if size > cap // 2 and await asyncio.to_thread(logs.rotate, path, cap):
+            growth.cut()
+        return now + pause
 
     def _drop_old_logs(self, key: AppKey, keep: set[str]) -> None:
         folder = self._runtime.logs / key[0] / key[1]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 async def http(host: str, port: int, path: str, timeout: float) -> str:
@@ -45,8 +47,11 @@ async def tcp(host: str, port: int, timeout: float) -> str:
     return ""
 
 
-async def command(argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float) -> str:
-    """ "" when the command ends with status 0 in time, else why not."""
+async def command(
+    argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float, user: Mapping[str, Any] | None = None
+) -> str:
+    """ "" when the command ends with status 0 in time, else why not. ``user``: the ``user``, ``group`` and
+    ``extra_groups`` to run it as, those of the app; a check gets no rights that the app has not."""
     # a task of its own: a cancellation while it starts would leave the command's children behind
     starting = asyncio.create_task(
         asyncio.create_subprocess_exec(
@@ -57,6 +62,7 @@ async def command(argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeou
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
             start_new_session=True,
+            **(user or {}),
         )
     )
     try:
@@ -65,10 +71,10 @@ async def command(argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeou
             status = await process.wait()
     except TimeoutError:
         return f"did not end within {timeout:g} s"
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, subprocess.SubprocessError) as e:
         return f"cannot be run: {getattr(e, 'strerror', None) or e}"
     finally:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
             process = await starting
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):

@@ -2,7 +2,8 @@
 
 A process appends to its own file directly, so it needs nobody to go on writing while the agent is away. When a file
 passes half of its cap it is copied to ``.1`` and cut to nothing in place (the writer appends on). Between copy and cut
-a line may be lost, and between two looks (a second) a very fast writer may pass the cap by what it writes in that time.
+a line may be lost. The faster a file grows the sooner it is looked at again (:class:`Growth`): a writer passes the cap
+by what it writes within ``SOONEST`` at most, and one that was quiet until then by what it writes within ``LATEST``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 
 _CHUNK = 64 * 1024
 _LOOK = 0.2
+#: Seconds between two looks at a file's size: of one that grows fast, of one that does not.
+SOONEST, LATEST = 0.02, 0.1
 
 
 def rotate(path: Path, cap: int) -> bool:
@@ -37,6 +40,30 @@ def rotate(path: Path, cap: int) -> bool:
         old.unlink(missing_ok=True)
     os.truncate(path, 0)
     return True
+
+
+class Growth:
+    """How fast a file grows, and so when its size must be looked at again. Time is an argument."""
+
+    def __init__(self) -> None:
+        self._at = self._rate = 0.0
+        self._size = 0
+
+    def look_in(self, now: float, size: int, cap: int) -> float:
+        """Seconds until the next look, given the size at this one."""
+        if self._at and now > self._at:
+            # right after a cut all that is there is new
+            grown = size - self._size if size >= self._size else size
+            # one quiet look is no reason to trust it
+            self._rate = max(grown / (now - self._at), self._rate / 2)
+        self._at, self._size = now, size
+        if self._rate <= 0:
+            return LATEST
+        return min(LATEST, max(SOONEST, (cap / 2 - size) / self._rate / 2))
+
+    def cut(self) -> None:
+        """The file was cut to nothing."""
+        self._size = 0
 
 
 def tail(path: Path, lines: int) -> bytes:

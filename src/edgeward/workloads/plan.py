@@ -31,6 +31,8 @@ class Slot(msgspec.Struct):
     restarts: int = 0
     not_before: float = 0.0
     done: bool = False
+    #: The ports of its last instance: the next one gets them again if it can, so that who knows them goes on.
+    ports: dict[str, int] = {}
 
 
 class State(msgspec.Struct):

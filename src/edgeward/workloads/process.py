@@ -1,7 +1,8 @@
 """The process runtime: a version's snapshot becomes a process of the node, in its own session, folder and limits.
 
 A runtime is an extension (``runtime/process``); container, wasm and Kubernetes join by the same face: ``start`` starts
-an instance, ``stop`` ends it, ``find`` finds one again, ``clean`` leaves nothing of it behind.
+an instance, ``stop`` ends it, ``find`` finds one again, ``clean`` leaves nothing of it behind but its log, and
+``forget``, once the app is gone, not even that.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -43,6 +44,7 @@ class Runtime(Protocol):
     async def stop(self, row: InstanceRow, spec: AppSpec) -> bool: ...
     def find(self, row: InstanceRow) -> proc.ProcId | None: ...
     def clean(self, row: InstanceRow) -> None: ...
+    def forget(self, namespace: str, name: str) -> None: ...
 
 
 class ProcessRuntime:
@@ -144,6 +146,17 @@ class ProcessRuntime:
             enforced.append("user")
         return Started(process, enforced, [{"what": k, "why": v} for k, v in refused.items()])
 
+    def check(
+        self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]
+    ) -> tuple[list[str], dict[str, str], dict[str, Any]]:
+        """An exec check's command, environment and user: the instance's own."""
+        spec = msgspec.convert(snapshot.spec, AppSpec)
+        env = self.environment(row, snapshot, extra)
+        command = spec.health.exec.command if spec.health.exec is not None else []
+        argv = [substitute(t, env, f"$.spec.health.exec.command[{n}]") for n, t in enumerate(command)]
+        uid, gid, groups, _ = self._user(spec.process.user if spec.process is not None else "")
+        return argv, env, {} if uid is None else {"user": uid, "group": gid, "extra_groups": groups}
+
     @staticmethod
     def _user(name: str) -> tuple[int | None, int | None, list[int] | None, dict[str, str]]:
         if not name:
@@ -207,6 +220,11 @@ class ProcessRuntime:
                 proc.kill_group(proc.ProcId.parse(row.process), signal.SIGKILL)
         shutil.rmtree(self.folder(row), ignore_errors=True)
         cgroup.remove(self.node, row.id)
+
+    def forget(self, namespace: str, name: str) -> None:
+        """The app is gone from this node: so is what it wrote."""
+        for root in (self.apps, self.logs):
+            shutil.rmtree(root / namespace / name, ignore_errors=True)
 
 
 if "process" not in extensions.names("runtime"):

@@ -89,7 +89,12 @@ class TcpCheck(_Struct):
 
 
 class ExecCheck(_Struct):
-    command: Annotated[list[str], Meta(description="Healthy when it ends with status 0", min_length=1)]
+    command: Annotated[
+        list[str],
+        Meta(
+            description="Healthy when it ends with status 0; ${NAME} is replaced; runs as the app's user", min_length=1
+        ),
+    ]
 
 
 class Health(_Struct):
@@ -250,10 +255,13 @@ def _check_app(r: Resource) -> None:
     if not spec.envFrom:
         known = dict.fromkeys([*BUILT_IN, *spec.process.env, *(p.env for p in spec.ports if p.env)], "x")
         known |= {p.env: "1" for p in spec.ports if p.env}
-        for field, values in (("command", spec.process.command), ("args", spec.process.args)):
+        texts = [("process.command", spec.process.command), ("process.args", spec.process.args)]
+        if spec.health.exec is not None:
+            texts.append(("health.exec.command", spec.health.exec.command))
+        for field, values in texts:
             for n, text in enumerate(values):
                 if "EDGEWARD_SERVICE_" not in text:
-                    substitute(text, known, f"$.spec.process.{field}[{n}]")
+                    substitute(text, known, f"$.spec.{field}[{n}]")
 
 
 def _app_refs(r: Resource) -> list[Ref]:
