@@ -14,7 +14,8 @@ from tests.core.pair import Pair, fill, readings, spec, until
 
 from edgeward.core.delivery import SRC
 from edgeward.core.errors import Conflict, EdgewardError, Refused
-from edgeward.core.outbox import Outbox, Queue, QueueSpec
+from edgeward.core.jsread import read_batch
+from edgeward.core.outbox import Gate, Outbox, Queue, QueueSpec, stamp_of
 
 
 async def drained(queue: Queue, seconds: float = 20) -> None:
@@ -348,3 +349,97 @@ def test_a_full_disk_refuses_and_recovers(tmp_path: Path) -> None:
         asyncio.run(main())
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+async def stamps(p: Pair, name: str) -> list[int]:
+    """When each batch came to the hub's stream, by the hub's clock."""
+    found: list[int] = []
+    at = 1
+    while got := await read_batch(p.hub.client, "$JS.API", f"DATA_{name}", at, f"ew.data.{name}.>", 64):
+        found += [stamp_of(m[2]) for m in got]
+        at = got[-1][0] + 1
+    return found
+
+
+def test_the_urgent_queue_goes_first(tmp_path: Path) -> None:
+    """What waited while the hub was away: all of the urgent queue is there before the second batch of the other."""
+
+    async def main() -> None:
+        async with Pair(tmp_path) as p:
+            for name in ("low", "high"):
+                await p.stream(name)
+            p.kill("hub")
+            outbox = p.outbox()
+            low = await outbox.open(QueueSpec("low", "low", priority=1, max_bytes=1 << 28))
+            high = await outbox.open(QueueSpec("high", "high", priority=9, max_bytes=1 << 28))
+            await fill(low, 0, 8_000, size=900)
+            await fill(high, 0, 8_000, size=900)
+            p.start("hub")
+            await p.hub.wait_connected(10)
+            await drained(high)
+            await drained(low)
+            last = await stamps(p, "high")
+            other = await stamps(p, "low")
+            assert len(other) > 3
+            assert len(last) > 3
+            assert sum(t < last[-1] for t in other) <= 2, "one may have been under way, one slipped in at a gap"
+
+    asyncio.run(main())
+
+
+def test_a_gate_has_one_place_for_the_first_in_rank() -> None:
+    async def main() -> None:
+        gate = Gate()
+        order: list[str] = []
+        inside = 0
+
+        async def turns(name: str, priority: int, count: int) -> None:
+            nonlocal inside
+            gate.want(name, priority)
+            for _ in range(count):
+                await asyncio.sleep(0)  # it reads and prepares
+                async with gate.turn(priority):
+                    inside += 1
+                    assert inside == 1
+                    await asyncio.sleep(0)
+                    order.append(name)
+                    inside -= 1
+            gate.leave(name)
+
+        async with asyncio.timeout(30):
+            given_up = asyncio.create_task(turns("given up", 9, 1000))
+            works = [asyncio.create_task(turns(*w)) for w in (("low", 1, 3), ("high", 8, 5), ("mid", 5, 2))]
+            await until(lambda: len(order) >= 3, 30)
+            given_up.cancel()
+            await asyncio.gather(given_up, return_exceptions=True)
+            gate.leave("given up")
+            await asyncio.gather(*works)
+        assert [n for n in order if n != "given up"] == ["high"] * 5 + ["mid"] * 2 + ["low"] * 3
+
+    asyncio.run(main())
+
+
+def test_a_declared_rate_is_kept_and_leaves_the_link_to_others(tmp_path: Path) -> None:
+    """By the hub's clock; the urgent queue's rests are not the other one's."""
+
+    async def main() -> None:
+        async with Pair(tmp_path) as p:
+            for name in ("slow", "free"):
+                await p.stream(name)
+            p.kill("hub")
+            outbox = p.outbox()
+            slow = await outbox.open(QueueSpec("slow", "slow", priority=9, rate=200_000, max_bytes=1 << 28))
+            free = await outbox.open(QueueSpec("free", "free", priority=1, max_bytes=1 << 28))
+            await fill(slow, 0, 500, step=50, size=900)
+            await fill(free, 0, 5_000, size=900)
+            p.start("hub")
+            await p.hub.wait_connected(10)
+            await drained(slow)
+            await drained(free)
+            when = await stamps(p, "slow")
+            assert len(when) > 3
+            # 500 readings are about 470 kB; the first batch (of 64 KiB at most) pays for nobody
+            assert when[-1] - when[0] >= (500 * 900 - 2 * 65536) / 200_000 * 1e9
+            assert (await stamps(p, "free"))[-1] < when[-1]
+
+    asyncio.run(main())

@@ -97,16 +97,32 @@ def stamp_of(headers: dict[str, str]) -> int:
 
 
 class Gate:
-    """One place, given to the waiter of the highest priority."""
+    """One place, for the waiter of the highest priority; nobody gets it while somebody of a higher one wants it.
+
+    Who has more to send reads and prepares it between two turns. Without a word of that the others would take every
+    second turn, and a priority would be worth nothing just when all have much to send.
+    """
 
     def __init__(self) -> None:
         self._busy = False
         self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._wanting: dict[object, int] = {}
         self._n = 0
+
+    def want(self, who: object, priority: int) -> None:
+        """``who`` has something to send, and will ask for turns until it says :meth:`leave`."""
+        self._wanting[who] = priority
+
+    def leave(self, who: object) -> None:
+        if self._wanting.pop(who, None) is not None and not self._busy:
+            self._pass_on()
+
+    def _outranked(self, priority: int) -> bool:
+        return any(other > priority for other in self._wanting.values())
 
     @contextlib.asynccontextmanager
     async def turn(self, priority: int) -> AsyncIterator[None]:
-        if self._busy:
+        if self._busy or self._outranked(priority):
             self._n += 1
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             heapq.heappush(self._waiters, (-priority, self._n, future))
@@ -123,12 +139,17 @@ class Gate:
             self._pass_on()
 
     def _pass_on(self) -> None:
-        while self._waiters:
-            _, _, future = heapq.heappop(self._waiters)
-            if not future.done():
-                future.set_result(None)
-                return
         self._busy = False
+        while self._waiters:
+            rank, _, future = self._waiters[0]
+            if not future.done():
+                if self._outranked(-rank):
+                    return
+                self._busy = True
+                future.set_result(None)
+            heapq.heappop(self._waiters)
+            if self._busy:
+                return
 
 
 class Queue:
@@ -269,12 +290,19 @@ class Queue:
 
     async def run(self) -> None:
         """Moves batches to the hub until cancelled."""
+        try:
+            await self._run()
+        finally:
+            self._gate.leave(self)
+
+    async def _run(self) -> None:
         delay = 0.0
         while True:
             try:
                 await self._forward()
                 delay = 0.0
             except (EdgewardError, nats.errors.Error, TimeoutError) as e:
+                self._gate.leave(self)
                 self._position = None
                 text = str(e) or type(e).__name__
                 if text != self.counters.error and not isinstance(e, Unreachable | NotFound):
@@ -291,12 +319,14 @@ class Queue:
             self._position = await self._find_position()
         got = await read_batch(self._bus.client, "$JS.API", self.stream, self._position, self.subject, _READ)
         if not got:
+            self._gate.leave(self)
             await self._expire()
             self.counters.error = ""
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(10.0):  # the pace of looking for what is too old
                     await self.wake.wait()
             return
+        self._gate.want(self, self.spec.priority)
         at = 0
         while at < len(got):
             at = await self._send(got, at)
@@ -371,7 +401,9 @@ class Queue:
             body = _encode(parts)
             wait = self._bucket.delay(clock.monotonic(), len(body))
             if wait:
+                self._gate.leave(self)
                 await asyncio.sleep(wait)  # the declared rate
+                self._gate.want(self, self.spec.priority)
             headers = {SRC: str(cursor), COUNT: str(len(parts)), TOTAL: str(total), LOST: f"{lost_full},{lost_age}"}
             async with self._gate.turn(self.spec.priority):
                 started = clock.monotonic()
