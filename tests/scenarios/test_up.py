@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from edgeward.lab.publisher import Publisher
 
 WEB = """\
 apiVersion: edgeward/v1
@@ -73,6 +76,54 @@ def test_up_runs_restarts_its_children_and_keeps_its_state(systems: Callable[...
     assert again.get("app", "web")["metadata"]["uid"] == app["metadata"]["uid"]
 
 
+def test_all_killed_at_once_comes_back_as_it_was(systems: Callable[..., Any]) -> None:
+    """The power goes: supervisor, hub, agent, both brokers and the apps, in one moment."""
+    up = systems("a", "up")
+    service = "apiVersion: edgeward/v1\nkind: Service\nmetadata: {name: web}\nspec: {app: web, port: http}\n"
+    up.run("apply", "-f", "-", "--wait", stdin=f"{WEB}---\n{service}")
+    show = {
+        "process": {"command": ["sh", "-c", "echo at=$EDGEWARD_SERVICE_WEB; exec sleep 1000"]},
+        "dependsOn": ["web"],
+    }
+    export = {"from": {"mqtt": "sensors/#"}, "to": {"hub": {"stream": "line1"}}, "identity": "$.id"}
+    up.apply({"kind": "Export", "metadata": {"name": "line1"}, "spec": export})
+    up.apply({"kind": "App", "metadata": {"name": "client"}, "spec": show}, "--wait")
+    port = up.get("app", "web")["status"]["instances"][0]["ports"]["http"]
+    up.wait("its log", lambda: f"at=127.0.0.1:{port}" in up.run("logs", "client"))
+    up.wait("the capture", lambda: "plant-1" in up.get("export", "line1")["status"].get("nodes", {}))
+    node = up.context["nodes"][0]
+    publisher = Publisher(node["mqtt_url"], node["mqtt_user"], node["mqtt_password"], rate=200)
+    publisher.start()
+    up.wait("some readings", lambda: publisher.acked_count() > 50)
+    before = [up.get(kind)["items"] for kind in ("apps", "services", "exports", "nodes")]
+
+    pids = [up.process.pid, *up.context["pids"].values(), *up.processes()]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    up.process.wait()
+    publisher.end(0)
+    acked = publisher.acked()
+    assert up.processes() == []
+    up.ready_file.unlink()
+    again = systems("a", "up")
+    assert again.context["nodes"][0]["mqtt_url"] == node["mqtt_url"], "devices find it where it was"
+    assert again.context["token"] == up.context["token"]
+    after = [again.get(kind)["items"] for kind in ("apps", "services", "exports", "nodes")]
+    for had, has in zip(before, after, strict=True):
+        assert [(r["metadata"]["uid"], r["spec"]) for r in had] == [(r["metadata"]["uid"], r["spec"]) for r in has]
+    again.wait("the app at its old port", lambda: answers(port))
+    again.wait("the client", lambda: again.get("app", "client")["status"].get("phase") == "Running")
+
+    def readings() -> list[int]:
+        lines = again.run("stream", "read", "line1", "--from", "0", "-o", "json").splitlines()
+        return [json.loads(line)["payload"]["id"] for line in lines]
+
+    again.wait("every acknowledged reading", lambda: acked <= set(readings()))
+    got = readings()
+    assert len(got) == len(set(got))
+    assert got == sorted(got)
+
+
 def test_a_second_up_of_one_directory_is_refused(systems: Callable[..., Any]) -> None:
     up = systems("a", "up")
     done = subprocess.run(up.process.args, capture_output=True, text=True, timeout=30)
@@ -107,8 +158,6 @@ def test_refusals_say_why_and_what_to_do(systems: Callable[..., Any], tmp_path: 
     big = {"kind": "Config", "metadata": {"name": "big"}, "spec": {"data": {"k": "x" * 1_100_000}}}
     up.apply(big, code=3)
     context = up.context | {"token": "ew_wrong"}
-    import json
-
     (tmp_path / "wrong.json").write_text(json.dumps(context))
     up.run("get", "apps", "--context", str(tmp_path / "wrong.json"), code=3)
     assert "token" in up.stderr

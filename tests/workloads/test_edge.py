@@ -242,10 +242,20 @@ def test_apps_outlive_their_agent_and_the_last_three_versions_are_kept(tmp_path:
             node.wish("web", ["false"], **quick)
             await until(lambda: node.phase("web") == "Degraded", 30)
             assert [i["pid"] for i in await node.runs("web")] == [one["pid"]]
+            assert "ended with status 1" in node.said["web"]["message"]
             assert "goes on" in node.said["web"]["message"]
+            node.wish("web", ["no-such-program"], **quick)
+            await until(lambda: "'no-such-program' cannot be started" in node.said["web"].get("message", ""), 30)
+            never = {"health": {"exec": {"command": ["sh", "-c", "exit 9"]}, "startup": "300ms"}}
+            node.wish("web", SLEEP, **(quick | never))
+            await until(
+                lambda: "not healthy within 0.3 s (ended with status 9)" in node.said["web"].get("message", ""), 30
+            )
+            assert [i["pid"] for i in await node.runs("web")] == [one["pid"]]
             # and what is adopted is looked after: it dies, it comes back
+            before = node.starts("web")
             os.kill(one["pid"], signal.SIGKILL)
-            await until(lambda: node.starts("web") == 7, 30)
+            await until(lambda: node.starts("web") == before + 1, 30)
             await node.runs("web")
 
     asyncio.run(main())

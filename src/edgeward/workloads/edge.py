@@ -390,6 +390,9 @@ class AppsEdge:
                     self._event("Normal", "Switched", what, *key)
                     again = True
                 case MarkBad(version, why):
+                    said = [i.why for i in self._live.get(key, {}).values() if i.row.version == version and i.why]
+                    if reason := (said or [self._messages.get(key, "")])[0]:
+                        why = f"{why} ({reason})"
                     state.bad[version] = why
                     state.candidate = ""
                     self._save(key, state)
