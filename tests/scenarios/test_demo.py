@@ -48,3 +48,12 @@ def test_what_did_not_hold_fails_it_and_the_result_has_every_field(tmp_path: Pat
     assert done.returncode == 1, done.stdout + done.stderr
     assert "did not hold" in done.stdout
     assert set(json.loads(done.stdout.splitlines()[-1])) == set(FIELDS)
+    left = [c for c in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path / "d").encode() in read(c)]
+    assert left == [], "no process outlives it"
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

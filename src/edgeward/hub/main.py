@@ -81,6 +81,16 @@ class Hub:
         self._server: Any = None
 
     async def run(self, stop: asyncio.Event) -> int:
+        """Until ``stop``. A hub that cannot run (its port is taken, say) leaves no nats-server behind."""
+        try:
+            return await self._run(stop)
+        except BaseException:  # uvicorn ends the process by SystemExit when its port is taken
+            nats: NatsServer | None = getattr(self, "nats", None)
+            if nats is not None:
+                await nats.stop()
+            raise
+
+    async def _run(self, stop: asyncio.Event) -> int:
         ensure_dir(self.data)
         self.identity = identity = HubIdentity.open(self.data / "identity", self.names)
         identity.admin_token()
