@@ -242,7 +242,7 @@ def test_apps_outlive_their_agent_and_the_last_three_versions_are_kept(tmp_path:
             node.wish("web", ["false"], **quick)
             await until(lambda: node.phase("web") == "Degraded", 30)
             assert [i["pid"] for i in await node.runs("web")] == [one["pid"]]
-            assert "ended with status 1" in node.said["web"]["message"]
+            assert "status 1 after" in node.said["web"]["message"]
             assert "goes on" in node.said["web"]["message"]
             node.wish("web", ["no-such-program"], **quick)
             await until(lambda: "'no-such-program' cannot be started" in node.said["web"].get("message", ""), 30)
