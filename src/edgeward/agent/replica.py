@@ -42,7 +42,7 @@ CREATE TABLE IF NOT EXISTS replica(
   revision INTEGER, seen INTEGER,
   hub_revision INTEGER NOT NULL DEFAULT 0, hub BLOB, hub_status BLOB,
   op TEXT, local BLOB, seq INTEGER, base INTEGER, changed_at REAL, actor TEXT,
-  status BLOB,
+  status BLOB, first INTEGER,
   PRIMARY KEY (kind, namespace, name)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS meta(k TEXT PRIMARY KEY, v TEXT) WITHOUT ROWID;
 """
@@ -61,6 +61,8 @@ class _Row(msgspec.Struct):
     changed_at: float = 0.0
     actor: str = ""
     status: dict[str, Any] = {}
+    #: The first change since the hub's last answer; ``seq`` is the last one.
+    first: int = 0
 
 
 class Kept(NamedTuple):
@@ -82,6 +84,8 @@ class Replica(Store):
         self._rows: dict[Key, _Row] = {}
         self._db = open_database(path)
         self._db.executescript(_SCHEMA)
+        if "first" not in {column[1] for column in self._db.execute("PRAGMA table_info(replica)")}:
+            self._db.execute("ALTER TABLE replica ADD COLUMN first INTEGER")
         meta = dict(self._db.execute("SELECT k, v FROM meta"))
         self.hub_revision = int(meta.get("hub_revision", 0))
         self.epoch = meta.get("epoch", "")
@@ -108,7 +112,7 @@ class Replica(Store):
 
     def _load(self, row: tuple[Any, ...]) -> Key | None:
         """Takes a row; its key when it holds secrets that are not sealed."""
-        kind, ns, name, revision, seen, hub_rev, hub, hub_status, op, local, seq, base, at, actor, status = row
+        kind, ns, name, revision, seen, hub_rev, hub, hub_status, op, local, seq, base, at, actor, status, first = row
         self._rows[Key(kind, ns, name)] = _Row(
             revision,
             seen,
@@ -122,6 +126,7 @@ class Replica(Store):
             at or 0.0,
             actor or "",
             msgspec.json.decode(status) if status else {},
+            first or 0,
         )
         plain = any(side and self._vault.is_plain(side) for side in (hub, local))
         return Key(kind, ns, name) if plain else None
@@ -180,7 +185,7 @@ class Replica(Store):
                     self._db.execute("DELETE FROM replica WHERE kind=? AND namespace=? AND name=?", at)
                     continue
                 self._db.execute(
-                    "INSERT OR REPLACE INTO replica VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                    "INSERT OR REPLACE INTO replica VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                     (
                         *at,
                         row.revision,
@@ -195,6 +200,7 @@ class Replica(Store):
                         row.changed_at,
                         row.actor,
                         msgspec.json.encode(row.status) if row.status else None,
+                        row.first,
                     ),
                 )
             for k, v in meta.items():
@@ -282,6 +288,7 @@ class Replica(Store):
         if not row.op:
             row.base = row.hub_revision if row.hub is not None else 0
         self._seq += 1
+        row.first = row.first if row.op else self._seq
         row.op, row.seq, row.changed_at, row.actor = op, self._seq, time.time(), self.actor
 
     async def _put(self, resource: Resource, old: Entry | None) -> Resource:
@@ -325,6 +332,7 @@ class Replica(Store):
                 r.changed_at,
                 r.actor,
                 to_stored(r.local) if r.local else None,
+                r.first,
             )
             for k, r in self._rows.items()
             if r.op
@@ -434,9 +442,10 @@ class Replica(Store):
         self._touch(before, key)
         if row.seq == seq:
             row.op, row.local = "", None
-            row.base, row.seq = 0, 0
+            row.base, row.seq, row.first = 0, 0, 0
         else:
             row.base = now.revision if now.stored is not None else 0
+            row.first = row.seq
         self._set_hub(key, row, now)
         self._commit(before)
 

@@ -358,24 +358,26 @@ class NodesCloud:
             last = msgspec.json.decode(saved) if saved else {}
             known = last if last.get("store") == ask.store else {}
             done = known.get("seq", 0)
-            # key -> (base, revision after) of changes taken over from this node: where the answer was lost, the node's
-            # next change has the old base, and what happened since is its own doing
-            mine = {Key(*k): (base, after) for *k, base, after in known.get("mine", [])}
+            # key -> (seq, revision after, whether it was there then) of changes taken over from this node: where the
+            # answer was lost the node's next change has the old base, and its own doing is nothing that it missed
+            mine = {Key(*k): (seq, after, there) for *k, seq, after, there in known.get("mine", [])}
             decided: list[Decided] = []
             for change in ask.changes:
                 if change.seq <= done:
                     # decided before, only the answer was lost
                     decided.append(Decided(change.seq, "same", "taken over before", self._now(node, change)))
                     continue
-                theirs = {k for k, (_, at) in mine.items() if at == self._revision(k)}
-                base, after = mine.pop(change.key, (0, -1))
-                own = base == change.base and after in (self._revision(change.key), self._store.was.get(change.key))
-                entry = self._store.entry(change.key) if own else None
-                seen = (entry.revision if entry else 0) if own else change.base
+                theirs = {k for k, (_, at, _) in mine.items() if at == self._revision(k)}
+                seq, after, there = mine.pop(change.key, (0, 0, False))
+                seen = change.base
+                if 0 < change.first <= seq:
+                    now = after in (self._revision(change.key), self._store.was.get(change.key))
+                    seen = self._base_of(change.key) if now else after if there else 0
                 decided.append(await self._decide(node, site, msgspec.structs.replace(change, base=seen), theirs))
                 done = change.seq
                 if decided[-1].outcome == "accept":
-                    mine[change.key] = change.base, self._revision(change.key)
+                    is_there = self._store.find(change.key) is not None
+                    mine[change.key] = change.seq, self._revision(change.key), is_there
                 kept = [[k.kind, k.namespace, k.name, *v] for k, v in list(mine.items())[-_REMEMBERED:]]
                 fact = {"store": ask.store, "seq": done, "mine": kept}
                 await self._store.set_fact(f"pushed.{node}", msgspec.json.encode(fact))
@@ -385,6 +387,11 @@ class NodesCloud:
         """Of the object, or of its deletion."""
         entry = self._store.entry(key)
         return entry.revision if entry else self._store.deleted(key)[0]
+
+    def _base_of(self, key: Key) -> int:
+        """What a node that knows the present state would give as base."""
+        entry = self._store.entry(key)
+        return entry.revision if entry else 0
 
     def _now(self, node: str, change: LocalChange) -> HubObject:
         """What the hub holds now, as far as it concerns the node: what is in its view, or what it has just sent."""

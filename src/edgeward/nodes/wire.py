@@ -26,7 +26,10 @@ class HubObject(msgspec.Struct, omit_defaults=True):
 
 
 class LocalChange(msgspec.Struct, omit_defaults=True):
-    """A change made at the node that the hub has not decided yet. ``op``: put or delete."""
+    """A change made at the node that the hub has not decided yet. ``op``: put or delete.
+
+    ``base``: the hub's revision that the node knew when it made change ``first``.
+    """
 
     seq: int
     kind: str
@@ -37,6 +40,8 @@ class LocalChange(msgspec.Struct, omit_defaults=True):
     time: float
     actor: str
     stored: Stored | None = None
+    #: The first change that this one goes on from without an answer; 0 from nodes that do not say.
+    first: int = 0
 
     @property
     def key(self) -> Key:
