@@ -6,7 +6,6 @@ import asyncio
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,24 +14,19 @@ from pathlib import Path
 from types import TracebackType
 
 from edgeward.core.bus import Bus
+from edgeward.core.natsserver import free_port
 from edgeward.core.outbox import Outbox, Queue, QueueSpec, Reading
 from edgeward.streams.cloud import StreamsCloud
 
 _BINARY = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def readings(start: int, end: int, size: int = 100, topic: str = "sensors/a") -> list[Reading]:
     return [(topic, b'{"id":%d,"pad":"%s"}' % (i, b"x" * size), i) for i in range(start, end)]
 
 
-async def until(condition: Callable[[], bool | Awaitable[bool]], seconds: float) -> float:
-    """Seconds until the condition held; fails after ``seconds``."""
+async def until(condition: Callable[[], bool | Awaitable[bool]], seconds: float = 90) -> float:
+    """Seconds until the condition held; fails after ``seconds``: a guard against hanging, not a bound to measure by."""
     started = time.monotonic()
     while True:
         held = condition()
@@ -50,7 +44,10 @@ class Pair:
 
     def __init__(self, root: Path, edge_store: Path | None = None) -> None:
         self.root = root
-        self.hub_port, self.leaf, self.edge_port, self.mqtt = (free_port() for _ in range(4))
+        ports: list[int] = []  # they stay the same over kills
+        for _ in range(4):
+            ports.append(free_port(taken=ports))
+        self.hub_port, self.leaf, self.edge_port, self.mqtt = ports
         self._configs = {
             "hub": f"""port: {self.hub_port}
 host: 127.0.0.1
@@ -74,8 +71,12 @@ leafnodes {{reconnect: "250ms", remotes: [{{urls: ["nats://127.0.0.1:{self.leaf}
     async def __aenter__(self) -> Pair:
         self.start("hub")
         self.start("edge")
-        self.hub = await Bus.connect(f"nats://127.0.0.1:{self.hub_port}", name="hub")
-        self.edge = await Bus.connect(f"nats://127.0.0.1:{self.edge_port}", name="edge")
+        try:
+            self.hub = await Bus.connect(f"nats://127.0.0.1:{self.hub_port}", name="hub", timeout=60)
+            self.edge = await Bus.connect(f"nats://127.0.0.1:{self.edge_port}", name="edge", timeout=60)
+        except BaseException:
+            self._end()
+            raise
         self.cloud = StreamsCloud(self.hub.client)
         return self
 
@@ -89,6 +90,9 @@ leafnodes {{reconnect: "250ms", remotes: [{{urls: ["nats://127.0.0.1:{self.leaf}
             process.send_signal(signal.SIGCONT)
         await self.hub.close(1)
         await self.edge.close(1)
+        self._end()
+
+    def _end(self) -> None:
         for process in self._running.values():
             process.kill()
             process.wait()
@@ -140,7 +144,7 @@ leafnodes {{reconnect: "250ms", remotes: [{{urls: ["nats://127.0.0.1:{self.leaf}
                 return False
             return True
 
-        await until(asked, 20)
+        await until(asked)
 
 
 async def fill(queue: Queue, start: int, end: int, *, step: int = 500, size: int = 100) -> None:

@@ -18,12 +18,12 @@ from edgeward.core.jsread import read_batch
 from edgeward.core.outbox import Gate, Outbox, Queue, QueueSpec, stamp_of
 
 
-async def drained(queue: Queue, seconds: float = 20) -> None:
+async def drained(queue: Queue) -> None:
     async def empty() -> bool:
         await queue.measure()
         return queue.counters.pending == 0
 
-    await until(empty, seconds)
+    await until(empty)
 
 
 def test_all_arrives_in_order_and_is_read_to_the_end(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_full_queue_refuses_and_keeps_what_it_has(tmp_path: Path, policy: str)
                     await queue.append(readings(taken, taken + 100, 200))
             assert 1000 < taken < 10_000
             p.start("hub")
-            await p.hub.wait_connected(10)
+            await p.hub.wait_connected(60)
             await p.stream("s")
             await drained(queue)
             await queue.append(readings(taken, taken + 100, 200))  # there is room again
@@ -85,7 +85,7 @@ def test_drop_oldest_counts_what_never_went(tmp_path: Path) -> None:
             queue = await p.outbox().open(spec(max_bytes=1 << 20))
             await fill(queue, 0, 20_000, step=100, size=200)
             p.start("hub")
-            await p.hub.wait_connected(10)
+            await p.hub.wait_connected(60)
             await drained(queue)
             got = await p.ids("s")
             assert got == list(range(got[0], 20_000))
@@ -96,7 +96,7 @@ def test_drop_oldest_counts_what_never_went(tmp_path: Path) -> None:
             again = await Outbox(p.edge, node="x").open(queue.spec)
             await again.append(readings(20_000, 20_001))
             p.spawn(again.run())
-            await until(lambda: again.counters.forwarded == len(got) + 1, 10)
+            await until(lambda: again.counters.forwarded == len(got) + 1)
             assert again.counters.dropped_full == got[0]
 
     asyncio.run(main())
@@ -112,7 +112,7 @@ def test_what_is_too_old_is_dropped_and_counted(tmp_path: Path) -> None:
             await asyncio.sleep(1.1)  # they grow too old
             await queue.append(readings(1000, 1001))
             p.start("hub")
-            await p.hub.wait_connected(10)
+            await p.hub.wait_connected(60)
             await drained(queue)
             got = await p.ids("s")
             # the one appended last is younger, unless the hub's start took longer than it may wait
@@ -138,7 +138,7 @@ def test_a_receipt_lost_in_a_cut_delays_nothing(tmp_path: Path) -> None:
             p.kill("hub")
             p.start("hub")
             await p.hub_answers()
-            took = await until(lambda: queue.counters.forwarded >= 26_000, 30)
+            took = await until(lambda: queue.counters.forwarded >= 26_000)
             assert await p.ids("s") == list(range(26_000))
             print(f"resumed {took:.2f} s after the hub answered")
 
@@ -156,7 +156,7 @@ def test_a_receipt_lost_before_a_cut_that_outlasts_every_window(tmp_path: Path) 
             await fill(queue, 0, 300, step=100)
             # the node is killed between the hub's write and its receipt: nothing at the node knows of it
             task = asyncio.create_task(queue.run())
-            await until(lambda: queue.counters.forwarded >= 100, 10)
+            await until(lambda: queue.counters.forwarded >= 100)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             last = await p.hub.last_message("DATA_s", queue.hub_subject("s"))
@@ -167,8 +167,8 @@ def test_a_receipt_lost_before_a_cut_that_outlasts_every_window(tmp_path: Path) 
             await asyncio.sleep(0.5)  # longer than the streams' de-duplication window of 0.1 s
             for name in ("edge", "hub"):
                 p.start(name)
-            await p.hub.wait_connected(10)
-            await p.edge.wait_connected(10)
+            await p.hub.wait_connected(60)
+            await p.edge.wait_connected(60)
             queue = await p.outbox().open(spec())
             await drained(queue)
             assert await p.ids("s") == list(range(300))
@@ -190,7 +190,7 @@ def test_a_changed_stream_takes_what_comes_after_the_change_only(tmp_path: Path)
             other = await outbox.open(QueueSpec("q", "s2", trim_every=10_000))
             await fill(other, 1500, 2000, step=100)
             p.start("hub")
-            await p.hub.wait_connected(10)
+            await p.hub.wait_connected(60)
             await drained(other)
             assert await p.ids("s") == list(range(1500))
             assert await p.ids("s2") == list(range(1500, 2000))
@@ -234,13 +234,13 @@ def test_ten_kills_of_both_servers_under_load(tmp_path: Path) -> None:
 
             async def load() -> None:
                 at = 0
-                while not done.is_set() or at % 1000:
+                while not done.is_set() or at % 1000 or at < 2000:
                     try:
                         await queue.append(readings(at, at + 50))
                     except Exception:  # noqa: BLE001 - in doubt: what the queue says decides
                         while True:
                             try:
-                                await p.edge.wait_connected(10)
+                                await p.edge.wait_connected(60)
                                 await queue.refresh()
                                 break
                             except Exception:  # noqa: BLE001
@@ -260,11 +260,11 @@ def test_ten_kills_of_both_servers_under_load(tmp_path: Path) -> None:
                 p.kill(name)
                 await asyncio.sleep(rng.uniform(0.0, 0.4))
                 p.start(name)
-                await (p.hub if name == "hub" else p.edge).wait_connected(10)
+                await (p.hub if name == "hub" else p.edge).wait_connected(60)
             done.set()
-            await asyncio.wait_for(task, 30)
+            await asyncio.wait_for(task, 120)
             assert sent > 1000
-            await drained(queue, 30)
+            await drained(queue)
             assert await p.ids("s") == list(range(sent))
 
     asyncio.run(main())
@@ -301,8 +301,8 @@ def test_a_torn_last_write_loses_nothing_acknowledged(tmp_path: Path, how: str) 
             tear(tmp_path / "h", "DATA_s", how)
             for name in ("edge", "hub"):
                 p.start(name)
-            await p.hub.wait_connected(10)
-            await p.edge.wait_connected(10)
+            await p.hub.wait_connected(60)
+            await p.edge.wait_connected(60)
             await queue.refresh()
             await queue.measure()
             assert queue.counters.accepted == 1000
@@ -338,8 +338,8 @@ def test_a_full_disk_refuses_and_recovers(tmp_path: Path) -> None:
                 (disk / "somebody-else").unlink()
                 for name in ("edge", "hub"):
                     p.start(name)
-                await p.hub.wait_connected(10)
-                await p.edge.wait_connected(10)
+                await p.hub.wait_connected(60)
+                await p.edge.wait_connected(60)
                 again = await p.outbox().open(spec(max_bytes=16 << 20, on_full="refuse"))
                 await drained(again)
                 got = await p.ids("s")

@@ -96,7 +96,7 @@ def test_requests_reach_the_api_and_links_nats(tmp_path: Path, tls: bool) -> Non
             assert (await response(reader))[1] == b"GET /still 0"
             writer.close()
             to_link.close()
-            await until(lambda: not links.open, 20)
+            await until(lambda: not links.open)
 
     asyncio.run(body())
 
@@ -166,7 +166,7 @@ def test_a_side_that_ends_ends_the_other(tmp_path: Path, tls: bool) -> None:
             assert await reader.readexactly(5) == b"hello"
             writer.close()
             await ended.wait()
-            await until(lambda: not links.open, 20)
+            await until(lambda: not links.open)
             reader, writer = await connect()
             writer.write(HEAD)
             assert await reader.readexactly(5) == b"hello"
@@ -215,19 +215,19 @@ def test_a_slow_side_slows_the_other_and_memory_stays_bounded(tmp_path: Path, sl
         async with front(tmp_path, tls, upstream) as (links, connect):
             reader, writer = await connect()
             writer.write(HEAD)
-            await until(lambda: len(links.open) == 1, 20)
+            await until(lambda: len(links.open) == 1)
             (outer,) = links.open
             assert outer.other is not None
             fast, held = (outer.other, outer) if slow == "node" else (outer, outer.other)
             assert fast.transport is not None and held.transport is not None
             sending = asyncio.create_task(send(writer)) if slow == "nats" else None
-            await until(lambda: not fast.transport.is_reading(), 60)  # type: ignore[union-attr]
+            await until(lambda: not fast.transport.is_reading())  # type: ignore[union-attr]
             assert held.transport.get_write_buffer_size() < 2 << 20
             if slow == "node":
                 await take(reader)
             else:
                 go_on.set()
-                await until(lambda: bool(seen), 60)
+                await until(lambda: bool(seen))
             assert seen == [wanted], "and then all of it arrives"
             if sending is not None:
                 await sending

@@ -140,6 +140,8 @@ async def fleet(folder: Path, patience: float = 120) -> AsyncIterator[Fleet]:
             await store.put(doc("Node", node, {"site": node.split("-")[0]}, labels={"n": node[-1]}))
         nodes = NodesCloud(store, bus, records, write)
         await nodes.open()
+        for live in nodes._live.values():
+            live.down_after = 3600.0  # the silence of a slow machine is no node's end; test_liveness has the rule
         f = Fleet(server, identity, bus, resources, records, nodes, write)
         tasks = [asyncio.create_task(work()) for work in (store.run, records.run, nodes.run)]
         async with asyncio.timeout(patience):

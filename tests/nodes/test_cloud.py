@@ -109,7 +109,7 @@ def test_a_nodes_own_changes_are_decided_once(tmp_path: Path) -> None:
             f._seq = 100
             await f.push("plant-1", key, f.store.get(key).revision)
             assert f.store.find(key) is None
-            await until(lambda: len(f.journal()) == 4, 20)
+            await until(lambda: len(f.journal()) == 4)
             assert f.journal() == [("App/mine", "accept")] * 4
 
     asyncio.run(body())
@@ -231,21 +231,21 @@ def test_reports_become_the_status_of_app_service_and_node(tmp_path: Path) -> No
             for _ in range(2):  # the second time only the answer was lost
                 assert (await f.ask("plant-1", "report", msgspec.msgpack.encode(report), Ok)).error == ""
             service, node = Key("Service", "default", "web"), Key("Node", CLUSTER, "plant-1")
-            await until(lambda: bool(f.store.get(service).status.get("endpoints")), 20)
+            await until(lambda: bool(f.store.get(service).status.get("endpoints")))
             assert f.store.get(service).status["endpoints"] == [
                 {"node": "plant-1", "site": "plant", "address": "10.0.0.1", "port": 20001}
             ]
             assert f.store.get(a.key).status["version"] == "v1"
-            await until(lambda: f.store.get(node).status.get("version") == "9", 20)
+            await until(lambda: f.store.get(node).status.get("version") == "9")
             assert f.store.get(node).status["online"] is True
-            await until(lambda: bool(f.records.items("events")), 20)
+            await until(lambda: bool(f.records.items("events")))
             await f.ask("plant-1", "report", ReportAsk([], False, None, [{"seq": 5, "store": "r", "reason": "B"}]), Ok)
-            await until(lambda: f.records.items("events")[-1]["reason"] == "B", 20)
+            await until(lambda: f.records.items("events")[-1]["reason"] == "B")
             reasons = [r["reason"] for r in f.records.items("events") if r.get("node") == "plant-1"]
             assert sorted(reasons) == ["B", "NodeOnline", "Started"]
             # a full report that does not name it any more takes it away
             await f.ask("plant-1", "report", ReportAsk([], True), Ok)
-            await until(lambda: not f.store.get(service).status.get("endpoints"), 20)
+            await until(lambda: not f.store.get(service).status.get("endpoints"))
 
     asyncio.run(body())
 
@@ -264,13 +264,13 @@ def test_a_change_pokes_the_nodes_it_concerns(tmp_path: Path) -> None:
             for node in ("plant-1", "shop-1"):  # plant-2 is not there
                 await f.ask(node, "beat", BeatAsk(1, "run"), BeatAnswer)
             online = lambda n: f.store.get(Key("Node", CLUSTER, n)).status.get("online")  # noqa: E731
-            await until(lambda: bool(online("plant-1") and online("shop-1")), 20)
+            await until(lambda: bool(online("plant-1") and online("shop-1")))
             mark = await f.store.put(app("mark", "plant"))
-            await until(lambda: any(revision >= mark.revision for _, revision in poked), 20)
+            await until(lambda: any(revision >= mark.revision for _, revision in poked))
             poked.clear()
             await f.store.put(app("there", "shop"))
             await f.store.put(app("everywhere"))
-            await until(lambda: len(poked) >= 3, 20)
+            await until(lambda: len(poked) >= 3)
             assert poked[0][0] == "shop-1"
             assert {node for node, _ in poked[1:]} == {"plant-1", "shop-1"}
 

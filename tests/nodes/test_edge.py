@@ -64,31 +64,31 @@ def test_it_comes_up_follows_the_hub_and_its_own_changes_arrive(tmp_path: Path) 
             node = Node(tmp_path)
             assert not node.edge.synced.is_set()
             async with node.running(await f.bus("plant-1")):
-                await until(lambda: node.holds("web"), 20)
+                await until(lambda: node.holds("web"))
                 assert node.edge.online and node.edge.synced.is_set()
                 assert node.flips == [True]
-                await until(lambda: f.nodes.is_online("plant-1"), 20)
+                await until(lambda: f.nodes.is_online("plant-1"))
                 syncs = node.edge.counters["full_syncs"]
                 await f.store.put(app("more", "plant"))
-                await until(lambda: node.holds("web", "more"), 20)  # by a poke, sooner than by a beat
+                await until(lambda: node.holds("web", "more"))  # by a poke, sooner than by a beat
                 await f.store.remove(WEB)
-                await until(lambda: node.holds("more"), 20)
+                await until(lambda: node.holds("more"))
                 assert node.edge.counters["full_syncs"] == syncs, "changes only"
                 await node.replica.put(config("mine", "1"))
                 await node.replica.put(app("local", "plant"))
                 node.edge.wake_push()
-                await until(lambda: not node.replica.pending(), 20)
+                await until(lambda: not node.replica.pending())
                 assert f.store.get(Key("Config", "default", "mine")).spec.data == {"k": "1"}
                 assert node.edge.counters["pushed"] == 2
-                await until(lambda: len(node.records.items("journal")) == 2, 20)
+                await until(lambda: len(node.records.items("journal")) == 2)
                 assert ("LocalChangeTakenOver", "Config/mine") in node.events()
                 # one that the hub decides otherwise
                 other = await node.replica.put(app("mine", "plant"))
                 other.spec.placement.site = "shop"
                 await node.replica.put(other)
                 node.edge.wake_push()
-                await until(lambda: not node.replica.pending(), 20)
-                await until(lambda: ("LocalChangeLost", "App/mine") in node.events(), 20)
+                await until(lambda: not node.replica.pending())
+                await until(lambda: ("LocalChangeLost", "App/mine") in node.events())
                 assert node.replica.find(Key("App", "default", "mine")) is None, "the hub's state stands"
 
     asyncio.run(body())
@@ -106,11 +106,11 @@ def test_reports_are_deltas_and_all_of_it_for_a_new_hub(tmp_path: Path) -> None:
             await edge.flush()
             assert edge.counters["reports"] == 0
             async with node.running(await f.bus("plant-1")):
-                await until(lambda: reported(f) == {"App/default/web": {"phase": "Starting"}}, 20)
-                await until(lambda: f.store.get(Key("Node", CLUSTER, "plant-1")).status.get("version") == "1", 20)
-                await until(lambda: [r for r in f.records.items("events") if r["reason"] == "Early"] != [], 20)
+                await until(lambda: reported(f) == {"App/default/web": {"phase": "Starting"}})
+                await until(lambda: f.store.get(Key("Node", CLUSTER, "plant-1")).status.get("version") == "1")
+                await until(lambda: [r for r in f.records.items("events") if r["reason"] == "Early"] != [])
                 edge.report(WEB, {"phase": "Running"})
-                await until(lambda: reported(f) == {"App/default/web": {"phase": "Running"}}, 20)
+                await until(lambda: reported(f) == {"App/default/web": {"phase": "Running"}})
                 sent = edge.counters["reports"]
                 edge.report(WEB, {"phase": "Running"})
                 edge.report(Key("App", "default", "never"), None)
@@ -120,9 +120,9 @@ def test_reports_are_deltas_and_all_of_it_for_a_new_hub(tmp_path: Path) -> None:
                 f.nodes._reports.clear()  # a hub that starts anew and lost what it knew
                 f.nodes.run_id = "another"
                 edge._beat_now.set()
-                await until(lambda: reported(f) == {"App/default/web": {"phase": "Running"}}, 20)
+                await until(lambda: reported(f) == {"App/default/web": {"phase": "Running"}})
                 edge.report(WEB, None)
-                await until(lambda: reported(f) == {}, 20)
+                await until(lambda: reported(f) == {})
                 assert edge.statuses() == {}
                 early = [r for r in f.records.items("events") if r["reason"] == "Early"]
                 assert len(early) == 1, "an event arrives once"
@@ -185,9 +185,9 @@ def test_without_a_hub_it_waits_and_what_it_owes_is_paid_later(tmp_path: Path) -
                 await bus.serve("ew.hub.report.*", report)
                 await bus.serve("ew.hub.sync.*", answering(sync))
                 await bus.serve("ew.hub.beat.*", answering(beat))
-                await until(node.edge.synced.is_set, 30)
+                await until(node.edge.synced.is_set)
                 assert node.replica.hub_revision == 5
-                await until(lambda: len(reports) >= 2 and len(pushes) >= 2, 30)
+                await until(lambda: len(reports) >= 2 and len(pushes) >= 2)
                 assert reports[0] == reports[1], "what was refused is sent again, whole"
                 assert reports[1].full
                 assert [s.status for s in reports[1].statuses] == [{"phase": "Running"}]
@@ -215,9 +215,9 @@ def test_a_replica_that_differs_is_asked_for_anew(tmp_path: Path) -> None:
             await bus.serve("ew.hub.beat.*", answering([BeatAnswer(5, "hub", "e")]))
             await bus.serve("ew.hub.report.*", answering([Ok()]))
             async with node.running(bus):
-                await until(lambda: len(since) >= 3, 30)
+                await until(lambda: len(since) >= 3)
                 assert since[1:] == [0] * (len(since) - 1), "all of it"
-                await until(lambda: node.edge.online, 30)
+                await until(lambda: node.edge.online)
 
     asyncio.run(body())
 

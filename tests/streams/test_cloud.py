@@ -158,7 +158,7 @@ def test_streams_are_kept_to_the_most_that_an_export_declares(tmp_path: Path) ->
                 assert sizes["big"] > 3_000_000
                 return bool(sizes["small"] < 1_500_000)
 
-            await until(trimmed, 60)
+            await until(trimmed)
             assert not keeping.done()
             keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)

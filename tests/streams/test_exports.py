@@ -54,7 +54,7 @@ async def publisher(pair: Pair) -> AsyncIterator[mqtt.Client]:
     client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
     client.connect("127.0.0.1", pair.mqtt)
     client.loop_start()
-    await until(client.is_connected, 5)
+    await until(client.is_connected)
     try:
         yield client
     finally:
@@ -64,14 +64,14 @@ async def publisher(pair: Pair) -> AsyncIterator[mqtt.Client]:
 
 async def publish(client: mqtt.Client, topic: str, ids: range, size: int = 0) -> None:
     sent = [client.publish(topic, json.dumps({"id": i, "pad": "x" * size}), qos=1) for i in ids]
-    await until(lambda: all(s.is_published() for s in sent), 20)
+    await until(lambda: all(s.is_published() for s in sent))
 
 
-async def arrived(pair: Pair, stream: str, count: int, seconds: float = 15) -> list[dict[str, Any]]:
+async def arrived(pair: Pair, stream: str, count: int) -> list[dict[str, Any]]:
     async def all_there() -> bool:
         return len(await pair.ids(stream)) >= count
 
-    await until(all_there, seconds)
+    await until(all_there)
     return [m async for m in await pair.cloud.reader(stream)]
 
 

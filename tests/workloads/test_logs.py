@@ -229,7 +229,7 @@ def test_the_lines_of_several_instances_and_a_reader_that_takes_its_time(tmp_pat
             async with asyncio.timeout(60):
                 with pytest.raises(NotFound, match=r"App/none: wrote nothing on this node \(see: "):
                     [p async for p in apps.logs("default", "none")]
-                await until(lambda: len(list((tmp_path / "data").rglob("*.up"))) == 2, 30)
+                await until(lambda: len(list((tmp_path / "data").rglob("*.up"))) == 2)
                 ids = sorted(p.stem for p in (tmp_path / "data").rglob("*.up"))
                 now = b"".join([p async for p in apps.logs("default", "web")]).splitlines()
                 assert sorted(now) == [f"[{i}] {x}".encode() for i in ids for x in ("one", "tw")]

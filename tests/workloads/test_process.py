@@ -123,7 +123,7 @@ def test_start_find_stop_and_exit_code(runtime: ProcessRuntime) -> None:
         assert runtime.find(r) is None
         s = snapshot(["sh", "-c", "trap 'exit 7' TERM; echo up; while :; do sleep 1000 & wait; done"])
         started = runtime.start(r, s, {})
-        await until(lambda: runtime.log_file(r).read_text() == "up\n", 30)
+        await until(lambda: runtime.log_file(r).read_text() == "up\n")
         found = runtime.find(r)
         assert found == started.process, "the leader, not a child with the same environment"
         assert await runtime.stop(r, msgspec.convert(s.spec, AppSpec)), "a row without a process needs no stop"
@@ -147,7 +147,7 @@ def test_one_that_does_not_listen_is_killed_with_its_children(runtime: ProcessRu
         s = snapshot(["sh", "-c", "trap '' INT; sleep 1000 & echo up; wait"], stop={"signal": "INT", "grace": 0.05})
         started = runtime.start(r, s, {})
         r.process = str(started.process)
-        await until(lambda: runtime.log_file(r).read_text() == "up\n", 30)
+        await until(lambda: runtime.log_file(r).read_text() == "up\n")
         assert len(proc.find_by_env(MARK, r.id)) == 2
         all_ = proc.find_by_env(MARK, r.id)
         assert await runtime.stop(r, msgspec.convert(s.spec, AppSpec))

@@ -315,7 +315,7 @@ class NatsServer:
                         field=name,
                         remedy="choose another port or stop what listens there",
                     )
-                port = _free_port(host, list(chosen.values()))
+                port = free_port(host, list(chosen.values()))
             chosen[name] = port
         return chosen
 
@@ -384,7 +384,7 @@ def _is_free(host: str, port: int) -> bool:
     return True
 
 
-def _free_port(host: str, taken: Collection[int]) -> int:
+def free_port(host: str = "127.0.0.1", taken: Collection[int] = ()) -> int:
     """A port below those that the kernel gives to outgoing connections, so that it stays ours over a restart."""
     top = 32768
     with contextlib.suppress(OSError, ValueError):

@@ -27,6 +27,7 @@ from edgeward.core import proc
 from edgeward.core.errors import Conflict, EdgewardError, NotFound, Refused, from_problem
 from edgeward.core.files import ensure_dir, read_json, write_json
 from edgeward.core.identity import NodeIdentity
+from edgeward.core.natsserver import free_port
 from edgeward.core.proc import ending
 from edgeward.lab.topology import Topology
 from edgeward.nodes.enrol import decode_token
@@ -250,7 +251,7 @@ class Cluster:
         """Starts all and returns when every node is ready; the context is written then."""
         await self._clear_leftovers()
         ensure_dir(self.hub.directory)
-        port = self._port or int(read_json(self.hub.directory / "hub.json", {}).get("port", 0)) or _free_port()
+        port = self._port or int(read_json(self.hub.directory / "hub.json", {}).get("port", 0)) or free_port()
         await self.links.open(self.topology, port)
         bind, seen = self.links.bind_address(None), self.links.host_address(None)
         names = sorted({self.links.link_address(n)[0] for n in self.nodes} | {seen})
@@ -476,12 +477,3 @@ class Api:
             except ValueError:
                 doc = {}
             raise from_problem(doc, e.code) from None
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port

@@ -32,6 +32,7 @@ from rich.table import Table
 from edgeward.cli.context import CONTEXT_ENV
 from edgeward.core.daemon import memory_mb
 from edgeward.core.errors import EdgewardError
+from edgeward.core.natsserver import free_port
 from edgeward.lab.emulated import Lab, open_lab
 from edgeward.lab.publisher import Publisher
 from edgeward.lab.topology import parse
@@ -314,7 +315,7 @@ class Demo:
 
         docs = list(yaml.safe_load_all((example() / "app.yaml").read_text()))
         code = next(d for d in docs if d["kind"] == "Config")["spec"]["data"]["server.py"]
-        port = self.lab.free_port()
+        port = free_port()
         self._cloud = await asyncio.create_subprocess_exec(
             sys.executable, "-c", code, env={**os.environ, "PORT": str(port)}, stdout=asyncio.subprocess.DEVNULL
         )

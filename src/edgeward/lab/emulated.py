@@ -146,13 +146,6 @@ class Lab:
         for _, relay in self._relays:
             await relay.close()
 
-    @staticmethod
-    def free_port() -> int:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port: int = s.getsockname()[1]
-            return port
-
     def node_api(self, node: str, path: str, timeout: float = 5.0) -> Any:
         """GET on a node's own API (blocking)."""
         api = self.cluster.nodes[node].state().get("api")

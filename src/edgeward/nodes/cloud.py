@@ -147,6 +147,7 @@ class NodesCloud:
         for verb, handler in handlers:
             # the node's name is token 3; the answer goes to that node's inbox and nowhere else
             await self._bus.serve(f"ew.hub.{verb}.*", self._answer(handler), node_token=3, queue="hub")
+        await self._bus.flush()  # a node that asks from now on finds somebody
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
