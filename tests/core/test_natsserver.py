@@ -19,12 +19,13 @@ import pytest
 from nats.aio.msg import Msg
 from nats.js.api import StreamConfig
 from paho.mqtt import client as mqtt
+from tests.core.pair import until
 
 from edgeward.core import proc
 from edgeward.core.bus import Bus
 from edgeward.core.errors import Conflict, Refused, Unreachable
 from edgeward.core.identity import HubIdentity, NodeIdentity, inbox_prefix
-from edgeward.core.natsserver import AGENT_USER, HubSpec, NatsServer, NodeSpec
+from edgeward.core.natsserver import AGENT_USER, HubSpec, NatsServer, NodeSpec, free_port
 from edgeward.core.nkeys import NatsUser, claims_of
 
 MQTT_PASSWORD = "device"
@@ -34,7 +35,7 @@ class Splice:
     """Terminates TLS and forwards the bytes to the WebSocket port, as the hub process does. ``cut`` is a dead WAN."""
 
     def __init__(self, identity: HubIdentity, target: int) -> None:
-        self.identity, self.target, self.port = identity, target, 0
+        self.identity, self.target, self.port = identity, target, free_port()  # the same after a cut
         self.paths: list[bytes] = []
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -43,7 +44,6 @@ class Splice:
         self._server = await asyncio.start_server(
             self._serve, "127.0.0.1", self.port, ssl=self.identity.server_context()
         )
-        self.port = self._server.sockets[0].getsockname()[1]
 
     async def cut(self) -> None:
         assert self._server
@@ -59,7 +59,7 @@ class Splice:
         task.add_done_callback(self._tasks.discard)
         out: asyncio.StreamWriter | None = None
         try:
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
             self.paths.append(head.split(b" ")[1])
             back, out = await asyncio.open_connection("127.0.0.1", self.target)
             out.write(head)
@@ -105,7 +105,7 @@ class Node:
         if subscribe:
             client.subscribe(subscribe, 1)
         client.loop_start()
-        assert ready.wait(5)
+        assert ready.wait(60)
         return client, got
 
 
@@ -144,14 +144,24 @@ class World:
         self.nodes.append(node)
         return node
 
-    async def linked(self, node: Node, timeout: float = 10) -> None:
+    async def linked(self, node: Node) -> None:
         """Until the node's requests reach the hub (which must serve ``ew.hub.sync.*``)."""
-        await until(lambda: answered(node.bus, f"ew.hub.sync.{node.name}"), timeout)
+        await until(lambda: answered(node.bus, f"ew.hub.sync.{node.name}"))
+
+    async def poked(self, node: Node, heard: list[tuple[str, bytes]]) -> None:
+        """Until what the hub says to the node is ``heard`` there: its subscriptions are known at the hub by then."""
+        mark = os.urandom(6).hex().encode()
+
+        async def known() -> bool:
+            await self.hub.publish(f"ew.node.{node.name}.mark", mark)
+            return (f"ew.node.{node.name}.mark", mark) in heard
+
+        await until(known)
 
 
 async def node_bus(server: NatsServer, name: str) -> Bus:
     return await Bus.connect(
-        server.url, name=name, username=AGENT_USER, password=server.secret, inbox=inbox_prefix(name)
+        server.url, name=name, username=AGENT_USER, password=server.secret, inbox=inbox_prefix(name), timeout=60
     )
 
 
@@ -168,17 +178,6 @@ def threads(pid: int) -> set[str]:
     return {f.read_text().rpartition(")")[2].split()[0] for f in Path(f"/proc/{pid}/task").glob("*/stat")}
 
 
-async def until(check: Callable[[], Awaitable[bool] | bool], timeout: float = 10) -> None:
-    async with asyncio.timeout(timeout):
-        while True:
-            value = check()
-            if not isinstance(value, bool):
-                value = await value
-            if value:
-                return
-            await asyncio.sleep(0.05)
-
-
 @contextlib.asynccontextmanager
 async def world(root: Path) -> AsyncIterator[World]:
     w = World(root)
@@ -186,7 +185,7 @@ async def world(root: Path) -> AsyncIterator[World]:
         assert await w.hub_server.start()
         w.splice = Splice(w.identity, w.hub_server.ports["websocket"])
         await w.splice.open()
-        w.hub = await Bus.connect(w.hub_server.url, name="hub", user=w.identity.user)
+        w.hub = await Bus.connect(w.hub_server.url, name="hub", user=w.identity.user, timeout=60)
 
         async def sync(msg: Msg) -> bytes:
             return b"hub:" + msg.subject.encode()
@@ -288,9 +287,8 @@ def test_nodes_are_apart(tmp_path: Path) -> None:
             for subject in ("ew.node.>", "_INBOX_b.>", "ew.data.>", "ew.hub.>", "$MQTT.>", "site.>"):
                 await a.bus.subscribe(subject, hear("a"))
             await b.bus.subscribe("ew.node.b.>", hear("b"))
-            await a.bus.flush()
-            await b.bus.flush()
-            await asyncio.sleep(0.3)
+            await w.poked(a, heard["a"])
+            await w.poked(b, heard["b"])
 
             # a tries to be b; b talks; the hub talks to b
             for subject in (
@@ -307,7 +305,7 @@ def test_nodes_are_apart(tmp_path: Path) -> None:
             await b.bus.publish("site.b", b"true")
             await b.bus.publish_acked("ew.data.x.b.q", b"true")
             await w.hub.publish("ew.node.b.poke", b"true")
-            await until(lambda: bool(heard["b"]))
+            await until(lambda: ("ew.node.b.poke", b"true") in heard["b"])
             with pytest.raises(Unreachable):
                 await a.bus.publish_acked("ew.data.x.b.q", b"forged", timeout=0.5)
             with pytest.raises(Unreachable):
@@ -317,9 +315,11 @@ def test_nodes_are_apart(tmp_path: Path) -> None:
                     await a.bus.request(f"$JS.hub.API.{request}", b"{}", timeout=0.5)
             await a.bus.publish("ew.hub.beat.a", b"last")
             await until(lambda: ("ew.hub.beat.a", b"last") in seen)
+            await w.poked(a, heard["a"])  # behind whatever the hub might have sent it
             assert [m for m in seen if m[1] == b"forged"] == []
             assert [m for m in heard["a"] if m[1] == b"true"] == []
-            assert heard["b"] == [("ew.node.b.poke", b"true")]
+            assert {m for m in heard["b"] if m[0] != "ew.node.b.mark"} == {("ew.node.b.poke", b"true")}
+            assert heard["b"].count(("ew.node.b.poke", b"true")) == 1
             assert (await js.stream_info("DATA_x")).state.messages == 1
 
             # The reply subject is the asker's choice and what answers at the hub has the hub's rights: an answer must
@@ -331,13 +331,18 @@ def test_nodes_are_apart(tmp_path: Path) -> None:
                 await a.bus.publish("ew.data.x.a.q", b"", reply=victim)
                 await a.bus.publish("$JS.hub.API.DIRECT.GET.DATA_x.ew.data.x.a.q", b"", reply=victim)
                 await a.bus.publish("ew.hub.sync.a", b"", reply=victim)
-            await a.bus.request("ew.hub.sync.a")
-            await asyncio.sleep(0.5)
-            assert {subject for subject, _ in seen[before:]} == {"ew.data.x.a.q", "ew.hub.sync.a"}
-            assert len(heard["b"]) == 1
+            # one more on every way, answered behind all of those; and then to b
+            await a.bus.publish_acked("ew.data.x.a.q", b"", timeout=60)
+            await a.bus.last_message("DATA_x", "ew.data.x.a.q", domain="hub", timeout=60)
+            await a.bus.request("ew.hub.sync.a", timeout=60)
+            heard_before = len(heard["b"])
+            await w.poked(b, heard["b"])
+            assert {subject for subject, _ in seen[before:]} - {"ew.node.b.mark"} == {"ew.data.x.a.q", "ew.hub.sync.a"}
+            assert {subject for subject, _ in heard["b"][heard_before:]} == {"ew.node.b.mark"}
+            assert heard["b"].count(("ew.node.b.poke", b"true")) == 1
             assert (await js.stream_info("KV_resources")).state.messages == 0
             state = (await js.stream_info("DATA_x", subjects_filter=">")).state
-            assert state.subjects == {"ew.data.x.a.q": len(victims), "ew.data.x.b.q": 1}
+            assert state.subjects == {"ew.data.x.a.q": len(victims) + 1, "ew.data.x.b.q": 1}
 
             # a forger without our server; the hub ends such a connection at the first thing that is not a's
             for n, forged in enumerate(("ew.hub.beat.b", "ew.data.x.b.q"), 1):
@@ -348,7 +353,7 @@ def test_nodes_are_apart(tmp_path: Path) -> None:
                 assert b"Permissions Violation" in said
             said = await forge_leaf(w, a, ["ew.hub.beat.a"], subscribe="ew.node.b.>")
             await until(lambda: seen.count(("ew.hub.beat.a", b"forged")) == 3)
-            assert b"ew.node.b.poke" not in said
+            assert b"ew.node.b.poke" not in said and b"secret" not in said
 
             # the same key opens no client connection
             jwt = a.identity.creds_file.read_text().splitlines()[1]
@@ -360,25 +365,29 @@ def test_nodes_are_apart(tmp_path: Path) -> None:
 
 
 async def forge_leaf(w: World, node: Node, publish: list[str], subscribe: str = "") -> bytes:
-    """Speaks the leaf protocol with the node's credentials and says what it pleases; returns what the hub said."""
+    """Speaks the leaf protocol with the node's credentials and says what it pleases; returns what the hub said.
+
+    Until the hub ends the connection, or until it was sent something that the node may hear, behind what it may not.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", w.hub_server.ports["leaf"])
-    info = json.loads((await asyncio.wait_for(reader.readline(), 5))[5:])
+    info = json.loads((await asyncio.wait_for(reader.readline(), 60))[5:])
     key = node.identity._key
     jwt = node.identity.creds_file.read_text().splitlines()[1]
     sig = base64.urlsafe_b64encode(key.sign(info["nonce"].encode())).decode().rstrip("=")
     connect = {"jwt": jwt, "sig": sig, "name": "forger", "server_id": "FORGER", "headers": True, "version": "2.15.1"}
     said = ["CONNECT " + json.dumps(connect), "PING"]
-    said += [f"LS+ {subscribe}"] if subscribe else []
+    said += [f"LS+ {subscribe}", f"LS+ ew.node.{node.name}.>"] if subscribe else []
     said += [f"LMSG {subject} 6\r\nforged" for subject in publish]
     writer.write("\r\n".join([*said, "PING", ""]).encode())  # at once: a violation ends the connection
     answer = b""
-    with contextlib.suppress(TimeoutError, OSError):
-        await writer.drain()
-        async with asyncio.timeout(1):
+    async with asyncio.timeout(60):
+        with contextlib.suppress(OSError):
+            await writer.drain()
             while answer.count(b"PONG") < 2 and (data := await reader.read(65536)):
                 answer += data
             await w.hub.publish("ew.node.b.poke", b"secret")
-            while data := await reader.read(65536):
+            await w.hub.publish(f"ew.node.{node.name}.end", b"the end")
+            while b"the end" not in answer and (data := await reader.read(65536)):
                 answer += data
     writer.close()
     return answer
@@ -408,7 +417,7 @@ def test_kills_and_cut(tmp_path: Path) -> None:
 
                 os.kill(a.server.pid, signal.SIGKILL)
                 await until(lambda: a.server.restarts == 1)
-                await a.bus.wait_connected(5)
+                await a.bus.wait_connected(60)
                 await w.linked(a)
                 await w.linked(b)
 
@@ -423,7 +432,7 @@ def test_kills_and_cut(tmp_path: Path) -> None:
                 sub_b, got_b = await asyncio.to_thread(b.mqtt, subscribe="#")
                 pub, _ = await asyncio.to_thread(a.mqtt)
                 sent = pub.publish("line/1/temp", b"21.5", 1)
-                await asyncio.to_thread(sent.wait_for_publish, 5)
+                await asyncio.to_thread(sent.wait_for_publish, 60)
                 for forged in ("ew/hub/beat/a", "_INBOX_a/x/y", "$JS/API/STREAM/DELETE/OUT_q"):
                     pub.publish(forged, b"not for devices", 1)
                 pub.publish("line/2/temp", b"22", 1)
@@ -438,10 +447,10 @@ def test_kills_and_cut(tmp_path: Path) -> None:
                 await until(lambda: ("line/3/temp", b"retained") in got_a)
                 assert {t for t, _ in got_a} == {"line/1/temp", "line/2/temp", "line/3/temp"}
                 assert (await js.stream_info("OUT_q")).state.messages == 1
-                assert got_b == []
                 late, got_late = await asyncio.to_thread(b.mqtt, subscribe="line/#")
-                await asyncio.sleep(0.3)
-                assert got_late == []
+                late.publish("line/own", b"b's", 1)  # a retained one of a would come before it
+                await until(lambda: bool(got_late) and bool(got_b))
+                assert got_late == got_b == [("line/own", b"b's")]
                 names = {s.config.name for s in await w.hub.jetstream().streams_info()}
                 assert names == {"DATA_x"}
                 for client in (sub_a, sub_b, pub, late):
@@ -470,7 +479,7 @@ def test_revoked_node_is_cut(tmp_path: Path) -> None:
             assert await w.hub_server.apply(w.hub_spec()) == "reloaded"
             assert await w.hub_server.apply(w.hub_spec()) == "unchanged"
             assert w.hub_server.pid == pid
-            await until(lambda: unanswered(a), 3)
+            await until(lambda: unanswered(a))
             await asyncio.sleep(2.5)  # it would be back by now
             assert await unanswered(a)
             assert await answered(b.bus, "ew.hub.sync.b")
@@ -492,7 +501,7 @@ def test_mqtt_bounds(tmp_path: Path) -> None:
             gone = threading.Event()
             big.on_disconnect = lambda *a: gone.set()
             big.publish("big", bytes(64 << 20), 1)
-            assert await asyncio.to_thread(gone.wait, 20)
+            assert await asyncio.to_thread(gone.wait, 120)
             big.loop_stop()
             good, got = await asyncio.to_thread(node.mqtt, subscribe="ok")
             good.publish("ok", b"1", 1)
