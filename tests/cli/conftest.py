@@ -61,8 +61,14 @@ class FakeHub:
         self.before_put: Callable[[Doc], None] | None = None
         self.watchers: list[queue.Queue[tuple[str, Doc]]] = []
         self.history: list[tuple[int, str, Doc]] = []
+        #: Held by whoever changes the state, and by a watch that begins: it misses nothing and gets nothing twice.
+        self.lock = threading.RLock()
 
     def put(self, doc: Doc, *, status: Doc | None = None) -> Doc:
+        with self.lock:
+            return self._put(doc, status)
+
+    def _put(self, doc: Doc, status: Doc | None) -> Doc:
         ns = "_" if doc["kind"] in CLUSTER else doc["metadata"].get("namespace") or "default"
         key = (doc["kind"], ns, doc["metadata"]["name"])
         old = self.docs.get(key)
@@ -89,10 +95,11 @@ class FakeHub:
             w.put((event, doc))
 
     def set_status(self, kind: str, ns: str, name: str, status: Doc) -> None:
-        self.revision += 1
-        doc = {**self.docs[kind, ns, name], "status": status}
-        self.docs[kind, ns, name] = doc
-        self.tell("MODIFIED", doc)
+        with self.lock:
+            self.revision += 1
+            doc = {**self.docs[kind, ns, name], "status": status}
+            self.docs[kind, ns, name] = doc
+            self.tell("MODIFIED", doc)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -160,9 +167,11 @@ class Handler(BaseHTTPRequestHandler):
             self._write(kind, body, query)
             return
         if query.get("watch") == "true":
-            self._watch(kind, int(query.get("resourceVersion") or hub.revision))
+            self._watch(kind, query.get("resourceVersion"))
             return
-        docs = [d for k, d in sorted(hub.docs.items()) if k[0] == kind and ns in (None, k[1])]
+        with hub.lock:  # a list and the revision that it is of
+            revision = hub.revision
+            docs = [d for k, d in sorted(hub.docs.items()) if k[0] == kind and ns in (None, k[1])]
         if "labelSelector" in query:
             key_, _, value = query["labelSelector"].partition("=")
             docs = [d for d in docs if d["metadata"].get("labels", {}).get(key_) == value]
@@ -170,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
             docs = [d for d in docs if d["metadata"]["name"] == query["fieldSelector"].partition("=")[2]]
         at = int(query.get("continue") or 0)
         size = min(hub.page, int(query.get("limit") or 1000))
-        doc: Doc = {"items": docs[at : at + size], "metadata": {"resourceVersion": str(hub.revision)}}
+        doc: Doc = {"items": docs[at : at + size], "metadata": {"resourceVersion": str(revision)}}
         if at + size < len(docs):
             doc["metadata"]["continue"] = str(at + size)
         self._answer(200, doc)
@@ -202,9 +211,10 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(200, hub.put({**doc, "metadata": {**doc["metadata"], "labels": labels}}))
         elif self.command == "DELETE":
             if query.get("dryRun") != "true":
-                hub.revision += 1
-                del hub.docs[key]
-                hub.tell("DELETED", doc)
+                with hub.lock:
+                    hub.revision += 1
+                    del hub.docs[key]
+                    hub.tell("DELETED", doc)
             self._answer(200, doc)
 
     def _chunk(self, data: bytes) -> None:
@@ -219,10 +229,12 @@ class Handler(BaseHTTPRequestHandler):
             self._chunk(chunk)
         self._chunk(b"")
 
-    def _watch(self, kind: str, since: int) -> None:
+    def _watch(self, kind: str, revision: str | None) -> None:
         mine: queue.Queue[tuple[str, Doc]] = queue.Queue()
-        backlog = [(e, d) for r, e, d in self.hub.history if r > since]
-        self.hub.watchers.append(mine)
+        with self.hub.lock:
+            since = int(revision or self.hub.revision)
+            backlog = [(e, d) for r, e, d in self.hub.history if r > since]
+            self.hub.watchers.append(mine)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -275,7 +287,7 @@ class Program:
 
     def __call__(self, *args: str, stdin: str = "", code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            self.command(*args), input=stdin, capture_output=True, text=True, env={**self.env, **env}, timeout=60
+            self.command(*args), input=stdin, capture_output=True, text=True, env={**self.env, **env}, timeout=120
         )
         assert done.returncode == code, (
             f"{args}: {done.returncode}, not {code}\n--out\n{done.stdout}\n--err\n{done.stderr}"
@@ -368,7 +380,8 @@ def edgeward(tmp_path: Path, context: Path) -> Program:
 
 
 @pytest.fixture
-def dead_port() -> int:
+def dead_port() -> Iterator[int]:
+    """A port where nobody listens, and nobody else can: it is bound."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+        yield int(s.getsockname()[1])

@@ -69,7 +69,7 @@ def test_colours_on_a_terminal_only(edgeward: Program, hub: Any) -> None:
     def on_a_terminal(**env: str) -> str:
         main, side = pty.openpty()
         subprocess.run(
-            edgeward.command("get", "apps"), stdout=side, env={**edgeward.env, "TERM": "xterm", **env}, timeout=60
+            edgeward.command("get", "apps"), stdout=side, env={**edgeward.env, "TERM": "xterm", **env}, timeout=120
         )
         os.close(side)
         got = os.read(main, 65536).decode()
@@ -91,7 +91,7 @@ def test_no_room_of_the_server_is_imported_by_get(edgeward: Program, hub: Any) -
         " or m.startswith('edgeward.lab')), file=sys.stderr)"
     )
     done = subprocess.run(
-        [*edgeward.command()[:1], "-c", code], env=edgeward.env, capture_output=True, text=True, timeout=60
+        [*edgeward.command()[:1], "-c", code], env=edgeward.env, capture_output=True, text=True, timeout=120
     )
     assert "web" in done.stdout
     # typer may import pydantic one day by another way; that costs time, but breaks nothing
@@ -179,7 +179,7 @@ def test_interrupt_is_130_without_a_traceback(edgeward: Program, hub: Any) -> No
     assert running.stdout.readline().startswith("NAME")
     assert running.stdout.readline().startswith("web")
     running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=10)
+    _, err = running.communicate(timeout=120)
     assert running.returncode == 130
     assert "Traceback" not in err
 
@@ -194,7 +194,7 @@ def test_a_broken_pipe_is_silent(edgeward: Program, hub: Any) -> None:
     os.close(write)
     os.read(read, 10)
     os.close(read)
-    _, err = running.communicate(timeout=30)
+    _, err = running.communicate(timeout=120)
     assert err == ""
 
 

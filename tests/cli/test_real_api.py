@@ -76,7 +76,7 @@ def real(edgeward: Program, certificate: tuple[Path, Path], tmp_path: Path) -> I
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
-    assert started.wait(10)
+    assert started.wait(60)
     context = tmp_path / "real.json"
     context.write_text(
         json.dumps({"hub_url": f"https://127.0.0.1:{box['port']}", "ca_file": str(certificate[0]), "token": TOKEN})
@@ -86,7 +86,7 @@ def real(edgeward: Program, certificate: tuple[Path, Path], tmp_path: Path) -> I
     yield edgeward
     box["server"].should_exit = True
     box["server"].force_exit = True
-    thread.join(5)
+    thread.join(60)
 
 
 def test_the_life_of_resources(real: Program, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_watch_and_events(real: Program) -> None:
 
     def happen(message: str) -> None:
         event = {"type": "Normal", "reason": "Tested", "resource": "Config/settings", "message": message}
-        asyncio.run_coroutine_threadsafe(real.box["records"].append("events", event), real.box["loop"]).result(5)
+        asyncio.run_coroutine_threadsafe(real.box["records"].append("events", event), real.box["loop"]).result(60)
 
     happen("first")
     assert "first" in real("events").stdout

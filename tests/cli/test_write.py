@@ -75,7 +75,7 @@ def test_nothing_is_written_when_one_document_is_invalid(edgeward: Program, hub:
 
 def test_a_missing_file_is_named(edgeward: Program, hub: Any, tmp_path: Path) -> None:
     running = edgeward.start("apply", "-f", str(tmp_path / "gone.yaml"))
-    out, err = running.communicate(timeout=30)
+    out, err = running.communicate(timeout=120)
     # which code is for core/manifest.py to say
     assert running.returncode in (1, 3, 5) and out == ""
     assert "gone.yaml" in err and "Traceback" not in err
@@ -128,11 +128,11 @@ def test_wait_until_running_or_failed(edgeward: Program, hub: Any) -> None:
     file.write_text(WEB)
     for phase, code in (("Running", 0), ("Failed", 1)):
         hub.docs.clear()
-        running = edgeward.start("apply", "--wait", "-f", str(file), "--timeout", "20s")
+        running = edgeward.start("apply", "--wait", "-f", str(file), "--timeout", "100s")
         assert running.stdout.readline() == "app/web created\n"
         hub.set_status("App", "default", "web", {"phase": "Starting"})
         hub.set_status("App", "default", "web", {"phase": phase})
-        _, err = running.communicate(timeout=20)
+        _, err = running.communicate(timeout=120)
         assert running.returncode == code, err
         assert phase in err
     hub.docs.clear()
@@ -146,12 +146,12 @@ def test_wait_of_an_update_does_not_believe_the_old_status(edgeward: Program, hu
     edgeward("apply", "-f", str(file))
     hub.set_status("App", "default", "web", {"phase": "Running", "observedGeneration": 1})
     file.write_text(WEB.replace("sleep", "sleeq"))
-    running = edgeward.start("apply", "--wait", "-f", str(file), "--timeout", "20s")
+    running = edgeward.start("apply", "--wait", "-f", str(file), "--timeout", "100s")
     assert running.stdout.readline() == "app/web configured\n"
     time.sleep(0.5)
     assert running.poll() is None
     hub.set_status("App", "default", "web", {"phase": "Running", "observedGeneration": 2})
-    _, err = running.communicate(timeout=10)
+    _, err = running.communicate(timeout=120)
     assert running.returncode == 0, err
 
 

@@ -22,9 +22,9 @@ async def hub(folder: Path) -> AsyncIterator[Bus]:
     identity = HubIdentity.open(folder / "identity")
     server = NatsServer(folder / "nats", HubSpec(identity.operator_jwt, identity.system_account, identity.accounts))
     await server.start()
-    bus = await Bus.connect(server.url, name="test", user=identity.user)
+    bus = await Bus.connect(server.url, name="test", user=identity.user, timeout=60)
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             yield bus
     finally:
         await bus.close()

@@ -19,7 +19,7 @@ from edgeward.core.reconcile import Loop
 async def running(loop: Loop[str]) -> AsyncIterator[asyncio.Task[None]]:
     task = asyncio.create_task(loop.run())
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             yield task
     finally:
         task.cancel()

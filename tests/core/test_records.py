@@ -23,9 +23,9 @@ async def hub(folder: Path) -> AsyncIterator[tuple[NatsServer, Bus]]:
     server = NatsServer(folder / "nats", HubSpec(identity.operator_jwt, identity.system_account, identity.accounts))
     await server.start()
     keeper = asyncio.create_task(server.run())
-    bus = await Bus.connect(server.url, name="test", user=identity.user)
+    bus = await Bus.connect(server.url, name="test", user=identity.user, timeout=60)
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             yield server, bus
     finally:
         keeper.cancel()

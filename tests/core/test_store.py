@@ -39,7 +39,7 @@ async def nats_store(folder: Path) -> AsyncIterator[tuple[NatsStore, NatsServer,
     server = NatsServer(folder / "nats", HubSpec(identity.operator_jwt, identity.system_account, identity.accounts))
     await server.start()
     keeper = asyncio.create_task(server.run())
-    bus = await Bus.connect(server.url, name="test", user=identity.user)
+    bus = await Bus.connect(server.url, name="test", user=identity.user, timeout=60)
     store = NatsStore(bus.client)
     await store.open()
     follower = asyncio.create_task(store.run())
@@ -117,7 +117,7 @@ def test_two_hubs_share_one_truth_and_a_killed_server_loses_nothing(tmp_path: Pa
                     import signal
 
                     os.kill(server.pid, signal.SIGKILL)
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(120):
                     while True:
                         try:
                             await one.put(config(f"c{n}", str(n)))
@@ -125,7 +125,7 @@ def test_two_hubs_share_one_truth_and_a_killed_server_loses_nothing(tmp_path: Pa
                             break
                         except EdgewardError:
                             await asyncio.sleep(0.05)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 while two.revision < one.revision:  # noqa: ASYNC110 - the other cache has no event of its own
                     await asyncio.sleep(0.02)
             assert [r.metadata.name for r in two.items("Config")] == [r.metadata.name for r in one.items("Config")]

@@ -58,7 +58,7 @@ async def front(root: Path, tls: bool, upstream: Handler | None = _echo) -> Asyn
 
     try:
         async with (
-            asyncio.timeout(90),
+            asyncio.timeout(240),
             http_server(app, host="127.0.0.1", port=port, http=front_protocol(links), **options),
         ):
             yield links, connect

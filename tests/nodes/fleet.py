@@ -69,7 +69,9 @@ class Fleet:
     async def bus(self, node: str) -> Bus:
         if node not in self._buses:
             inbox = f"_INBOX_{node}"
-            self._buses[node] = await Bus.connect(self.server.url, name=node, user=self.identity.user, inbox=inbox)
+            self._buses[node] = await Bus.connect(
+                self.server.url, name=node, user=self.identity.user, inbox=inbox, timeout=60
+            )
         return self._buses[node]
 
     async def ask(self, node: str, verb: str, what: Any, answer: Any) -> Any:
@@ -119,7 +121,7 @@ async def fleet(folder: Path, patience: float = 120) -> AsyncIterator[Fleet]:
     await server.start()
     tasks: list[asyncio.Task[None]] = []
     try:
-        bus = await Bus.connect(server.url, name="hub", user=identity.user)
+        bus = await Bus.connect(server.url, name="hub", user=identity.user, timeout=60)
         store = NatsStore(bus.client)
         await store.open()
         records = StreamRecords(bus.client)

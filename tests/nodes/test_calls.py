@@ -25,13 +25,13 @@ async def served(root: Path, handlers: dict[str, Handler]) -> AsyncIterator[tupl
 
     async def connect(name: str) -> Bus:
         return await Bus.connect(
-            server.url, name=name, username=AGENT_USER, password=server.secret, inbox="_INBOX_x", timeout=10
+            server.url, name=name, username=AGENT_USER, password=server.secret, inbox="_INBOX_x", timeout=60
         )
 
     try:
         hub, node = await connect("hub"), await connect("node")
         serving = asyncio.create_task(CallServer("x", handlers).run(node.client))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(180):
             while not node.client._subs:  # noqa: ASYNC110 - turn by turn
                 await asyncio.sleep(0)
             await node.flush()

@@ -38,7 +38,7 @@ class Node:
     async def running(self, bus: Bus) -> AsyncIterator[None]:
         task = asyncio.create_task(self.edge.run(bus))
         try:
-            async with asyncio.timeout(100):
+            async with asyncio.timeout(240):
                 yield
             assert not task.done()
         finally:
@@ -137,7 +137,7 @@ async def alone(root: Path) -> AsyncIterator[Bus]:
     await server.start()
     try:
         bus = await Bus.connect(
-            server.url, name="x", username=AGENT_USER, password=server.secret, inbox="_INBOX_plant-1"
+            server.url, name="x", username=AGENT_USER, password=server.secret, inbox="_INBOX_plant-1", timeout=60
         )
         yield bus
         await bus.close()

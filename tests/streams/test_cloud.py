@@ -35,9 +35,9 @@ async def hub(folder: Path) -> AsyncIterator[tuple[StreamsCloud, Bus, NatsServer
     server = NatsServer(folder / "nats", HubSpec(identity.operator_jwt, identity.system_account, identity.accounts))
     await server.start()
     try:
-        bus = await Bus.connect(server.url, name="test", user=identity.user)
+        bus = await Bus.connect(server.url, name="test", user=identity.user, timeout=60)
         try:
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(240):
                 yield StreamsCloud(bus.client), bus, server
         finally:
             await bus.close()

@@ -97,7 +97,7 @@ async def main() -> None:
         node="n", site="s", data_dir=Path(sys.argv[1]), source=Wishes(version), report=report, event=lambda *_: None
     )
     running = asyncio.create_task(apps.run())
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(90):
         await whole.wait()
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)

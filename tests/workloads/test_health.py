@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import pytest
 from edgeward.core.proc import find_by_env, wait_exit
 from edgeward.workloads import health
 
-LONG = 30.0
+LONG = 90.0
 
 
 @asynccontextmanager
@@ -38,10 +38,12 @@ async def server(answer: bytes | None) -> AsyncIterator[tuple[int, list[bytes]]]
         yield running.sockets[0].getsockname()[1], asked
 
 
-def closed_port() -> int:
+@contextmanager
+def closed_port() -> Iterator[int]:
+    """A port where nobody listens, and nobody else can: it is bound."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+        yield int(s.getsockname()[1])
 
 
 @pytest.mark.parametrize(
@@ -76,9 +78,9 @@ def test_a_server_that_is_silent_or_not_there() -> None:
         async with server(None) as (port, _):
             assert await health.http("127.0.0.1", port, "/", 0.05) == "no answer within 0.05 s"
             assert await health.tcp("127.0.0.1", port, LONG) == ""
-        port = closed_port()
-        assert (await health.http("127.0.0.1", port, "/", LONG)).startswith("no answer: ")
-        assert (await health.tcp("127.0.0.1", port, LONG)).startswith("no connection: ")
+        with closed_port() as port:
+            assert (await health.http("127.0.0.1", port, "/", LONG)).startswith("no answer: ")
+            assert (await health.tcp("127.0.0.1", port, LONG)).startswith("no connection: ")
 
     asyncio.run(body())
 

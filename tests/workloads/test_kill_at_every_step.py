@@ -17,7 +17,7 @@ DRIVER = Path(__file__).with_name("driver.py")
 
 def agent(data: Path, version: int, step: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(DRIVER), str(data), str(version), str(step)], capture_output=True, text=True, timeout=60
+        [sys.executable, str(DRIVER), str(data), str(version), str(step)], capture_output=True, text=True, timeout=100
     )
 
 
@@ -35,6 +35,7 @@ def versions(data: Path) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_agent_killed_at_any_step_of_an_update(tmp_path: Path) -> None:
     try:
