@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 class System:
     """One running `up`, `lab up` or `demo`, and the program to talk to it."""
 
-    def __init__(self, data: Path, *command: str, timeout: float = 60.0) -> None:
+    def __init__(self, data: Path, *command: str, timeout: float = 180.0) -> None:
         self.data = data
         self.ready_file = data.parent / f"{data.name}.ready"
         self.log = data.parent / f"{data.name}.log"
@@ -32,10 +33,13 @@ class System:
             self.process = subprocess.Popen(argv, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
         self.wait("ready", self.ready_file.exists, timeout)
 
-    def wait(self, what: str, ready: Callable[[], Any], timeout: float = 30.0) -> Any:
+    def wait(self, what: str, ready: Callable[[], Any], timeout: float = 120.0) -> Any:
+        """What ``ready`` gives at last; a key or an item that is missing is not there yet. The time-out guards only."""
         deadline = time.monotonic() + timeout
         while True:
-            got = ready()
+            got = None
+            with contextlib.suppress(KeyError, IndexError):
+                got = ready()
             if got:
                 return got
             assert self.process.poll() is None, f"it ended: {self.log.read_text()}"
@@ -47,7 +51,7 @@ class System:
         doc: dict[str, Any] = json.loads((self.data / "context.json").read_text())
         return doc
 
-    def run(self, *args: str, code: int = 0, stdin: str = "", timeout: float = 60.0) -> str:
+    def run(self, *args: str, code: int = 0, stdin: str = "", timeout: float = 120.0) -> str:
         """The program's standard output; asserts its exit code."""
         env = {**os.environ, "EDGEWARD_CONTEXT": str(self.data / "context.json"), "NO_COLOR": "1", "COLUMNS": "200"}
         done = subprocess.run(
@@ -78,15 +82,24 @@ class System:
     def stop(self, sig: int = signal.SIGINT) -> int:
         if self.process.poll() is None:
             self.process.send_signal(sig)
-        return self.process.wait(40)
+        return self.process.wait(120)
 
     def close(self) -> None:
         try:
             self.stop()
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait()
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole systems on a slow machine take their time; the common limit is for the other tests."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(600))
 
 
 @pytest.fixture

@@ -31,4 +31,4 @@ def test_memory_limit_ends_the_app_or_status_says_that_it_does_not(systems: Call
         "it is ended again and again",
         lambda: any(i["restarts"] >= 2 for i in up.get("app", "hog")["status"]["instances"]),
     )
-    assert "was ended by SIGKILL" in up.run("events")
+    up.wait("the event", lambda: "was ended by SIGKILL" in up.run("events"))

@@ -42,11 +42,11 @@ def space(lab: Any, node: str) -> str:
     return f"/proc/{pid}/ns/net"
 
 
-def reaches(lab: Any, origin: str, host: str, port: int, timeout: float = 1.5) -> bool:
-    """Whether a TCP connection from a node's own namespace comes about."""
+def reaches(lab: Any, origin: str, host: str, port: int, timeout: float = 20) -> bool:
+    """Whether a TCP connection from a node's own namespace comes about; where it must not, a short wait will do."""
     code = f"import socket; socket.create_connection(({host!r}, {port}), {timeout})"
     done = subprocess.run(
-        ["nsenter", f"--net={space(lab, origin)}", "--", sys.executable, "-c", code], capture_output=True, timeout=30
+        ["nsenter", f"--net={space(lab, origin)}", "--", sys.executable, "-c", code], capture_output=True, timeout=120
     )
     return done.returncode == 0
 
@@ -67,7 +67,7 @@ def test_isolation_partition_and_a_cut_without_loss(net: Callable[[str], Any]) -
     one, two, three, shop = (mqtt_at(lab, n) for n in ("plant-1", "plant-2", "plant-3", "shop-1"))
     assert len({one[0], two[0], three[0], shop[0]}) == 4
     assert reaches(lab, "plant-1", *two)
-    assert not reaches(lab, "plant-1", *shop), "site to site goes by no way"
+    assert not reaches(lab, "plant-1", *shop, timeout=1.5), "site to site goes by no way"
     assert counters(lab)["pairs"]["plant-1>shop-1"]["cut"] > 0
 
     # an app's address is reached from its site and from this machine
@@ -75,17 +75,17 @@ def test_isolation_partition_and_a_cut_without_loss(net: Callable[[str], Any]) -
     app |= {"ports": [{"name": "http", "env": "PORT"}], "health": {"http": {"port": "http", "path": "/"}}}
     lab.apply({"kind": "App", "metadata": {"name": "web"}, "spec": app}, "--wait")
     instance = lab.get("app", "web")["status"]["instances"][0]
-    with urllib.request.urlopen(f"http://{instance['address']}:{instance['ports']['http']}/", timeout=10) as got:
+    with urllib.request.urlopen(f"http://{instance['address']}:{instance['ports']['http']}/", timeout=60) as got:
         assert got.status == 200
 
     # a partition of the site's own network; the WAN goes on
     lab.run("lab", "partition", "plant", "plant-1")
-    assert not reaches(lab, "plant-1", *two)
+    assert not reaches(lab, "plant-1", *two, timeout=1.5)
     assert reaches(lab, "plant-2", *three)
-    assert all(n["status"]["online"] for n in lab.get("nodes")["items"])
+    lab.wait("all online", lambda: all(n["status"]["online"] for n in lab.get("nodes")["items"]))
     lab.run("lab", "partition", "plant", "plant-1,plant-3/plant-2")
     assert reaches(lab, "plant-1", *three)
-    assert not reaches(lab, "plant-3", *two)
+    assert not reaches(lab, "plant-3", *two, timeout=1.5)
     said = json.loads(lab.run("lab", "status", "-o", "json"))["sites"][0]
     assert said["parted"] == [["plant-1", "plant-3"], ["plant-2"]]
     assert "parted plant-1,plant-3/plant-2" in lab.run("lab", "status")
@@ -113,7 +113,7 @@ def test_isolation_partition_and_a_cut_without_loss(net: Callable[[str], Any]) -
     def publish(count: int) -> None:
         for _ in range(count):
             sent = client.publish("sensors/a", json.dumps({"id": len(acked)}), qos=1)
-            sent.wait_for_publish(10)
+            sent.wait_for_publish(60)
             assert sent.is_published()
             acked.append(len(acked))
 
@@ -121,8 +121,8 @@ def test_isolation_partition_and_a_cut_without_loss(net: Callable[[str], Any]) -
     lab.run("lab", "cut", "plant")
     before = counters(lab)["nodes"]["plant-1"]["up"]
     publish(100)
-    lab.wait("offline", lambda: not lab.get("node", "plant-1")["status"]["online"], 60)
-    assert lab.get("node", "shop-1")["status"]["online"]
+    lab.wait("offline", lambda: not lab.get("node", "plant-1")["status"]["online"])
+    lab.wait("the other site is not", lambda: lab.get("node", "shop-1")["status"]["online"])
     after = counters(lab)["nodes"]["plant-1"]["up"]
     assert after["packets"] == before["packets"], "nothing passes a cut"
     assert after["cut"] > before["cut"]
@@ -134,7 +134,7 @@ def test_isolation_partition_and_a_cut_without_loss(net: Callable[[str], Any]) -
         lines = lab.run("stream", "read", "line1", "--from", "0", "-o", "json").splitlines()
         return [json.loads(line)["payload"]["id"] for line in lines]
 
-    lab.wait("all readings", lambda: len(read()) >= len(acked), 60)
+    lab.wait("all readings", lambda: len(read()) >= len(acked))
     assert read() == acked
 
 
@@ -150,7 +150,7 @@ def test_a_killed_lab_leaves_nothing_that_the_next_one_does_not_clear(net: Calla
         {"kind": "App", "metadata": {"name": "nap"}, "spec": {"process": {"command": ["sleep", "1000"]}}}, "--wait"
     )
     lab.process.kill()
-    lab.process.wait(10)
+    lab.process.wait(60)
     assert len(left(f"{block}-")) == 3
 
     again = net(small)

@@ -27,7 +27,7 @@ spec:
 
 def answers(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2) as got:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as got:
             return bool(got.status == 200)
     except OSError:
         return False
@@ -126,7 +126,7 @@ def test_all_killed_at_once_comes_back_as_it_was(systems: Callable[..., Any]) ->
 
 def test_a_second_up_of_one_directory_is_refused(systems: Callable[..., Any]) -> None:
     up = systems("a", "up")
-    done = subprocess.run(up.process.args, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(up.process.args, capture_output=True, text=True, timeout=120)
     assert done.returncode == 3
     assert "--data" in done.stderr
 

@@ -92,6 +92,8 @@ class Child:
         self.wanted = False
         self.restarts = 0
         self._task: asyncio.Task[None] | None = None
+        #: Held while it is started, and by whoever ends it: nothing is started behind the back of an end.
+        self._starting = asyncio.Lock()
 
     @property
     def pid(self) -> int | None:
@@ -115,8 +117,9 @@ class Child:
 
     async def start(self, group: asyncio.TaskGroup) -> None:
         self.wanted = True
-        if self.pid is None:
-            await self._spawn()
+        async with self._starting:
+            if self.pid is None:
+                await self._spawn()
         if self._task is None or self._task.done():
             self._task = group.create_task(self._supervise())
 
@@ -144,11 +147,18 @@ class Child:
             self._say(f"{self.title} {ending(self.process.returncode)}, starting it again")
             self.restarts += 1
             await asyncio.sleep(delay)  # the back-off of a child that keeps dying
-            if self.wanted and self.pid is None:  # `kill` and `start` may have come in between
-                await self._spawn()
+            async with self._starting:
+                if self.wanted and self.pid is None:  # `kill` and `start` may have come in between
+                    await self._spawn()
+
+    async def unwanted(self) -> None:
+        """From here on it is not started again, and what was being started is :attr:`process`."""
+        self.wanted = False
+        async with self._starting:
+            pass
 
     async def stop(self, sig: int = signal.SIGTERM) -> None:
-        self.wanted = False
+        await self.unwanted()
         process = self.process
         if process is None or process.returncode is not None:
             return
@@ -382,7 +392,7 @@ class Cluster:
     async def kill(self, name: str) -> list[int]:
         """SIGKILL of all of a node's processes; it stays down until :meth:`start`."""
         child = self.node(name)
-        child.wanted = False
+        await child.unwanted()
         victims = [p for p in (child.pid, child.state().get("nats")) if isinstance(p, int)]
         victims += [p for p in node_processes(child.directory) if p not in victims]
         for pid in victims:
