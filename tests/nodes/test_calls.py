@@ -131,7 +131,7 @@ def test_a_node_that_is_not_there_or_does_not_answer(tmp_path: Path) -> None:
 def test_a_slow_reader_slows_the_sender_and_one_that_left_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "_IDLE", 3.0)  # what a piece that nobody took is waited for
+    monkeypatch.setattr(calls, "_TAKEN", 5.0)  # what a piece that nobody took is waited for
     made: list[int] = []
     ended = asyncio.Event()
 
@@ -158,7 +158,9 @@ def test_a_slow_reader_slows_the_sender_and_one_that_left_ends_it(
 
 
 def test_idle_marks_find_out_that_the_caller_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_IDLE", 0.1)
+    monkeypatch.setattr(calls, "_IDLE", 0.05)
+    monkeypatch.setattr(calls, "_SILENCE", 3.0)
+    monkeypatch.setattr(calls, "_TAKEN", 5.0)
     released = asyncio.Event()
     ended = asyncio.Event()
 
@@ -173,18 +175,19 @@ def test_idle_marks_find_out_that_the_caller_left(tmp_path: Path, monkeypatch: p
 
     async def body() -> None:
         async with served(tmp_path, {"quiet": quiet}) as (hub, _):
-            marks = 0
+            marks: list[float] = []
 
             async def mark(msg: Any) -> None:
-                nonlocal marks
-                marks += "Ew-Idle" in (msg.headers or {})
-                if marks >= 5:  # longer than the caller would wait without marks
-                    released.set()
+                if "Ew-Idle" in (msg.headers or {}):
+                    marks.append(asyncio.get_running_loop().time())
+                    if marks[-1] - marks[0] > 3.0:  # longer than the caller would wait without marks
+                        released.set()
 
-            await hub.subscribe("ew.hub.reply.x.>", mark)
+            overhearing = await hub.subscribe("ew.hub.reply.x.>", mark)
             async with aclosing(call(hub.client, "x", "quiet", {})) as pieces:  # type: ignore[type-var]
                 assert [await anext(pieces), await anext(pieces)] == [b"one", b"two"]
-            assert marks >= 5
+                await overhearing.unsubscribe()  # now the caller alone listens
+            assert len(marks) >= 2
             await ended.wait()
 
     asyncio.run(body())

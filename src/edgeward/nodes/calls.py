@@ -27,7 +27,12 @@ log = logging.getLogger("edgeward.calls")
 Handler = Callable[[dict[str, Any]], AsyncIterator[bytes]]
 #: Calls a node serves at once.
 _AT_ONCE = 32
+#: Seconds without a piece after which a mark finds out whether somebody still listens.
 _IDLE = 20.0
+#: How long a node waits until its piece is taken.
+_TAKEN = 20.0
+#: How long a caller waits for the next piece or mark.
+_SILENCE = 40.0
 
 
 async def call(
@@ -48,7 +53,7 @@ async def call(
                     resource=f"Node/{node}",
                     remedy="is its link up? see: edgeward get node",
                 ) from e
-            wait = 2 * _IDLE
+            wait = _SILENCE
             headers = msg.headers or {}
             if "Status" in headers and not msg.data:
                 raise Unreachable(f"node {node} is not connected", resource=f"Node/{node}")
@@ -83,7 +88,7 @@ class CallServer:
             await asyncio.Event().wait()
 
     async def _send(self, client: Client, reply: str, data: bytes, headers: dict[str, str] | None = None) -> None:
-        await client.request(reply, data, timeout=_IDLE, headers=headers)
+        await client.request(reply, data, timeout=_TAKEN, headers=headers)
 
     async def _serve(self, client: Client, msg: Msg) -> None:
         verb = msg.subject.rsplit(".", 1)[1]
