@@ -131,6 +131,19 @@ def test_detached_has_own_session_log_and_no_descriptors(tmp_path: Path) -> None
 
 
 @linux
+def test_it_is_found_by_its_environment_as_soon_as_it_is_started() -> None:
+    """The kernel shows no environment for a moment of the exec; whoever looked then missed the process."""
+    mark = f"soon-{os.getpid()}"
+    for n in range(50):
+        proc, popen = spawn_detached(["sleep", "600"], {"EDGEWARD_TEST_MARK": f"{mark}-{n}", "PATH": os.defpath})
+        try:
+            assert find_by_env("EDGEWARD_TEST_MARK", f"{mark}-{n}") == [proc]
+        finally:
+            popen.kill()
+            popen.wait(60)
+
+
+@linux
 def test_found_by_the_environment_and_measured() -> None:
     mark = f"xyz-{os.getpid()}"  # another run of the tests may be under way
     proc, popen = spawn_detached(SLEEP, {"EDGEWARD_TEST_MARK": mark + "1"})

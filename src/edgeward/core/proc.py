@@ -16,6 +16,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -229,6 +230,22 @@ def group_pids(proc: ProcId) -> list[int]:
     return found
 
 
+def _environ(pid: int, patience: float) -> bytes:
+    """The environment at exec; raises OSError.
+
+    While a program is being executed the kernel shows none for a moment, though whoever started it was told that it
+    runs: it is looked at again for ``patience`` seconds. A kernel's thread or a zombie has no program and no patience.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        with Path(f"/proc/{pid}/environ").open("rb") as f:
+            environ = f.read()
+        if environ or time.monotonic() >= deadline:
+            return environ
+        Path(f"/proc/{pid}/exe").readlink()
+        time.sleep(0.0005)
+
+
 def find_by_env(name: str, value: str) -> list[ProcId]:
     """Living processes whose environment at exec had ``name=value``; only those whose environment we may read."""
     if not _LINUX:
@@ -237,8 +254,7 @@ def find_by_env(name: str, value: str) -> list[ProcId]:
     found = []
     for pid in _pids():
         try:
-            with Path(f"/proc/{pid}/environ").open("rb") as f:
-                environ = f.read()
+            environ = _environ(pid, 0.01)
         except OSError:
             continue
         if marker in environ.split(b"\0"):
@@ -286,7 +302,7 @@ def spawn_detached(
 ) -> tuple[ProcId, subprocess.Popen[bytes]]:
     """Starts ``argv`` in an own session that outlives us; stdout and stderr are appended to ``stdout_path``.
 
-    No descriptor but 0, 1 and 2 is inherited. The caller keeps the Popen and polls it once the process has ended, so
+    It can be found by its environment when this returns. No descriptor but 0, 1 and 2 is inherited. The caller keeps the Popen and polls it once the process has ended, so
     that no zombie stays. Raises OSError when the program cannot be started.
     """
     out: int | IO[bytes] = subprocess.DEVNULL
@@ -313,6 +329,9 @@ def spawn_detached(
         popen.kill()
         popen.wait(5)
         raise OSError(f"process {popen.pid} cannot be identified")
+    if _LINUX and (env is None or env):
+        with contextlib.suppress(OSError):  # it is over already, or another user's
+            _environ(popen.pid, 2.0)
     return proc, popen
 
 
