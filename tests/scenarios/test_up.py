@@ -64,7 +64,6 @@ def test_up_runs_restarts_its_children_and_keeps_its_state(systems: Callable[...
     assert up.stop(signal.SIGINT) == 0
     assert up.processes() == []
     assert not answers(instance["ports"]["http"])
-    up.ready_file.unlink()
     again = systems("a", "up", "--port", "0")
     again.wait(
         "the app runs again",

@@ -259,6 +259,8 @@ class Cluster:
 
     async def up(self) -> None:
         """Starts all and returns when every node is ready; the context is written then."""
+        if self._ready_file is not None:
+            self._ready_file.unlink(missing_ok=True)  # of a run that was killed: this one is not ready yet
         await self._clear_leftovers()
         ensure_dir(self.hub.directory)
         port = self._port or int(read_json(self.hub.directory / "hub.json", {}).get("port", 0)) or free_port()
