@@ -302,8 +302,9 @@ def spawn_detached(
 ) -> tuple[ProcId, subprocess.Popen[bytes]]:
     """Starts ``argv`` in an own session that outlives us; stdout and stderr are appended to ``stdout_path``.
 
-    It can be found by its environment when this returns. No descriptor but 0, 1 and 2 is inherited. The caller keeps the Popen and polls it once the process has ended, so
-    that no zombie stays. Raises OSError when the program cannot be started.
+    It can be found by its environment when this returns. No descriptor but 0, 1 and 2 is inherited. The caller keeps
+    the Popen and polls it once the process has ended, so that no zombie stays. Raises OSError when the program cannot
+    be started.
     """
     out: int | IO[bytes] = subprocess.DEVNULL
     with contextlib.ExitStack() as stack:
