@@ -79,6 +79,20 @@ class System:
             found += [p.pid for p in find_by_env("EDGEWARD_DATA", str(node))]
         return found
 
+    @staticmethod
+    def contents(root: Path) -> Iterator[tuple[Path, int, bytes]]:
+        """Every file below ``root``, its mode and what is in it; what goes away under our eyes is left out."""
+        for folder, _, names in os.walk(root):
+            for path in (Path(folder) / name for name in names):
+                if not path.is_file() or path.is_symlink():
+                    continue
+                try:
+                    with path.open("rb") as file:
+                        mode, content = os.fstat(file.fileno()).st_mode, file.read()
+                except FileNotFoundError:
+                    continue
+                yield path, mode, content
+
     def stop(self, sig: int = signal.SIGINT) -> int:
         if self.process.poll() is None:
             self.process.send_signal(sig)
