@@ -115,7 +115,7 @@ class Fleet:
 
 
 @asynccontextmanager
-async def fleet(folder: Path, patience: float = 120) -> AsyncIterator[Fleet]:
+async def fleet(folder: Path, patience: float = 240) -> AsyncIterator[Fleet]:
     identity = HubIdentity.open(folder / "identity")
     server = NatsServer(folder / "nats", HubSpec(identity.operator_jwt, identity.system_account, identity.accounts))
     await server.start()
