@@ -24,8 +24,9 @@ from edgeward.core.api import parse_body, read_body
 from edgeward.core.certs import fingerprint
 from edgeward.core.errors import Conflict, EdgewardError, Invalid, TooMany, Unreachable
 from edgeward.core.identity import HubIdentity
+from edgeward.core.misfit import invalid_from
 from edgeward.core.quantity import parse_duration
-from edgeward.core.resource import check_name, invalid_from
+from edgeward.core.resource import check_name
 from edgeward.core.streaming import json
 from edgeward.core.throttle import Throttle, source_of
 from edgeward.nodes.enrol import DEFAULT_TTL, Answer, EnrolAsk, Grant, LeaveAsk, RenewAsk
