@@ -382,7 +382,9 @@ def test_the_urgent_queue_goes_first(tmp_path: Path) -> None:
             other = await stamps(p, "low")
             assert len(other) > 3
             assert len(last) > 3
-            assert sum(t < last[-1] for t in other) <= 2, "one may have been under way, one slipped in at a gap"
+            assert sum(t < last[-1] for t in other) <= 3, (
+                "one may have found the hub, one been under way, one slipped in"
+            )
 
     asyncio.run(main())
 

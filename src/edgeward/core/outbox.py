@@ -155,8 +155,15 @@ class Gate:
 class Queue:
     """One queue's stream at the node, and its way to the hub."""
 
-    def __init__(self, spec: QueueSpec, bus: Bus, node: str, gate: Gate) -> None:
+    def __init__(
+        self, spec: QueueSpec, bus: Bus, node: str, gate: Gate, recovered: Callable[[], None] = lambda: None
+    ) -> None:
+        """``recovered`` is called when this queue delivers again after it could not."""
         self.spec = spec
+        self._recovered = recovered
+        self._failing = False
+        #: Ends a back-off.
+        self.again = asyncio.Event()
         self.counters = Counters()
         self.stream = f"OUT_{spec.name}"
         self.subject = f"ew.out.{spec.name}"
@@ -303,7 +310,7 @@ class Queue:
                 delay = 0.0
             except (EdgewardError, nats.errors.Error, TimeoutError) as e:
                 self._gate.leave(self)
-                self._position = None
+                self._position, self._failing = None, True
                 text = str(e) or type(e).__name__
                 if text != self.counters.error and not isinstance(e, Unreachable | NotFound):
                     log.warning("queue %s: %s", self.spec.name, text)
@@ -311,7 +318,12 @@ class Queue:
                 delay = min(_RETRY[1], delay * 2 or _RETRY[0]) * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
                 with contextlib.suppress(EdgewardError, nats.errors.Error, TimeoutError):
                     await self._expire()
-                await asyncio.sleep(delay)  # the back-off between two tries
+                self.again.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(delay):  # the back-off between two tries
+                        await self.again.wait()
+                if self.again.is_set():  # the hub is there: whoever is less urgent waits until it is known what is here
+                    self._gate.want(self, self.spec.priority)
 
     async def _forward(self) -> None:
         self.wake.clear()
@@ -411,6 +423,9 @@ class Queue:
                 self._took = clock.monotonic() - started
             self._size = batch_size(self._size, self._took, len(body))
             self._hub_seq, self._hub_cursor = seq, cursor
+            if self._failing:
+                self._failing = False
+                self._recovered()
             self.counters.last_ack_at = clock.now()
             self.counters.error = ""
         self._sent_total, self._lost_full, self._lost_age = total, lost_full, lost_age
@@ -542,13 +557,15 @@ class Outbox:
     def kick(self) -> None:
         """The link is back: do not wait out a back-off's rest."""
         self._doubt()
+        for queue in self._queues.values():
+            queue.again.set()
 
     async def open(self, spec: QueueSpec) -> Queue:
         """The queue of this spec; an existing one is fitted to it."""
         old = self._queues.get(spec.name)
         if old is not None and old.spec == spec:
             return old
-        queue = Queue(spec, self._bus, self._node, self._gate)
+        queue = Queue(spec, self._bus, self._node, self._gate, self.kick)
         if old is not None:
             queue.counters = old.counters
             await self._stop(spec.name)
