@@ -5,7 +5,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import fleet, idle, outbox, spine
+from benchmarks import enrol, fleet, idle, outbox, spine
 from benchmarks.common import Row, save
 
 ALL = {
@@ -17,6 +17,7 @@ ALL = {
     "outbox": outbox.outbox,
     "idle": idle.idle,
     "fleet": fleet.fleet,
+    "enrol": enrol.enrol,
 }
 
 

@@ -157,6 +157,16 @@ def test_revocation_is_kept(tmp_path: Path) -> None:
     assert claims_of(again.issue_node("a", KeyPair.create("user").public))["iss"] == account
 
 
+def test_a_later_account_jwt_says_that_it_is_later(tmp_path: Path) -> None:
+    hub = HubIdentity.open(tmp_path)
+    seed = KeyPair.create("account").seed
+    first = hub.account_jwt("a", seed, {})
+    second = hub.account_jwt("a", seed, {"K": 1}, after=first)
+    third = hub.account_jwt("a", seed, {}, after=second)
+    times = [claims_of(j)["iat"] for j in (first, second, third)]
+    assert times == sorted(set(times))
+
+
 def test_tokens(tmp_path: Path) -> None:
     hub = HubIdentity.open(tmp_path)
     token = hub.admin_token()

@@ -167,15 +167,19 @@ class HubIdentity:
         nats["allowed_connection_types"] = ["LEAFNODE", "LEAFNODE_WS"]
         return mint(KeyPair.from_seed(seed), public_key, name, nats, issued=issued, expires=expires)
 
-    def account_jwt(self, name: str, seed: str, barred: Mapping[str, int]) -> str:
-        """The node's own account: what it imports, and the keys (with the time) that are not let in again."""
+    def account_jwt(self, name: str, seed: str, barred: Mapping[str, int], *, after: str = "") -> str:
+        """The node's own account: what it imports, and the keys (with the time) that are not let in again.
+
+        ``after``: the JWT before this one. Servers of a cluster keep the later of two, and tell seconds only.
+        """
+        issued = max(int(time.time()), int(claims_of(after)["iat"]) + 1) if after else 0
         claims = {
             "type": "account",
             "limits": _ACCOUNT_LIMITS,
             "imports": _imports(name, self.account),
             "revocations": dict(barred),
         }
-        return mint(self._operator, KeyPair.from_seed(seed).public, f"NODE {name}", claims)
+        return mint(self._operator, KeyPair.from_seed(seed).public, f"NODE {name}", claims, issued=issued)
 
     def account_rules(self, name: str) -> str:
         """A digest of what we let a node do: when it changes, its account needs a new JWT."""

@@ -153,7 +153,7 @@ class Enrolment:
         form = self._identity.account_rules(node)
         if member.jwt and member.rules == form and old is not None and old.barred == member.barred:
             return member
-        jwt = self._identity.account_jwt(node, member.seed, member.barred)
+        jwt = self._identity.account_jwt(node, member.seed, member.barred, after=member.jwt)
         return msgspec.structs.replace(member, jwt=jwt, rules=form)
 
     @staticmethod
