@@ -268,3 +268,19 @@ def test_many_at_once_and_one_that_leaves(systems: Callable[..., Any], box: Call
         (tmp_path / "bad").write_text(bad)
         up.run("join", "--batch", str(tmp_path / "bad"), "--data", str(fleet), code=3)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_box_without_internet_joins_by_one_file(
+    systems: Callable[..., Any], box: Callable[..., Box], tmp_path: Path
+) -> None:
+    up = systems("hub", "up")
+    file = tmp_path / "box.tar"
+    up.run("token", "create", "--site", "plant", "--node", "box-1", "--bundle", str(file))
+    assert file.stat().st_mode & 0o777 == 0o600
+    up.run("token", "create", "--bundle", str(file), code=2)
+    up.run("token", "create", "--site", "plant", "--node", "b", "--proxy", "http://p", code=2)
+    up.run("token", "create", "--site", "plant", "--node", "b", "--bundle", str(file), "--wheels", "/nowhere", code=3)
+    box("one", "--bundle", str(file))
+    up.wait("online", lambda: status(up, "box-1").get("online"))
+    up.run("join", "--bundle", str(file), "--data", str(tmp_path / "two"), code=3)
+    assert "used before" in up.stderr

@@ -46,6 +46,10 @@ def join(
         typer.Option("--batch", metavar="FILE", help="Many: lines `NODE TOKEN`, each into DIR/NODE; runs no agent."),
     ] = "",
     at_once: Annotated[int, typer.Option("--at-once", help="How many of a batch at once.", min=1, max=64)] = 8,
+    bundle: Annotated[
+        str,
+        typer.Option("--bundle", metavar="FILE", help="What `token create --bundle` made: token and options in it."),
+    ] = "",
     enrol_only: Annotated[bool, typer.Option("--enrol-only", help="Do not run the agent.")] = False,
 ) -> None:
     """Join this box to a fleet and run its agent in the foreground. Once joined, the token is not needed again."""
@@ -54,6 +58,15 @@ def join(
 
     directory = data.absolute()
     ca = enrol_edge.load_ca(Path(proxy_ca)) if proxy_ca else ""
+    if bundle:
+        if token or batch or node or site:
+            raise UsageError("a bundle has its token and names in itself")
+        from edgeward.nodes.bundle import read
+
+        packed = read(Path(bundle))
+        token, node, site = packed.token, packed.node, packed.site
+        hub, proxy, ca = hub or packed.hub, proxy or packed.proxy, ca or packed.proxyCa
+        bind = packed.bind if bind == "127.0.0.1" else bind
     if batch:
         if token or node or site:
             raise UsageError("a batch has its tokens and names in its file")

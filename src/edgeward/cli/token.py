@@ -39,6 +39,17 @@ def create(
     batch: Annotated[
         str, typer.Option("--batch", metavar="FILE", help="For many boxes: a file of lines `NODE [SITE]`; - is stdin.")
     ] = "",
+    bundle: Annotated[
+        str, typer.Option("--bundle", metavar="FILE", help="For a box without internet: token and options in one file.")
+    ] = "",
+    wheels: Annotated[
+        str, typer.Option("--wheels", metavar="DIR", help="With --bundle: the wheels that the box installs from.")
+    ] = "",
+    hub: Annotated[str, typer.Option("--hub", metavar="URL", help="With --bundle: where the box finds the hub.")] = "",
+    proxy: Annotated[str, typer.Option("--proxy", metavar="URL", help="With --bundle: the proxy before it.")] = "",
+    proxy_ca: Annotated[
+        str, typer.Option("--proxy-ca", metavar="FILE", help="With --bundle: the CA of a proxy that looks into TLS.")
+    ] = "",
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="Its name in lists and in the audit.")] = "",
     sites: Annotated[
         str, typer.Option("--sites", metavar="A,B", help="Sites whose nodes take it too, also while cut off; * is all.")
@@ -52,7 +63,13 @@ def create(
     output = session.output(allowed=_FORMATS)
     if (node or batch) and (role or sites or name or description):
         raise UsageError("a token is for a box (--node, --batch) or for a person or program (--role), not for both")
-    if batch:
+    if (wheels or hub or proxy or proxy_ca) and not bundle:
+        raise UsageError("--wheels, --hub, --proxy and --proxy-ca go into a bundle: --bundle FILE")
+    if bundle and not (node and site):
+        raise UsageError("a bundle is for one box: --node NAME --site NAME")
+    if bundle:
+        _bundle(session, Path(bundle), node, site, ttl, {"hub": hub, "proxy": proxy}, proxy_ca, wheels)
+    elif batch:
         _batch(session, batch, site, ttl, output)
     elif node or site:
         if role or not (node and site):
@@ -84,6 +101,26 @@ def _for_box(session: Session, node: str, site: str, ttl: str, output: str) -> N
     typer.echo(f"good once, for node {node} at site {site}, until {doc['expires']}; on the box:", err=True)
     typer.echo("  edgeward join TOKEN --data DIR", err=True)
     write(doc["token"])
+
+
+def _bundle(
+    session: Session, file: Path, node: str, site: str, ttl: str, way: dict[str, str], proxy_ca: str, wheels: str
+) -> None:
+    from edgeward.nodes.bundle import Bundle
+    from edgeward.nodes.bundle import write as pack
+    from edgeward.nodes.enrol_edge import load_ca
+
+    ca = load_ca(Path(proxy_ca)) if proxy_ca else ""
+    found = sorted(Path(wheels).glob("*.whl")) if wheels else []
+    if wheels and not found:
+        raise Invalid("there are no wheels", file=wheels, remedy="pip wheel -w DIR edgeward")
+    with session.api() as api:
+        doc = issue(api, node, site, ttl)
+    count = pack(file, Bundle(doc["token"], node=node, site=site, proxyCa=ca, **way), found)
+    write(f"{file}: node {node} of site {site}, {count} wheels, good once until {doc['expires']}")
+    typer.echo(f"on the box: edgeward join --bundle {file.name} --data DIR", err=True)
+    if count:
+        typer.echo(f"or, where nothing is installed: tar xf {file.name} && sh install.sh DIR", err=True)
 
 
 def issue(api: Api, node: str, site: str, ttl: str, *, replace: bool = False) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def join(
             f"{data} is node {identity.name!r}'s, not {node!r}'s", remedy="give each node a directory of its own"
         )
     known = identity.enrolled and identity.token == token.name
+    if known and hub:  # the hub has moved
+        config.pop("hub", None)
     used = addresses[0]
     if not known:
         # another token than last time means a new device key: the old one may be revoked
@@ -104,7 +106,7 @@ def _found(addresses: list[Address], token: Token, proxy_ca: str) -> Door:
             named += [x509.load_pem_x509_certificate(x.old.encode()) for x in said.links]
             pinned = [c for c in named if fingerprint(c) == token.pin]
             door = Door(address, proxy_ca=proxy_ca)
-            door.learn(pinned)
+            door.learn(pinned, said)
             return door
         except (EdgewardError, ValueError) as e:
             error = e if isinstance(e, EdgewardError) else Unreachable(f"no Edgeward hub answers at {address.url}")
