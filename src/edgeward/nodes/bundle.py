@@ -80,8 +80,8 @@ def _pack(out: IO[bytes], bundle: Bundle, wheels: list[Path]) -> None:
         for wheel in wheels:
             info = tarfile.TarInfo(_WHEELS + wheel.name)
             info.size, info.mode = wheel.stat().st_size, 0o644
-            with wheel.open("rb") as data:
-                tar.addfile(info, data)
+            with wheel.open("rb") as content:
+                tar.addfile(info, content)
 
 
 def read(path: Path) -> Bundle:
