@@ -29,9 +29,12 @@ load_hub()
 load_agent()
 
 #: Routes for everybody: what they answer tells nothing, or they prove their caller by other means.
-OPEN = {"/healthz", "/readyz", "/api/v1/ca", "/api/v1/nonce", "/api/v1/enrol", "/api/v1/renew", "/api/v1/leave"}
+OPEN = {
+    "/healthz", "/readyz", "/api/v1/ca", "/api/v1/nonce", "/api/v1/enrol", "/api/v1/renew", "/api/v1/leave",
+    "/api/v1/oidc", "/api/v1/oidc/login",
+}  # fmt: skip
 #: Routes for everybody who is known.
-SIGNED = {"/openapi.json", "/api/v1/version", "/api/v1/whoami", "/api/v1/can"}
+SIGNED = {"/openapi.json", "/api/v1/version", "/api/v1/whoami", "/api/v1/can", "/api/v1/logout"}
 
 
 @asynccontextmanager

@@ -67,6 +67,8 @@ COMMANDS: dict[str, Row] = {
     "override": Row(f"{_CLI}.overrides:app", _DATA, "What sites changed for themselves.", group=True),
     "stream": Row(f"{_CLI}.streams:app", _DATA, "Read what sites delivered.", group=True),
     "backup": Row(f"{_CLI}.backup:app", _CARE, "Keep the hub's state, check it, bring it back.", group=True),
+    "login": Row(f"{_CLI}.login:login", _WHO, "Sign in with the organisation's account."),
+    "logout": Row(f"{_CLI}.login:logout", _WHO, "End the token that you are signed in with."),
     "whoami": Row(f"{_CLI}.access:whoami", _WHO, "Who you are to the system, and your rules."),
     "can": Row(f"{_CLI}.access:can", _WHO, "Whether you may do something."),
     "join": Row(f"{_CLI}.fleet:join", _FLEET, "Join this box to a fleet and run its agent.", session=False),

@@ -41,6 +41,7 @@ from edgeward.hub.backup import backup_routes, sealing_key
 from edgeward.hub.enrol import EnrolRoutes
 from edgeward.hub.front import Links, front_protocol
 from edgeward.hub.kinds import load
+from edgeward.hub.oidc import SignIn
 from edgeward.hub.routes import HubRoutes
 from edgeward.nodes.calls import call
 from edgeward.nodes.cloud import NodesCloud
@@ -75,6 +76,7 @@ class Hub:
         self.names = [str(n) for n in config.get("names", [])]
         #: Where boxes find the hub, as it stands in join tokens.
         self.urls = [str(u) for u in config.get("urls", [])] or [f"https://{self.address}:{self.port}"]
+        self.oidc = SignIn.settings(config.get("oidc"))
         self.certificate_life = parse_duration(config.get("certificateLife", "90d"))
         self.run_file = daemon.RunFile(data / "run.json")
         self._ready = False
@@ -110,6 +112,7 @@ class Hub:
         self.audit = audit
         self.resources = Resources(self.store, audit, _keeps_built_in)
         self.tokens = AccessTokens(self.store)
+        self.sign_in = SignIn(self.resources, self.oidc)
         await self._first_objects()
         self.nodes = NodesCloud(self.store, self.bus, self.records, self._write)
         await self.nodes.open()
@@ -152,6 +155,7 @@ class Hub:
             auth=auth,
             extra_routes=[
                 *routes.routes(),
+                *self.sign_in.routes(),
                 *EnrolRoutes(
                     self.enrolment, identity, tell=self._have_renew, online=self.nodes.is_online, new_ca=self._new_ca
                 ).routes(),
