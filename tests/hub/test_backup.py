@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,13 +19,14 @@ from tests.nodes.fleet import Fleet, app, config, fleet
 from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
 from edgeward.core.authz import administrator
-from edgeward.core.errors import Invalid, Refused
+from edgeward.core.errors import EdgewardError, Invalid, Refused
 from edgeward.core.files import write_json
 from edgeward.core.records import StreamRecords
 from edgeward.core.resource import Key
 from edgeward.core.seal import RecoveryKey, Sealer
 from edgeward.core.store_nats import NatsStore
 from edgeward.core.vault import Plain, Vault
+from edgeward.hub import restore as restoring
 from edgeward.hub.archive import FORMAT, Data, End, Entry, File, Meta, Msg, Stream, encode
 from edgeward.hub.backup import RECOVERY_KEY, VAULT_KEY, backup_routes, files_of, sealed, sealing_key
 from edgeward.hub.restore import entries, first_revision, offline_server, restore, unused, verify
@@ -331,3 +333,42 @@ def test_numbers_go_up_and_fit_a_double() -> None:
     assert first_revision(10, 0.0) == 10 + 2**40  # a clock at 1970
     assert first_revision(first_revision(10, now), now) > first_revision(10, now) + 2**39
     assert first_revision(2**52, 3_700_000_000.0) < 2**53
+
+
+@pytest.mark.root
+def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs")
+
+    async def body() -> None:
+        hub = tmp_path / "hub"
+        async with fleet(hub) as f:
+            for i in range(8):
+                await f.store.put(config(f"c{i}", "x" * 900_000))
+            backup = await make(f, hub)
+        key = recovery(hub)
+        await restore(backup, disk / "hub", key)
+        before = sorted(disk.rglob("*"))
+        filler = disk / "somebody-else"
+        filler.write_bytes(bytes(44 << 20))
+        with pytest.raises(Refused, match="MiB free"):  # seen before anything is written
+            await restore(backup, disk / "hub", key)
+        monkeypatch.setattr(restoring, "_check_room", lambda *_: None)  # somebody fills it meanwhile
+        filler.write_bytes(bytes(52 << 20))
+        monkeypatch.setattr(restoring, "_TAKE", 3.0)
+        with pytest.raises((EdgewardError, OSError)):
+            await restore(backup, disk / "hub", key)
+        filler.unlink()
+        assert sorted(disk.rglob("*")) == before
+        told = await restore(backup, disk / "hub", key)  # with room again it works
+        async with opened(disk / "hub") as (store, _):
+            assert len(store.items("Config")) == 8
+        assert Path(told.moved).is_dir()
+
+    try:
+        asyncio.run(body())
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -49,6 +49,10 @@ _YEAR_2020 = 1_577_836_800
 #: Kinds that a backup holds and a restore leaves out.
 _NOT_RESTORED = ("JoinToken",)
 _IN_FLIGHT = 256
+#: Seconds for those in flight, each of them a durable write.
+_TAKE = 60.0
+#: Bytes that a disk must have beside the backup's own size.
+ROOM = 32 << 20
 
 
 @dataclass
@@ -230,10 +234,12 @@ class _Publisher:
         if not waiting:
             return
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(_TAKE):
                 acks = await asyncio.gather(*waiting)
         except (nats.errors.Error, nats.js.errors.Error, TimeoutError) as e:
-            raise Unreachable(f"nats-server did not take the backup: {e or type(e).__name__}") from e
+            raise Unreachable(
+                f"nats-server did not take the backup: {e or type(e).__name__}", remedy="is there room on the disk?"
+            ) from e
         self.last = int(acks[-1].seq)
 
 
@@ -361,6 +367,7 @@ async def restore(path: Path, data: Path, key: RecoveryKey, *, say: Callable[[st
     data = data.absolute()
     target = target_of(data, meta.layout)
     ensure_dir(target.parent)
+    _check_room(path, target.parent)
     with unused(data, target):
         staging = target.with_name(f".{target.name}.restore-{secrets.token_hex(4)}")
         ensure_dir(staging)
@@ -374,6 +381,18 @@ async def restore(path: Path, data: Path, key: RecoveryKey, *, say: Callable[[st
     report.epoch, report.revision, report.directory = restorer.epoch, restorer.revision, str(target)
     report.moved = str(aside) if aside else ""
     return report
+
+
+def _check_room(backup: Path, folder: Path) -> None:
+    """What is there already stays beside what is restored. Raises ``Refused``."""
+    size = backup.stat().st_size
+    wanted, free = size + size // 4 + ROOM, shutil.disk_usage(folder).free
+    if free < wanted:
+        raise Refused(
+            f"has {free >> 20} MiB free, a restore needs {(wanted >> 20) + 1}",
+            resource=str(folder),
+            remedy="free space, or restore onto a larger disk",
+        )
 
 
 async def _restore_into(staging: Path, meta: Meta, rest: Iterator[Entry], say: Callable[[str], None]) -> _Restorer:
