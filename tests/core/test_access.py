@@ -213,6 +213,33 @@ async def rest(stream: Any) -> int:
     return len([1 async for _ in stream])
 
 
+def test_a_watch_of_some_namespaces_goes_on_behind_deletions_in_others() -> None:
+    async def body(w: World) -> None:
+        web = await w.bearer("web")
+        await w.put(config("other"))
+        await w.put(config("mine", namespace="web"))
+        start = w.store.revision
+        await w.store.remove(Key("Config", "default", "other"))
+        await w.store.remove(Key("Config", "web", "mine"))
+        headers = {"authorization": f"Bearer {web.token}"}
+        async with w.http.stream("GET", f"{CONFIGS}?watch=1&resourceVersion={start}", headers=headers) as answer:
+            stream = events(answer)
+            assert await anext(stream) == ("", 0, "watching")
+            event, _, gone = await anext(stream)
+            assert (event, gone["metadata"]) == ("DELETED", {"name": "mine", "namespace": "web"})
+
+    run(body)
+
+
+def test_a_nodes_credentials_open_no_door_of_the_api() -> None:
+    async def body(w: World) -> None:
+        for token in ("eyJhbGciOiJlZDI1NTE5LW5rZXkifQ.eyJuYW1lIjoicGxhbnQtMSJ9.c2ln", "ewj_YWJj", "SUAxx", "local"):
+            for path in (CONFIGS, "/api/v1/secrets", "/api/v1/nodes/plant-1/status"):
+                assert (await Caller(w.http, token).ask("GET", path))[0] in (401, 429)
+
+    run(body)
+
+
 def test_a_stream_ends_with_the_token() -> None:
     async def body(w: World) -> None:
         viewer = await w.bearer("viewer", name="v")

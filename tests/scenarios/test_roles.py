@@ -71,6 +71,13 @@ def test_tokens_of_roles_at_the_hub_and_at_a_cut_site(
     monkeypatch.delenv("EDGEWARD_TOKEN")
     assert system.run("whoami", *at).startswith("local: local, role admin")
 
+    # the hub hears of its use there
+    def used() -> bool:
+        return "plant-1" in system.get("accesstoken", made["name"])["status"].get("nodes", {})
+
+    system.wait("use at the site", used)
+    assert "never" not in next(line for line in system.run("token", "list").splitlines() if "operator" in line)
+
     # ended at the hub, it ends at the site
     system.run("token", "revoke", made["name"])
     assert call(system, operator, "GET", "/api/v1/configs")[0] == 401

@@ -267,7 +267,11 @@ class Agent:
         return msgspec.json.decode(text, type=Head) if text else None
 
     async def _token_uses(self) -> None:
-        await self.tokens.run(self.replica.put_status)
+        async def used(key: Key, status: dict[str, Any]) -> None:
+            await self.replica.put_status(key, status)
+            self.link.report(key, {"lastUsed": status["lastUsed"]})
+
+        await self.tokens.run(used)
 
     def _mqtt_password(self) -> str:
         import secrets
@@ -312,6 +316,8 @@ class Agent:
             self.apps.poke(key.namespace, key.name)
             if change.resource is None:
                 self.link.report(key, None)
+        elif key.kind == "AccessToken" and change.resource is None:
+            self.link.report(key, None)
         elif key.kind in ("Config", "Secret", "Service"):
             for app in self.replica.items("App", key.namespace):
                 self.apps.poke(key.namespace, app.metadata.name)

@@ -16,6 +16,7 @@ from edgeward.cli.output import emit, print_rows, write
 from edgeward.cli.session import Failures, Session, UsageError, command
 from edgeward.core.errors import Conflict, EdgewardError, Forbidden, Invalid, NotFound
 from edgeward.core.registry import redact
+from edgeward.core.roles import last_used
 
 if TYPE_CHECKING:
     from edgeward.cli.client import Api
@@ -203,7 +204,7 @@ def list_tokens(session: Session) -> None:
 
 def _row(item: dict[str, Any]) -> list[object]:
     spec, status = item["spec"], item.get("status") or {}
-    used = status.get("lastUsed", "never")
+    used = last_used(status)
     return [item["metadata"]["name"], spec["role"], spec["expires"], used, ",".join(spec.get("sites", []))]
 
 

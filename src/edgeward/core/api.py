@@ -448,9 +448,13 @@ class Api:
             """Whether the caller may hear of an object that is gone: its labels are gone with it."""
             return who.may(Ask("watch", key.kind, key.namespace, key.name))
 
-        if since and any(
-            c.resource is None and self._in(c.key, kind, namespace) and not known(c.key) for c in changes.backlog()
-        ):
+        def untold(c: Change) -> bool:
+            """A deletion that the caller may have to hear of, and cannot be told."""
+            if c.resource is not None or not self._in(c.key, kind, namespace) or known(c.key):
+                return False
+            return perhaps(who.rules, "watch", kind.name, c.key.namespace)
+
+        if since and any(untold(c) for c in changes.backlog()):
             changes.close()
             raise Gone("what was deleted since then cannot be told by its labels", remedy="list again and watch on")
 

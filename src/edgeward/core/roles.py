@@ -6,7 +6,8 @@ found in ``tokens.py``, what a rule allows in ``authz.py``.
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -89,6 +90,19 @@ def _token_refs(r: Resource) -> list[Ref]:
     return role + [Ref("Site", CLUSTER, s, f"$.spec.sites[{n}]") for n, s in enumerate(r.spec.sites) if s != ANY]
 
 
+def last_used(status: Mapping[str, Any]) -> str:
+    """When a token was last used, at the hub or at a site, as far as the hub has heard."""
+    times = [str(status.get("lastUsed", "")), *(str(t) for t in status.get("nodes", {}).values())]
+    return max(times) or "never"
+
+
+def fold_token(token: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """A token's status: what the hub saw of it itself, and under each node's name what that one did."""
+    used = {n: str(r["lastUsed"])[:32] for n, r in sorted(reports.items()) if r.get("lastUsed")}
+    rest = {k: v for k, v in token.status.items() if k != "nodes"}
+    return rest | ({"nodes": used} if used else {})
+
+
 kinds.add(
     Kind(
         "Role",
@@ -126,7 +140,7 @@ kinds.add(
         columns=(
             Column("ROLE", lambda d: d["spec"]["role"]),
             Column("EXPIRES", lambda d: d["spec"]["expires"]),
-            Column("LAST USED", lambda d: d.get("status", {}).get("lastUsed", "never")),
+            Column("LAST USED", lambda d: last_used(d.get("status", {}))),
             Column("SITES", lambda d: ",".join(d["spec"].get("sites", [])), wide=True),
         ),
     )

@@ -16,12 +16,14 @@ def load() -> None:
     for module in _ROOMS:
         importlib.import_module(module)
     if "App" not in extensions.names("fold"):
+        from edgeward.core.roles import fold_token
         from edgeward.streams.cloud import fold_export
         from edgeward.workloads.cloud import fold, fold_service
 
         extensions.add("fold", "App", fold)
         extensions.add("fold", "Service", fold_service)
         extensions.add("fold", "Export", fold_export)
+        extensions.add("fold", "AccessToken", fold_token)
 
 
 def fold_by_node(resource: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
