@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgeward.core.seal import Sealer, SealingKey
 from edgeward.lab.publisher import Publisher
 
 TOPOLOGY = "sites: [{name: plant, nodes: 1, link: lan}, {name: shop, nodes: 1, link: lan}]"
@@ -187,6 +188,14 @@ def test_a_backup_alone_brings_a_system_back_and_damage_changes_nothing(
     again.wait("the app runs", lambda: again.get("app", "web")["status"].get("phase") == "Running")
     again.run("backup", "create", str(tmp_path / "second"))
     again.run("backup", "verify", str(tmp_path / "second"))
+    # whole, and to the right key, but not by this hub: anybody can write such a file
+    own = SealingKey.parse(json.loads((again.data / "hub" / "recovery" / "seal.json").read_text()))
+    sealer = Sealer(SealingKey(own.recipient, bytes(32)), {"made": "now"})
+    forged = tmp_path / "forged"
+    forged.write_bytes(sealer.update(b"x") + sealer.finish())
+    (again.data / "hub" / "recovery.key").rename(tmp_path / "away.key")
+    again.run("backup", "verify", str(forged), code=3)
+    assert "not written by the hub" in again.stderr
 
 
 def test_no_half_a_backup_is_left_behind(systems: Callable[..., Any], tmp_path: Path) -> None:

@@ -146,6 +146,8 @@ def test_doctor_finds_what_is_wrong(systems: Callable[..., Any], tmp_path: Path)
     up = systems("a", "up")
     well = doctor(up)
     assert {well[n]["state"] for n in ("clock", "DNS", "hub", "hub's port", "disk writes", "nats-server")} == {"ok"}
+    # the hub's own, and what the node got when it joined
+    assert {well[n]["state"] for n in ("hub: ca.crt", "hub: tls.pem", "plant-1: node.pem")} == {"ok"}
     assert well["recovery key"]["state"] == "warn"  # it lies where it was made
     (up.data / "hub" / "recovery.key").unlink()
     assert doctor(up)["recovery key"]["state"] == "ok"
@@ -187,10 +189,13 @@ def test_doctor_finds_what_is_wrong(systems: Callable[..., Any], tmp_path: Path)
     with listening(refuse) as proxy:
         config = json.loads((node / "node.json").read_text())
         config["hub"]["proxy"] = f"http://me:pa55word@127.0.0.1:{proxy}"
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            config["api"] = {"listen": f"0.0.0.0:{free.getsockname()[1]}"}
         write_json(ensure_dir(tmp_path / "box") / "node.json", config)
         asked = doctor(up, "--data", str(tmp_path / "box"), code=1)
     assert "407" in asked["hub"]["message"]
     assert "pa55word" not in json.dumps(asked)
+    assert "all interfaces" in asked["box: api"]["message"]
 
     # the hub is gone, and somebody else has its port
     up.stop()

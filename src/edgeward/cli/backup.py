@@ -74,6 +74,19 @@ def find_key(given: str, key_id: str, folders: list[Path | None]) -> Any:
     return None
 
 
+def _signer(hub: Path | None, recipient: bytes) -> bytes:
+    """The public key by which the hub at hand signs what it seals to ``recipient``; empty where that is not known."""
+    from edgeward.core.files import read_json
+    from edgeward.core.seal import SealingKey
+
+    if hub is not None:
+        path = hub / "recovery" / "seal.json"
+        with contextlib.suppress(EdgewardError, OSError):
+            own = SealingKey.parse(read_json(path), file=str(path))
+            return own.signer if own.recipient == recipient else b""
+    return b""
+
+
 def _header(path: Path) -> Any:
     from edgeward.core.seal import read_header
 
@@ -187,8 +200,9 @@ def verify(session: Session, file: FileName, key: KeyFile = "") -> None:
     from edgeward.hub.restore import verify as check
 
     path = Path(file).expanduser()
-    found = find_key(key, _header(path).key_id, [_hub_folder(session)])
-    report = check(path, found)
+    header, hub = _header(path), _hub_folder(session)
+    found = find_key(key, header.key_id, [hub])
+    report = check(path, found, signer=_signer(hub, header.recipient))
     lines = [f"{path}: whole, {_about(report.notes)}"]
     lines.append(
         f"{report.files} files, {report.streams} streams, {report.messages} messages"

@@ -301,6 +301,10 @@ def _listeners(place: Place) -> list[Check]:
     bind = str(place.config.get("bind", "127.0.0.1"))
     if place.role == "hub" and place.config.get("port"):
         wanted.append(("hub's port", bind, int(place.config["port"])))
+    api = place.config.get("api")
+    host, _, number = str(api.get("listen", "") if isinstance(api, dict) else "").rpartition(":")
+    if place.role == "node" and number.isdigit() and int(number):
+        wanted.append((f"{place.path.name}: api", host.strip("[]") or "127.0.0.1", int(number)))
     ports = read_json(place.path / "nats" / "ports.json", {})
     wanted += [
         (f"{place.path.name}: {name}", bind if name == "mqtt" else "127.0.0.1", int(port))
@@ -330,7 +334,7 @@ def _free(host: str, port: int) -> tuple[bool, bool]:
 def _certificates(place: Place) -> Iterator[Check]:
     from cryptography import x509
 
-    names = ("ca.crt", "tls.pem", "node.crt", "client.crt")
+    names = ("ca.crt", "tls.pem", "node.pem")
     for path in [place.path / "identity" / n for n in names]:
         with contextlib.suppress(OSError, ValueError):
             cert = x509.load_pem_x509_certificate(path.read_bytes())
