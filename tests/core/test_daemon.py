@@ -1,6 +1,10 @@
-"""What all long-running processes share: the metrics' text."""
+"""What all long-running processes share: the metrics' text, the number of open files."""
 
 from __future__ import annotations
+
+import resource
+import subprocess
+import sys
 
 from edgeward.core.daemon import metrics_text
 
@@ -29,3 +33,14 @@ def test_metrics_are_written_in_full_with_their_type_and_meaning() -> None:
         "ew_sent_total 53000123",
     ]
     assert text.endswith("\n")
+
+
+def test_the_file_limit_is_raised_as_far_as_it_goes() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    program = (
+        "import resource; from edgeward.core.daemon import raise_file_limit;"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard}));"
+        "print(raise_file_limit(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert out.split() == [str(hard), str(hard)]

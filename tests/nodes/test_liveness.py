@@ -200,6 +200,14 @@ def test_without_a_link_it_asks_its_own_server_twice_a_second_and_in_doubt_at_on
     pace.doubt()
     assert not pace.sure
     assert pace.due(online=True, jitter=0.0) < 4.0
+    pace.refuse(19.0)
+    pace.ask(19.5)
+    pace.answer(19.6, 19.5)
+    spread = [pace.due(online=True, jitter=n / 10) - 19.5 for n in range(10)]
+    assert max(spread) == BEAT and min(spread) < BEAT / 2, "a fleet that came back together does not beat so"
+    pace.ask(19.9)
+    pace.answer(20.0, 19.9)
+    assert pace.due(online=True, jitter=0.9) > 19.9 + 0.9 * BEAT
     pace.ask(20.0)
     assert 21 < pace.due(online=True, jitter=0.0) < 26, "one that is not answered is followed by another"
     pace.ask(22.5)

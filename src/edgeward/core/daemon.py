@@ -67,6 +67,17 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
 
 
+def raise_file_limit() -> int:
+    """As many open files as this process may have at all: a hub holds two for each node. Gives the number."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems have a hard limit that they do not take
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return soft
+
+
 class RunFile:
     """The process's ``run.json``; written only when it says something new."""
 

@@ -313,6 +313,7 @@ def main() -> int:
     if args.die_with_parent:
         daemon.die_with_parent()
     daemon.set_up_logging(os.environ.get("EDGEWARD_LOG", "INFO"))
+    daemon.raise_file_limit()
     load()
     log.debug("extensions: %s", extensions.names("fold"))
     return daemon.run(Hub(args.data.absolute()).run)

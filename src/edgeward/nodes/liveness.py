@@ -96,9 +96,12 @@ class Pace(msgspec.Struct):
     answered: bool = True
     #: Seconds from a question to its answer on this link at its best.
     rtt: float = 0.0
+    #: The link is new: the next beat comes early by chance, so that a fleet that came back together does not beat so.
+    fresh: bool = True
 
     def ask(self, now: float) -> None:
         """A beat is sent."""
+        self.fresh = self.fresh and not self.answered
         self.sent, self.answered = now, False
 
     def answer(self, now: float, asked: float) -> None:
@@ -112,7 +115,7 @@ class Pace(msgspec.Struct):
 
     def refuse(self, now: float) -> None:
         """Nobody is there: the node's own server says so at once."""
-        self.refused, self.answered = now, False
+        self.refused, self.answered, self.fresh = now, False, True
 
     def doubt(self) -> None:
         """Something happened to the link: what was answered before proves nothing now."""
@@ -132,4 +135,4 @@ class Pace(msgspec.Struct):
         if not online:
             return self.sent + _RETRY * (0.8 + 0.4 * jitter)
         # early rather than late, so that a beat is not late by our own doing
-        return max(self.sent, self.exchanged) + self.interval * (1 - 0.04 * jitter)
+        return max(self.sent, self.exchanged) + self.interval * (1 - (0.6 if self.fresh else 0.04) * jitter)
