@@ -15,6 +15,7 @@ from edgeward.core.audit import Audit
 from edgeward.core.bus import Bus
 from edgeward.core.identity import HubIdentity
 from edgeward.core.natsserver import HubSpec, NatsServer
+from edgeward.core.peers import Peers
 from edgeward.core.records import StreamRecords
 from edgeward.core.resource import Key, Resource, decode, to_stored
 from edgeward.core.resources import Resources
@@ -115,7 +116,34 @@ class Fleet:
 
 
 @asynccontextmanager
-async def fleet(folder: Path, patience: float = 240) -> AsyncIterator[Fleet]:
+async def another(f: Fleet, name: str) -> AsyncIterator[tuple[NodesCloud, Peers]]:
+    """One more hub process beside the fleet's, as far as nodes are concerned."""
+    bus = await Bus.connect(f.server.url, name=name, user=f.identity.user)
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        store = NatsStore(bus.client)
+        await store.open()
+        records = StreamRecords(bus.client)
+        await records.open()
+        peers = Peers(bus, name)
+        await peers.open()
+        nodes = NodesCloud(store, bus, records, f.write, peers)
+        await nodes.open()
+        for live in nodes._live.values():
+            live.down_after = 3600.0
+        tasks = [asyncio.create_task(work()) for work in (store.run, records.run, peers.run, nodes.run)]
+        yield nodes, peers
+        assert not any(t.done() for t in tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await bus.close()
+
+
+@asynccontextmanager
+async def fleet(folder: Path, patience: float = 240, serve: bool = True) -> AsyncIterator[Fleet]:
+    """``serve`` False: no hub process serves nodes yet; see :func:`another`."""
     identity = HubIdentity.open(folder / "identity")
     server = NatsServer(folder / "nats", HubSpec(identity.operator_jwt, identity.system_account, identity.accounts))
     await server.start()
@@ -141,11 +169,14 @@ async def fleet(folder: Path, patience: float = 240) -> AsyncIterator[Fleet]:
         for node in ("plant-1", "plant-2", "shop-1"):
             await store.put(doc("Node", node, {"site": node.split("-")[0]}, labels={"n": node[-1]}))
         nodes = NodesCloud(store, bus, records, write)
-        await nodes.open()
-        for live in nodes._live.values():
-            live.down_after = 3600.0  # the silence of a slow machine is no node's end; test_liveness has the rule
+        works = [store.run, records.run]
+        if serve:
+            await nodes.open()
+            works.append(nodes.run)
+            for live in nodes._live.values():
+                live.down_after = 3600.0  # the silence of a slow machine is no node's end; test_liveness has the rule
         f = Fleet(server, identity, bus, resources, records, nodes, write)
-        tasks = [asyncio.create_task(work()) for work in (store.run, records.run, nodes.run)]
+        tasks = [asyncio.create_task(work()) for work in works]
         async with asyncio.timeout(patience):
             yield f
         assert not any(t.done() for t in tasks)

@@ -28,6 +28,7 @@ from edgeward.core.files import ensure_dir, read_json
 from edgeward.core.identity import HubIdentity
 from edgeward.core.natsconf import claims_dir
 from edgeward.core.natsserver import HubSpec, NatsServer
+from edgeward.core.peers import Peers
 from edgeward.core.quantity import parse_duration
 from edgeward.core.records import StreamRecords
 from edgeward.core.registry import extensions
@@ -114,7 +115,9 @@ class Hub:
         self.tokens = AccessTokens(self.store)
         self.sign_in = SignIn(self.resources, self.oidc)
         await self._first_objects()
-        self.nodes = NodesCloud(self.store, self.bus, self.records, self._write)
+        self.peers = Peers(self.bus, clock.new_id(12))
+        await self.peers.open()
+        self.nodes = NodesCloud(self.store, self.bus, self.records, self._write, self.peers)
         await self.nodes.open()
         self.streams = StreamsCloud(self.bus.client)
         system = await Bus.connect(self.nats.url, name="hub-system", user=identity.system_user)
@@ -187,6 +190,7 @@ class Hub:
                     self.nats.run,
                     self.store.run,
                     self.records.run,
+                    self.peers.run,
                     self.nodes.run,
                     self.enrolment.run,
                     self._controllers,

@@ -5,6 +5,9 @@ nodes that they concern. A node only ever gets its own view (``core/scope.py``) 
 name is the subject's last part, which NATS lets no other node use. Nothing here knows what an App is: each kind
 registers how reports become its status (``fold/<Kind>`` in the registry).
 
+Several hub processes may serve one fleet (``core/peers.py``): each answers what comes to it, all hear of it, and one
+writes statuses and pokes.
+
 What a change costs grows with the nodes that it concerns, not with the fleet (``nodes/views.py``), and what a thousand
 nodes set off at once becomes a bounded number of writes, one node or object at a time.
 """
@@ -23,6 +26,7 @@ from nats.aio.msg import Msg
 from edgeward.core import clock
 from edgeward.core.bus import Bus
 from edgeward.core.errors import Conflict, EdgewardError, Invalid, Refused
+from edgeward.core.peers import Peers
 from edgeward.core.reconcile import Loop
 from edgeward.core.records import Records
 from edgeward.core.registry import extensions, kinds, redact
@@ -74,6 +78,10 @@ _SERVICE_GATHER = 0.05
 _WELCOME = 200
 #: Flips of one node whose events wait to be written.
 _FLIPS = 16
+#: Seconds within which a change may have been missed by a process that led and died.
+_UNPOKED = 30.0
+#: Seconds that this process's cache may be behind another's.
+_BEHIND = 2.0
 
 Fold = Callable[[Resource, list[Resource], Mapping[str, dict[str, Any]]], dict[str, Any]]
 
@@ -81,13 +89,20 @@ Fold = Callable[[Resource, list[Resource], Mapping[str, dict[str, Any]]], dict[s
 class NodesCloud:
     """Serves the fleet of one hub process."""
 
-    def __init__(self, store: NatsStore, bus: Bus, records: Records, write: Callable[..., Any]) -> None:
+    def __init__(
+        self, store: NatsStore, bus: Bus, records: Records, write: Callable[..., Any], peers: Peers | None = None
+    ) -> None:
         self._store = store
         self._bus = bus
         self._records = records
         #: ``await write(resource | None, key, expect, actor)``: a validated write (the hub's Resources).
         self._write = write
-        self.run_id = clock.new_id(12)
+        self.run_id = peers.id if peers else clock.new_id(12)
+        self._peers = peers
+        #: Nodes heard of that the other hub processes were not told of yet.
+        self._heard_of: set[str] = set()
+        #: Sites that the process which led when they changed may not have poked: site -> when.
+        self._unpoked: dict[str, float] = {}
         self._live: dict[str, Liveness] = {}
         self._runs: dict[str, str] = {}
         #: node -> "Kind/ns/name" -> reported status
@@ -124,6 +139,10 @@ class NodesCloud:
         self._line = msgspec.json.decode(self._store.fact("line") or b"[]", type=list[Ancestor])
         self._views.load(self._store.all())
         self._store.listen(self._changed)
+        if self._peers is not None:
+            self._peers.listen("heard", self._heard_by_peer)
+            self._peers.listen("report", self._reported_to_peer)
+            self._peers.on_change.append(self._lead)
         for node in self._store.items("Node"):
             name = node.metadata.name
             self._place(name, node.spec.site)
@@ -157,6 +176,8 @@ class NodesCloud:
             group.create_task(self._flips.run())
             group.create_task(self._poke.run())
             group.create_task(self._tick())
+            if self._peers is not None:
+                group.create_task(self._tell_peers(self._peers))
 
     def _answer(self, handler: Callable[[str, bytes], Any]) -> Callable[[Msg], Any]:
         async def answer(msg: Msg) -> bytes | None:
@@ -202,8 +223,59 @@ class NodesCloud:
     def _heard(self, node: str, *, certain: bool = False) -> None:
         """Any request of a node says that it is there."""
         live = self._live.setdefault(node, Liveness())
+        if self._peers is not None and not self._peers.alone:
+            self._heard_of.add(node)
         if live.beat(clock.monotonic(), certain=certain):
             self._flipped(node)
+
+    # -- other hub processes -----------------------------------------------------------------------------------------
+
+    @property
+    def _leads(self) -> bool:
+        return self._peers is None or self._peers.leads
+
+    def _lead(self) -> None:
+        """Another process leads now. If it is this one: whatever the one before left undone is due."""
+        if not self._leads:
+            return
+        now = clock.monotonic()
+        for site, at in self._unpoked.items():
+            if now - at < _UNPOKED:
+                self._poke.add(site)
+        self._unpoked.clear()
+        for node in self._live:
+            self._node_status.add(node)
+            self._persist.add(node)
+        for kind in extensions.names("fold"):
+            for r in self._store.items(kind):
+                self._fold.add(r.key)
+
+    async def _tell_peers(self, peers: Peers) -> None:
+        """The others hear of the nodes that this process hears: a node's requests reach one of them only."""
+        while True:
+            await asyncio.sleep(LOOK)  # gathers what was heard
+            nodes, self._heard_of = self._heard_of, set()
+            if nodes:
+                with contextlib.suppress(EdgewardError):
+                    heard = [(n, self.is_online(n), self._live[n].rtt) for n in sorted(nodes) if n in self._live]
+                    await peers.tell("heard", msgspec.msgpack.encode(heard))
+
+    def _heard_by_peer(self, data: bytes) -> None:
+        for node, online, rtt in msgspec.msgpack.decode(data, type=list[tuple[str, bool, float]]):
+            if self._store.find(Key("Node", CLUSTER, node)) is None:
+                continue
+            live = self._live.setdefault(node, Liveness())
+            live.rtt = rtt
+            if live.beat(clock.monotonic(), certain=online):
+                self._flipped(node)
+
+    def _reported_to_peer(self, data: bytes) -> None:
+        node, report = msgspec.msgpack.decode(data, type=tuple[str, bytes])
+        if self._store.find(Key("Node", CLUSTER, node)) is not None:
+            ask = msgspec.msgpack.decode(report, type=ReportAsk)
+            self._take_report(node, ask)
+            for event in ask.events:  # the process that was asked keeps them
+                self._event_seq[node] = (event.get("store", ""), event.get("seq", 0))
 
     async def identity_changed(self, node: str) -> None:
         """A node joined or renewed; or it lost its identity, and is offline at once, whatever was heard of it."""
@@ -238,10 +310,20 @@ class NodesCloud:
             self._encoded_size += len(data)
         return data
 
+    async def _caught_up(self, revision: int) -> None:
+        """Waits a while for what another hub process has told this node already."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_BEHIND):
+                while self._store.revision < revision:  # noqa: ASYNC110 - the store has no event for a number
+                    await asyncio.sleep(0.02)  # the pace of looking at a cache that follows
+
     async def _on_sync(self, node: str, data: bytes) -> SyncAnswer:
         ask = msgspec.msgpack.decode(data, type=SyncAsk)
         self._node(node)
         self._heard(node)
+        ahead = ask.epoch == self._store.epoch and ask.since > self._store.revision
+        if ahead and self._peers is not None and not self._peers.alone:
+            await self._caught_up(ask.since)
         now = self._store.revision
         mine = self._view(node)
         full = ask.epoch != self._store.epoch or ask.since < self._store.compacted or ask.since > now or ask.since == 0
@@ -321,6 +403,9 @@ class NodesCloud:
 
     async def _poke_site(self, site: str) -> float | None:
         self._gathered.discard(("poke", site))
+        if not self._leads:
+            self._unpoked[site] = clock.monotonic()
+            return None
         revision = str(self._store.revision).encode()
         for node in sorted(self._nodes_at.get(site, ())):
             if self.is_online(node):
@@ -511,10 +596,8 @@ class NodesCloud:
 
     # -- reports and beats --------------------------------------------------------------------------------------------
 
-    async def _on_report(self, node: str, data: bytes) -> Ok:
-        ask = msgspec.msgpack.decode(data, type=ReportAsk)
-        self._node(node)
-        self._heard(node)
+    def _take_report(self, node: str, ask: ReportAsk) -> bool:
+        """Takes what a node says of its objects and itself. True when any of it is new."""
         known = self._reports.setdefault(node, {})
         named = {f"{s.kind}/{s.namespace}/{s.name}": s.status for s in ask.statuses}
         if ask.full:
@@ -525,11 +608,22 @@ class NodesCloud:
             self._fold.add(Key(*what.split("/")))
         news = ask.node is not None and self._node_reports.get(node) != own_status(ask.node)
         if ask.node is not None:
-            if back := went_back(self._node_reports.get(node, {}), ask.node):
-                await self._audit_cut(node, *back)
             self._node_reports[node] = own_status(ask.node)
             if news:
                 self._node_status.add(node)
+        if touched or news or ask.events:
+            self._gather("persist", self._persist, node, _GATHER)
+        return bool(touched) or news
+
+    async def _on_report(self, node: str, data: bytes) -> Ok:
+        ask = msgspec.msgpack.decode(data, type=ReportAsk)
+        self._node(node)
+        self._heard(node)
+        if ask.node is not None and (back := went_back(self._node_reports.get(node, {}), ask.node)):
+            await self._audit_cut(node, *back)
+        self._take_report(node, ask)
+        if self._peers is not None:
+            await self._peers.tell("report", msgspec.msgpack.encode((node, data)))
         for event in ask.events:
             seq, store = event.pop("seq", 0), event.pop("store", "")
             had, done = self._event_seq.get(node, ("", 0))
@@ -537,8 +631,6 @@ class NodesCloud:
                 continue  # taken over before, only the answer was lost
             await self._records.append("events", {**event, "node": node}, unique=f"e-{node}-{store}-{seq}")
             self._event_seq[node] = (store, seq)
-        if touched or news or ask.events:
-            self._gather("persist", self._persist, node, _GATHER)
         return Ok()
 
     async def _audit_cut(self, node: str, before: int, now: int) -> None:
@@ -567,7 +659,9 @@ class NodesCloud:
             self._runs[node] = ask.start
             self._live[node].rtt = min(30.0, max(0.0, ask.rtt))
         self._told[node] = mine.changed
-        answer = BeatAnswer(mine.changed, self.run_id, self._store.epoch, short=True)
+        # the process that leads is who wants a full report when it is a new one
+        leader = self._peers.leader if self._peers is not None else self.run_id
+        answer = BeatAnswer(mine.changed, leader, self._store.epoch, short=True)
         if ask is not None and ask.view:
             answer.sync = ask.view != mine.print
             answer.revision = 0  # the fingerprint says it better
@@ -610,6 +704,8 @@ class NodesCloud:
         self._flips.add(node)
 
     async def _write_flips(self, node: str) -> float | None:
+        if not self._leads:
+            self._flipped_events.pop(node, None)
         while waiting := self._flipped_events.get(node):
             await self._records.append("events", waiting[0])
             waiting.pop(0)
@@ -618,7 +714,7 @@ class NodesCloud:
 
     async def _write_node_status(self, node: str) -> float | None:
         key = Key("Node", CLUSTER, node)
-        if self._store.find(key) is None:
+        if self._store.find(key) is None or not self._leads:
             return None
         live = self._live.setdefault(node, Liveness())
         status = {**self._node_reports.get(node, {}), "online": live.online, **self.identity(node)}
@@ -640,7 +736,7 @@ class NodesCloud:
 
     async def _fold_status(self, key: Key) -> float | None:
         resource = self._store.find(key)
-        if resource is None or not self._folds(key.kind):
+        if resource is None or not self._folds(key.kind) or not self._leads:
             return None
         fold: Fold = extensions.get("fold", key.kind)
         name = f"{key.kind}/{key.namespace}/{key.name}"
@@ -660,7 +756,7 @@ class NodesCloud:
 
     async def _persist_report(self, node: str) -> float | None:
         self._gathered.discard(("persist", node))
-        if self._store.find(Key("Node", CLUSTER, node)) is None:
+        if self._store.find(Key("Node", CLUSTER, node)) is None or not self._leads:
             return None
         doc = msgspec.json.encode(
             {
