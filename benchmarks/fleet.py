@@ -456,11 +456,12 @@ def fleet() -> list[Row]:
             base=(f"{small.nodes} nodes", small.storm_s)),
         row(f"hub and its nats-server while {n} nodes come back, PSS", large.storm_hub_mb, "MB", 500,
             base=(f"{small.nodes} nodes", small.storm_hub_mb)),
-        row(f"updates missed by {n} nodes", large.storm_missed, "nodes", 0, base=None),
+        row(f"nodes of {n} that hold what changed while they came back", n - large.storm_missed, "nodes", n, less=False,
+            base=(f"of {small.nodes}", small.nodes - small.storm_missed)),
         row(f"one change of one site among {n} nodes, bytes down a node of the site", large.change_bytes_node, "B",
             2000, base=(f"{small.nodes} nodes", small.change_bytes_node)),
-        row(f"one change of one site among {n} nodes, nodes elsewhere that were told", large.change_elsewhere,
-            "nodes", 0, base=None),
+        row(f"one change of one site among {n} nodes, nodes that were told", SITE + large.change_elsewhere, "nodes",
+            SITE, base=(f"{small.nodes} nodes", min(SITE, small.nodes) + small.change_elsewhere)),
     ]  # fmt: skip
 
 
