@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.hub.doors import DAY, OpenHub, open_hub, until
+from tests.hub.doors import DAY, Leaf, OpenHub, open_hub, until
 from tests.hub.proxy import proxy
 from tests.hub.test_enrol import post, run
 
+from edgeward.core.bus import Bus
 from edgeward.core.certs import fingerprint, pem
 from edgeward.core.errors import Conflict, Forbidden, NotFound, Refused, Unreachable
-from edgeward.core.identity import NodeIdentity
+from edgeward.core.identity import NodeIdentity, inbox_prefix
+from edgeward.core.natsserver import AGENT_USER, NatsServer, NodeSpec
 from edgeward.core.resource import CLUSTER, Key
 from edgeward.nodes import enrol_edge
 from edgeward.nodes.door import Door, parse_address
@@ -219,5 +222,56 @@ def test_a_node_leaves(tmp_path: Path) -> None:
             node, error = await asyncio.to_thread(lambda: enrol_edge.leave_fleet(data, force=True))
             assert node == "box"
             assert isinstance(error, Unreachable)
+
+    run(body())
+
+
+def test_a_hub_that_moves(tmp_path: Path) -> None:
+    """Its operator names the new address beforehand; at the next renewal nodes know it, and the old one may go."""
+
+    async def body() -> None:
+        async with open_hub(tmp_path) as hub:
+            # the old address is one that ends later: a plain forwarder in front of the hub
+            async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                up, down = await asyncio.open_connection("127.0.0.1", hub.port)
+
+                async def pump(a: asyncio.StreamReader, b: asyncio.StreamWriter) -> None:
+                    with contextlib.suppress(OSError):
+                        while data := await a.read(65536):
+                            b.write(data)
+                    b.close()
+
+                await asyncio.gather(pump(reader, down), pump(up, writer))
+
+            old = await asyncio.start_server(forward, "127.0.0.1", 0)
+            old_url = f"https://127.0.0.1:{old.sockets[0].getsockname()[1]}"
+            data = hub.box()
+            identity = await hub.join(await hub.token(), data, hub=old_url)
+            config = json.loads((data / "node.json").read_text())["hub"]
+            assert [d.address.url for d in enrol_edge.doors_of(identity, config)] == [old_url]
+            hub.enrolment._named = [hub.url]
+
+            def renew() -> bool:
+                doors = enrol_edge.doors_of(identity, config)
+                return enrol_edge.at_first(doors, lambda door: enrol_edge.renew(identity, "box", door))
+
+            assert await asyncio.to_thread(renew) is True, "other addresses than before"
+            assert await asyncio.to_thread(renew) is False
+            assert [d.address.url for d in enrol_edge.doors_of(identity, config)] == [old_url, hub.url]
+            old.close()
+            assert await asyncio.to_thread(renew) is False, "by the new one"
+            more = tuple(u.replace("https:", "wss:") for u in identity.urls)
+            spec = NodeSpec("box", old_url.replace("https:", "wss:"), identity.creds_file, identity.trust_file,
+                            more_urls=more)  # fmt: skip
+            server = NatsServer(data / "nats", spec)
+            await server.start()
+            try:
+                bus = await Bus.connect(
+                    server.url, name="box", username=AGENT_USER, password=server.secret, inbox=inbox_prefix("box")
+                )
+                await until(Leaf("box", server, bus).linked)
+                await bus.close()
+            finally:
+                await server.stop()
 
     run(body())

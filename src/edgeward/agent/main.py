@@ -52,7 +52,7 @@ from edgeward.core.vault import Vault
 from edgeward.nodes.calls import CallServer
 from edgeward.nodes.door import Door
 from edgeward.nodes.edge import NodeEdge
-from edgeward.nodes.enrol_edge import Renewer, door_of
+from edgeward.nodes.enrol_edge import Renewer, doors_of
 from edgeward.nodes.wan import LinkWatch, redial
 from edgeward.streams.edge import ExportsEdge
 from edgeward.workloads.edge import AppsEdge
@@ -109,7 +109,7 @@ class Agent:
         self.identity = NodeIdentity.open(data / "identity")
         if self.identity.enrolled:
             self.identity.trust()
-        self.renewer = Renewer(self.identity, self.node, self._door, self._renewed, self._kept_out)
+        self.renewer = Renewer(self.identity, self.node, self._doors, self._renewed, self._kept_out)
         self.vault = Vault.open(data / "identity")
         self.replica = Replica(data / "replica.db", site=self.site, vault=self.vault)
         self.records = SqliteRecords(data / "records.db")
@@ -180,15 +180,7 @@ class Agent:
 
     async def _messages(self) -> None:
         """nats-server, and everything that speaks through it."""
-        spec = NodeSpec(
-            self.node,
-            hub_url=f"wss://{self.hub['host']}:{self.hub['port']}" if self.hub and self.identity.enrolled else "",
-            creds_file=self.identity.creds_file if self.identity.enrolled else None,
-            ca_file=self.identity.trust_file if self.identity.enrolled else None,
-            proxy=str(self.hub.get("proxy", "")),
-            mqtt_host=self.bind,
-            mqtt_users={MQTT_USER: self._mqtt_password()},
-        )
+        spec = self._nats_spec()
         self.nats = nats = NatsServer(self.data / "nats", spec, on_restart=self._say)
         await nats.start()
         self.bus = bus = await Bus.connect(
@@ -233,14 +225,29 @@ class Agent:
 
     # -- identity ------------------------------------------------------------------------------------------------
 
-    def _door(self) -> Door:
-        return door_of(self.identity, self.hub)
+    def _nats_spec(self) -> NodeSpec:
+        enrolled = bool(self.hub) and self.identity.enrolled
+        urls = [d.address.url.replace("https:", "wss:", 1) for d in self._doors()] if enrolled else [""]
+        return NodeSpec(
+            self.node,
+            hub_url=urls[0],
+            more_urls=tuple(urls[1:]),
+            creds_file=self.identity.creds_file if enrolled else None,
+            ca_file=self.identity.trust_file if enrolled else None,
+            proxy=str(self.hub.get("proxy", "")),
+            mqtt_host=self.bind,
+            mqtt_users={MQTT_USER: self._mqtt_password()},
+        )
 
-    async def _renewed(self, trust_changed: bool) -> None:
+    def _doors(self) -> list[Door]:
+        return doors_of(self.identity, self.hub)
+
+    async def _renewed(self, changed: bool) -> None:
         self._event("Normal", "CredentialsRenewed", "the hub renewed this node's credentials")
         if self.listener is not None:
             self.listener.renewed()
-        if trust_changed and self.nats is not None:
+        if changed and self.nats is not None:
+            self.nats.spec = self._nats_spec()
             await self.nats.restart()
             self._say()
 

@@ -262,7 +262,7 @@ def _new_hub_keys() -> dict[str, Any]:
 #: Behind a directory's name: where the next identity is made while there is one.
 NEW = ".new"
 #: The files of an identity; the credentials come last, they say that it is complete.
-_OWN = ("node.seed", "token", "node.pem", "ca.crt", "trust.crt", "node.creds")
+_OWN = ("node.seed", "token", "node.pem", "urls.json", "ca.crt", "trust.crt", "node.creds")
 
 
 def _succeed(new: Path, old: Path) -> None:
@@ -350,8 +350,16 @@ class NodeIdentity:
     def trusted(self) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(self.ca_file.read_bytes())
 
-    def accept(self, jwt: str, ca_pem: str, *, key_pem: bytes = b"", certificate: str = "") -> bool:
-        """Keep the hub's answer to an enrolment; True when what is trusted changed.
+    @property
+    def urls(self) -> list[str]:
+        """Where the hub said that it is, or will be; empty when it did not say."""
+        found: list[str] = read_json(self.directory / "urls.json", [])
+        return found
+
+    def accept(
+        self, jwt: str, ca_pem: str, *, key_pem: bytes = b"", certificate: str = "", urls: Iterable[str] = ()
+    ) -> bool:
+        """Keep the hub's answer to an enrolment; True when what is trusted, or where the hub is, changed.
 
         Refuses one that was made for another key. The credentials are written last: they mark it as complete.
         """
@@ -361,6 +369,9 @@ class NodeIdentity:
         if certificate:
             write_atomic(self.tls_file, key_pem + certificate.encode())
         changed = self.trust(ca_pem)
+        if self.urls != list(urls):
+            write_json(self.directory / "urls.json", list(urls))
+            changed = True
         write_atomic(self.creds_file, creds_text(jwt, self._key))
         return changed
 

@@ -122,6 +122,8 @@ class NodeSpec:
     ca_file: Path | None = None
     #: ``http://[user:password@]host:port`` of an HTTP CONNECT proxy on the way to the hub; empty: none.
     proxy: str = ""
+    #: Other addresses of the same hub, tried when that one does not answer.
+    more_urls: tuple[str, ...] = ()
     client_port: int = 0
     mqtt_host: str = _LOOPBACK
     mqtt_port: int = 0
@@ -184,7 +186,7 @@ class NodeSpec:
 
     def _remote(self) -> dict[str, Any]:
         remote: dict[str, Any] = {
-            "urls": [self.hub_url],
+            "urls": [self.hub_url, *self.more_urls],
             "account": "EDGE",
             "first_info_timeout": "15s",  # default 1 s; a satellite link with loss needs more
             "ignore_discovered_servers": True,
@@ -197,7 +199,8 @@ class NodeSpec:
             remote["tls"] = {"ca_file": str(self.ca_file), "timeout": 15}
         if self.proxy:
             parts = urlsplit(self.proxy)
-            proxy = {"url": f"http://{parts.hostname}:{parts.port or 80}", "timeout": "15s"}
+            host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+            proxy = {"url": f"http://{host}:{parts.port or 80}", "timeout": "15s"}
             if parts.username:
                 proxy |= {"username": unquote(parts.username), "password": unquote(parts.password or "")}
             remote["proxy"] = proxy

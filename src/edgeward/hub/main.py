@@ -76,7 +76,8 @@ class Hub:
         self.address = str(config.get("advertise", daemon.local(self.bind)))
         self.names = [str(n) for n in config.get("names", [])]
         #: Where boxes find the hub, as it stands in join tokens.
-        self.urls = [str(u) for u in config.get("urls", [])] or [f"https://{self.address}:{self.port}"]
+        self.named_urls = [str(u) for u in config.get("urls", [])]
+        self.urls = self.named_urls or [f"https://{self.address}:{self.port}"]
         self.oidc = SignIn.settings(config.get("oidc"))
         self.certificate_life = parse_duration(config.get("certificateLife", "90d"))
         self.run_file = daemon.RunFile(data / "run.json")
@@ -129,6 +130,7 @@ class Hub:
             audit,
             vault,
             urls=self.urls,
+            named=self.named_urls,
             life=self.certificate_life,
             changed=self.nodes.identity_changed,
         )

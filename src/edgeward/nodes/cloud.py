@@ -717,9 +717,11 @@ class NodesCloud:
         if self._store.find(key) is None or not self._leads:
             return None
         live = self._live.setdefault(node, Liveness())
-        status = {**self._node_reports.get(node, {}), "online": live.online, **self.identity(node)}
+        identity = self.identity(node)
+        online = live.online and not identity["revoked"]  # by whichever hub process
+        status = {**self._node_reports.get(node, {}), "online": online, **identity}
         old = self._store.get(key).status
-        if old.get("online") == live.online:
+        if old.get("online") == online:
             status["since"] = old.get("since", "")
         else:
             status["since"] = clock.timestamp()

@@ -40,7 +40,8 @@ class Address(msgspec.Struct, frozen=True):
 
     @property
     def url(self) -> str:
-        return f"https://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"https://{host}:{self.port}"
 
 
 def parse_address(url: str, proxy: str = "") -> Address:

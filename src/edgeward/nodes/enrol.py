@@ -148,6 +148,8 @@ class Grant(msgspec.Struct):
     issued: float
     expires: float
     now: float
+    #: All addresses of the hub, where its operator named them.
+    urls: list[str] = []
 
 
 class Answer(msgspec.Struct):

@@ -78,13 +78,15 @@ class Enrolment:
         vault: Vault,
         *,
         urls: list[str],
+        named: list[str] | None = None,
         life: float = rules.DEFAULT_LIFE,
         changed: Callable[[str], Awaitable[None]] | None = None,
         now: Callable[[], float] = clock.now,
     ) -> None:
         self._store, self._identity, self._claims = store, identity, claims
         self._write, self._audit, self._vault = write, audit, vault
-        self._urls, self._life, self._now = urls, life, now
+        #: ``named``: addresses that the operator gave, which nodes are told at each renewal.
+        self._urls, self._named, self._life, self._now = urls, named or [], life, now
         #: Told of a node that got or lost its identity.
         self._changed = changed
         #: Members that nats-server did not take yet.
@@ -375,7 +377,7 @@ class Enrolment:
 
     def _grant(self, member: Member, made: _Made, node: str, site: str, now: float) -> Grant:
         jwt = self._identity.user_jwt(node, member.seed, member.key, issued=int(made.issued), expires=int(made.expires))
-        return Grant(jwt, pem(made.certificate), made.ca, site, made.issued, made.expires, now)
+        return Grant(jwt, pem(made.certificate), made.ca, site, made.issued, made.expires, now, self._named)
 
     # -- the hub's own CA ------------------------------------------------------------------------------------------
 

@@ -13,9 +13,9 @@ import logging
 import os
 import random
 import signal
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cryptography import x509
 
@@ -39,6 +39,7 @@ from edgeward.nodes.enrol import (
 
 log = logging.getLogger("edgeward.enrol")
 
+T = TypeVar("T")
 #: Seconds between two asks of a node that the hub has refused: it may be let in again, but not soon.
 _REFUSED = 900.0
 
@@ -128,7 +129,8 @@ def _accept(identity: NodeIdentity, grant: Grant | None, node: str, key: bytes) 
         raise Refused("the hub's answer is empty", resource=f"Node/{node}")
     trusted = x509.load_pem_x509_certificates(grant.ca.encode())
     check_certificate(grant.certificate, node, trusted, grant.now)
-    return identity.accept(grant.jwt, grant.ca, key_pem=key, certificate=grant.certificate)
+    urls = [parse_address(u).url for u in grant.urls[:16]]
+    return identity.accept(grant.jwt, grant.ca, key_pem=key, certificate=grant.certificate, urls=urls)
 
 
 def renew(identity: NodeIdentity, node: str, door: Door) -> bool:
@@ -161,11 +163,24 @@ def leave(identity: NodeIdentity, node: str, door: Door) -> None:
     door.ask("leave", ask)
 
 
-def door_of(identity: NodeIdentity, hub: Mapping[str, Any]) -> Door:
-    """The way to the hub that ``node.json`` names."""
-    address = Address(str(hub["host"]), int(hub["port"]), str(hub.get("proxy", "")))
-    proxy_ca = identity.proxy_ca_file
-    return Door(address, identity.trusted(), proxy_ca.read_text() if proxy_ca.exists() else "")
+def doors_of(identity: NodeIdentity, hub: Mapping[str, Any]) -> list[Door]:
+    """The ways to the hub: the one that ``node.json`` names, then those that the hub itself named."""
+    way = str(hub.get("proxy", ""))
+    addresses = [Address(str(hub["host"]), int(hub["port"]), way), *(parse_address(u, way) for u in identity.urls)]
+    proxy_ca = identity.proxy_ca_file.read_text() if identity.proxy_ca_file.exists() else ""
+    return [Door(a, identity.trusted(), proxy_ca) for a in dict.fromkeys(addresses)]
+
+
+def at_first(doors: Sequence[Door], ask: Callable[[Door], T]) -> T:
+    """What the first door that can be reached gives."""
+    for n, door in enumerate(doors):
+        try:
+            with door:
+                return ask(door)
+        except Unreachable:
+            if n == len(doors) - 1:
+                raise
+    raise Invalid("no address of the hub is known")
 
 
 def leave_fleet(data: Path, *, force: bool = False) -> tuple[str, EdgewardError | None]:
@@ -177,8 +192,7 @@ def leave_fleet(data: Path, *, force: bool = False) -> tuple[str, EdgewardError 
         raise Refused("is no node of a fleet", resource=str(data))
     node, error = str(config["node"]), None
     try:
-        with door_of(identity, config["hub"]) as door:
-            leave(identity, node, door)
+        at_first(doors_of(identity, config["hub"]), lambda door: leave(identity, node, door))
     except EdgewardError as e:
         if not force:
             e.remedy = f"{e.remedy + '; ' if e.remedy else ''}to leave without telling it: --force"
@@ -197,17 +211,20 @@ def leave_fleet(data: Path, *, force: bool = False) -> tuple[str, EdgewardError 
 
 
 class Renewer:
-    """Keeps a node's identity good: :meth:`run` until cancelled. ``renewed(trust changed)`` is told of each renewal."""
+    """Keeps a node's identity good: :meth:`run` until cancelled.
+
+    ``renewed(changed)`` is told of each renewal, and whether other CAs are trusted or other addresses known now.
+    """
 
     def __init__(
         self,
         identity: NodeIdentity,
         node: str,
-        door: Callable[[], Door],
+        doors: Callable[[], list[Door]],
         renewed: Callable[[bool], Awaitable[None]],
         refused: Callable[[EdgewardError], None],
     ) -> None:
-        self._identity, self._node, self._door = identity, node, door
+        self._identity, self._node, self._doors = identity, node, doors
         self._renewed, self._refused = renewed, refused
         self._spread = random.random()  # noqa: S311 - spreads the nodes, no secret
         self._down_since: float | None = clock.monotonic()
@@ -251,8 +268,8 @@ class Renewer:
 
     async def _look(self) -> None:
         def look() -> Probe:
-            with self._door() as door:
-                return door.probe()
+            found = [door.probe() for door in self._doors()]
+            return next((f for f in found if f != "unreachable"), "unreachable")
 
         found = await asyncio.to_thread(look)
         self._probes = self._probes + 1 if found == self._probe else 1
@@ -260,8 +277,7 @@ class Renewer:
 
     async def _renew(self) -> None:
         def ask() -> bool:
-            with self._door() as door:
-                return renew(self._identity, self._node, door)
+            return at_first(self._doors(), lambda door: renew(self._identity, self._node, door))
 
         try:
             changed = await asyncio.to_thread(ask)
