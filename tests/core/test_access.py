@@ -75,6 +75,7 @@ class World:
         self.http, self.resources, self.store, self.records = http, resources, resources.store, records
         self.tokens = AccessTokens(self.store)
         self.root = Caller(http, "root")
+        self.app: Any = None
 
     async def put(self, d: Doc) -> Resource:
         return await self.store.put(decode(d))
@@ -102,6 +103,7 @@ def run(body: Callable[[World], Awaitable[None]]) -> None:
         )  # fmt: skip
         async with serving(app) as url, asyncio.timeout(60), httpx.AsyncClient(base_url=url, timeout=30) as http:
             world = World(http, resources, records)
+            world.app = app
             for role in built_in_roles():
                 await resources.store.put(role)
             for name, rules in ROLES.items():
@@ -497,6 +499,10 @@ def test_refusals_are_audited_and_a_storm_of_them_does_not_flood() -> None:
             ("delete", "Config", "x", "127.0.0.1")
         }
         assert all(i["outcome"].startswith("Forbidden: v (role viewer) may not delete Config x") for i in noted)
+        w.app._refused._left.clear()  # a minute later
+        await viewer.ask("DELETE", f"{CONFIGS}/y")
+        last = w.resources.audit.items(limit=1)[0]["outcome"]
+        assert last.endswith(f"(and {200 - len(noted)} refused calls before, not kept)")
 
     run(body)
 

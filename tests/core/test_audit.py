@@ -199,3 +199,22 @@ def test_an_export_is_checked_without_the_system(tmp_path: Path) -> None:
         with pytest.raises(Invalid):
             check_export(bad)
     audit.close()
+
+
+def test_what_is_large_is_named_by_its_hash(tmp_path: Path) -> None:
+    async def body() -> None:
+        audit = Audit(tmp_path / "audit.db")
+        large = make("Config", "x" * 100_000)
+        await audit.write("create", large.key, actor="eve", after=large)
+        kept = audit.items()[0]["after"]
+        assert set(kept) == {"omitted", "sha256"} and kept["omitted"].startswith("1000")
+        for n in range(2500):
+            await audit.write("create", Key("Config", "default", f"c{n}"), actor="eve" if n % 100 else "bob")
+        assert [i["name"] for i in audit.items(limit=2)] == ["c2498", "c2499"]
+        few = audit.items(limit=3, seen=lambda r: r["actor"] == "bob")
+        assert [i["name"] for i in few] == ["c2200", "c2300", "c2400"]
+        assert len(audit.items(limit=5000, seen=lambda r: r["actor"] == "bob")) == 25
+        assert audit.items(since=2500, limit=10)[0]["seq"] == 2501
+        audit.close()
+
+    asyncio.run(body())

@@ -108,7 +108,9 @@ class Gate:
         self._app, self._auth, self._open, self._audit = app, auth, open_paths, audit
         # a good token always passes: only bad ones are counted, so nobody can lock another one out
         self._bad = Throttle(burst=20, rate=1.0)
-        self._refused = Throttle(burst=30, rate=0.5)
+        # a refused caller must not be able to push what others did out of the audit
+        self._refused = Throttle(burst=30, rate=1 / 60)
+        self._unkept: dict[str, int] = {}
 
     def _login(self, scope: Scope, headers: dict[bytes, bytes]) -> Callable[[], Principal]:
         """Who calls, as a question that can be asked again. Raises ``Unauthorized``, or ``TooMany`` of such."""
@@ -133,15 +135,19 @@ class Gate:
     async def _note(self, scope: Scope, e: Forbidden) -> None:
         """A refused call goes into the audit; a storm of them does not flood it."""
         who, m = scope.get("principal"), e.members
-        if who is None or self._refused.take(who.name, clock.monotonic()):
+        if who is None:
             return
+        if self._refused.take(who.name, clock.monotonic()):
+            self._unkept[who.name] = self._unkept.get(who.name, 0) + 1
+            return
+        more = self._unkept.pop(who.name, 0)
         client = scope.get("client")
         key = Key(m.get("kind", ""), m.get("namespace") or CLUSTER, m.get("name", ""))
         source = client[0] if client and client[0] else "local"
         try:
             await self._audit.write(
                 m.get("verb", "?"), key, actor=who.name, source=source, request=correlation.get(),
-                outcome=f"{e.reason}: {e.message}",
+                outcome=f"{e.reason}: {e.message}" + (f" (and {more} refused calls before, not kept)" if more else ""),
             )  # fmt: skip
         except EdgewardError as failed:
             log.warning("a refusal was not audited: %s", failed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ log = logging.getLogger("edgeward.audit")
 
 #: Records kept; this many more may be there before the oldest go.
 KEEP, _SLACK = 10_000, 500
+#: Bytes of a spec that are kept.
+_LARGEST = 8192
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS chain(seq INTEGER PRIMARY KEY, prev TEXT NOT NULL, hash TEXT NOT NULL, body TEXT NOT NULL);
 """
@@ -94,20 +97,31 @@ class Audit:
             record["request"] = request
         if after is not None:
             record["revision"] = after.metadata.resourceVersion
-            record["after"] = after.document(show_secrets=False)["spec"]
+            record["after"] = _bounded(after.document(show_secrets=False)["spec"])
         if before is not None:
-            record["before"] = before.document(show_secrets=False)["spec"]
+            record["before"] = _bounded(before.document(show_secrets=False)["spec"])
         if before is not None and after is not None and before.metadata.labels != after.metadata.labels:
             record["labels"] = {"before": before.metadata.labels, "after": after.metadata.labels}
         self._add(msgspec.json.encode(record).decode())
         self._moved.set()
 
-    def items(self, *, since: int = 0, limit: int = 500) -> list[dict[str, Any]]:
-        """The last ``limit`` records behind ``since``, oldest first."""
-        rows = self._db.execute(
-            "SELECT seq, body FROM chain WHERE seq>? ORDER BY seq DESC LIMIT ?", (since, limit)
-        ).fetchall()
-        return [{**_read(body), "seq": seq} for seq, body in reversed(rows)]
+    def items(
+        self, *, since: int = 0, limit: int = 500, seen: Callable[[dict[str, Any]], bool] | None = None
+    ) -> list[dict[str, Any]]:
+        """The last ``limit`` records behind ``since`` that ``seen`` takes, oldest first."""
+        found: list[dict[str, Any]] = []
+        before = self._seq + 1
+        while len(found) < limit:
+            rows = self._db.execute(
+                "SELECT seq, body FROM chain WHERE seq>? AND seq<? ORDER BY seq DESC LIMIT ?",
+                (since, before, min(limit, 1000)),
+            ).fetchall()
+            if not rows:
+                break
+            before = rows[-1][0]
+            read = ({**_read(body), "seq": seq} for seq, body in rows)
+            found += [r for r in read if seen is None or seen(r)]
+        return found[:limit][::-1]
 
     def links(self, since: int = 0, batch: int = 500) -> Iterator[Link]:
         """The chain as it lies there, behind ``since``."""
@@ -153,6 +167,14 @@ class Audit:
 
     def close(self) -> None:
         self._db.close()
+
+
+def _bounded(spec: dict[str, Any]) -> dict[str, Any]:
+    """The spec, or where it is too large to be kept ten thousand times, what proves that it was that one."""
+    data = msgspec.json.encode(spec)
+    if len(data) <= _LARGEST:
+        return spec
+    return {"omitted": f"{len(data)} bytes", "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _read(body: Any) -> dict[str, Any]:

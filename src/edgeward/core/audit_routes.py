@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edgeward.core.access import Action, declare, needs, sift_records
-from edgeward.core.audit import KEEP, Audit
+from edgeward.core.audit import Audit
 from edgeward.core.authz import ANY, HUB
 from edgeward.core.chain import FORMAT, Head
 from edgeward.core.streaming import json, ndjson, number
@@ -27,8 +27,7 @@ def audit_routes(audit: Audit, anchored: Callable[[], Head | None]) -> list[Rout
     async def items(request: Request) -> Response:
         seen = sift_records(request, "audit")
         limit = number(request, "limit", 500, low=1, high=10_000)
-        found = audit.items(since=number(request, "since", 0), limit=2 * KEEP)
-        return json({"items": [i for i in found if seen(i)][-limit:]})
+        return json({"items": audit.items(since=number(request, "since", 0), limit=limit, seen=seen)})
 
     async def verify(request: Request) -> Response:
         return json(audit.verify(anchored()))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,9 @@ class Hub:
         self.oidc = SignIn.settings(config.get("oidc"))
         self.certificate_life = parse_duration(config.get("certificateLife", "90d"))
         self.run_file = daemon.RunFile(data / "run.json")
+        # each hub process has an audit of its own; its head is known by where it is, not by what a file says
+        where = f"{socket.gethostname()}\n{data.resolve()}"
+        self.head_fact = f"audit.head.{hashlib.sha256(where.encode()).hexdigest()[:16]}"
         self._ready = False
         self._server: Any = None
 
@@ -169,7 +174,7 @@ class Hub:
             health=self._health,
             metrics=self._metrics,
             info={"role": "hub", "version": __version__},
-            audit_head=lambda: _head(self.store.fact("audit.head")),
+            audit_head=lambda: _head(self.store.fact(self.head_fact)),
         )
         self.links = Links(lambda: ("127.0.0.1", self.nats.ports["websocket"]))
         async with daemon.http_server(
@@ -243,7 +248,7 @@ class Hub:
 
     async def _anchor(self) -> None:
         async def keep(head: Head) -> None:
-            await self.store.set_fact("audit.head", msgspec.json.encode(head))
+            await self.store.set_fact(self.head_fact, msgspec.json.encode(head))
 
         await self.audit.run(keep)
 
