@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -71,6 +73,11 @@ def test_tokens_of_roles_at_the_hub_and_at_a_cut_site(
     monkeypatch.delenv("EDGEWARD_TOKEN")
     assert system.run("whoami", *at).startswith("local: local, role admin")
 
+    # what was done there and here is in the audits, which are whole; a cut end is seen, also after a restart
+    system.wait("vouched for", lambda: "vouched" in system.run("audit", "verify"))
+    system.wait("vouched for at the node", lambda: "vouched" in system.run("audit", "verify", *at))
+    assert "operator" in system.run("audit", *at)
+
     # the hub hears of its use there
     def used() -> bool:
         return "plant-1" in system.get("accesstoken", made["name"])["status"].get("nodes", {})
@@ -132,6 +139,20 @@ def test_people_of_a_site_come_in_over_tls_with_a_token_while_it_is_cut_off(
         env={**os.environ, "EDGEWARD_TOKEN": here, "EDGEWARD_CONTEXT": str(context)},
     )  # fmt: skip
     assert (done.returncode, "certificate" in done.stderr) == (6, True)
+
+
+def test_an_audit_that_was_cut_off_is_seen_at_hub_and_node(systems: Callable[..., System]) -> None:
+    system = systems("up", "up")
+    at = ("--at", "plant-1")
+    for n in range(3):
+        system.apply({"kind": "Config", "metadata": {"name": f"c{n}"}, "spec": {"data": {"a": "1"}}}, *at)
+    system.wait("reported", lambda: system.get("node", "plant-1")["status"].get("audit", {}).get("last", 0) >= 3)
+    for where, db in (((), system.data / "hub" / "audit.db"), (at, system.data / "nodes" / "plant-1" / "audit.db")):
+        system.wait("vouched for", lambda where=where: "vouched" in system.run("audit", "verify", *where))
+        with contextlib.closing(sqlite3.connect(db)) as forger, forger:
+            forger.execute("DELETE FROM chain WHERE seq=(SELECT max(seq) FROM chain)")
+        out = system.run("audit", "verify", "-o", "json", *where, code=3)
+        assert json.loads(out)["broken"] and "cut off" in out
 
 
 def whoami(system: System, *at: str) -> str:
