@@ -146,14 +146,18 @@ def target_of(data: Path, layout: str) -> Path:
     return data
 
 
-def _lock(path: Path) -> IO[bytes] | None:
+def _lock(path: Path, patience: float) -> IO[bytes] | None:
     file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError:
+            if time.monotonic() >= deadline:
+                file.close()
+                return None
+        time.sleep(0.02)  # the pace of asking
 
 
 @contextlib.contextmanager
@@ -162,13 +166,14 @@ def unused(data: Path, hub: Path, *, server: bool = True) -> Iterator[None]:
 
     ``server``: not even the nats-server that a killed hub leaves behind may run.
     """
-    locks = [(data, "lock", "a system")] if data != hub else []
-    locks += [(hub / "nats", "server.lock", "a hub's nats-server")] if server else []
+    locks = [(data, "lock", "a system", 0.0)] if data != hub else []
+    # a server that has just ended may hold its lock for a moment more: until its last thread is gone
+    locks += [(hub / "nats", "server.lock", "a hub's nats-server", 3.0)] if server else []
     with contextlib.ExitStack() as held:
-        for folder, name, who in locks:
+        for folder, name, who, patience in locks:
             if not folder.is_dir():
                 continue
-            lock = _lock(folder / name)
+            lock = _lock(folder / name, patience)
             if lock is None:
                 raise Refused(f"{who} is running from this directory", resource=str(data), remedy="stop it first")
             held.enter_context(lock)
