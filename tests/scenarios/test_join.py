@@ -99,10 +99,12 @@ def test_join_revoke_replace(systems: Callable[..., Any], box: Callable[..., Box
     up.wait("online again", lambda: status(up, "box-1").get("online"))
     assert status(up, "box-1")["revoked"] is False
     one.close()
-    # the old box, started again without a token: joined once, and still refused
+    # the old box, started again: it joined once and is no node any more; it is told why, and dials no longer
     again = box("one", token)
-    up.wait("it was told", lambda: b"refuse" in again.log.read_bytes() or b"Authorization" in
-            (again.data / "nats" / "nats.log").read_bytes())  # fmt: skip
+    up.wait("it was told", lambda: "refuses this node: Node/box-1: is revoked" in again.log.read_text(), 90)
+    up.wait("it hung up", lambda: "leafnodes" not in (again.data / "nats" / "nats.conf").read_text())
+    assert again.process.poll() is None
+    assert status(up, "box-1")["online"], "the one that replaced it"
     verbs = [(a["verb"], a["name"]) for a in json.loads(up.run("audit", "-o", "json"))["items"]]
     assert {("enrol", "box-1"), ("revoke", "box-1")} <= set(verbs)
 

@@ -135,6 +135,7 @@ class Agent:
         self.nats: NatsServer | None = None
         self.bus: Bus | None = None
         self.outbox: Outbox | None = None
+        self._hung_up = False
         self.wan: LinkWatch | None = None
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -225,8 +226,8 @@ class Agent:
 
     # -- identity ------------------------------------------------------------------------------------------------
 
-    def _nats_spec(self) -> NodeSpec:
-        enrolled = bool(self.hub) and self.identity.enrolled
+    def _nats_spec(self, *, dial: bool = True) -> NodeSpec:
+        enrolled = dial and bool(self.hub) and self.identity.enrolled
         urls = [d.address.url.replace("https:", "wss:", 1) for d in self._doors()] if enrolled else [""]
         return NodeSpec(
             self.node,
@@ -246,14 +247,23 @@ class Agent:
         self._event("Normal", "CredentialsRenewed", "the hub renewed this node's credentials")
         if self.listener is not None:
             self.listener.renewed()
-        if changed and self.nats is not None:
+        if (changed or self._hung_up) and self.nats is not None:
+            self._hung_up = False
             self.nats.spec = self._nats_spec()
             await self.nats.restart()
             self._say()
 
     def _kept_out(self, error: EdgewardError) -> None:
         log.warning("the hub refuses this node: %s", error)
+        if not self.link.online and not self._hung_up:
+            self._hung_up = True
+            self._spawn(self._hang_up())
         self._event("Warning", "RefusedByHub", str(error))
+
+    async def _hang_up(self) -> None:
+        """A hub that refuses us is not to be dialled every second; the renewals ask now and then."""
+        if self.nats is not None:
+            await self.nats.apply(self._nats_spec(dial=False))
 
     async def _renew(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
         self.renewer.hurry()

@@ -32,8 +32,8 @@ NODE_DOMAIN = ".node.edgeward.internal"
 #: Bounds of what strangers send.
 MAX_PEM = 8192
 MAX_LINKS = 64
-#: An edge box's clock may be behind the hub's.
-EARLY = timedelta(hours=1)
+#: An edge box's clock may be behind the hub's: by hours, when somebody mistook the time zone.
+EARLY = timedelta(days=1)
 
 
 class Link(msgspec.Struct, omit_defaults=True):

@@ -89,6 +89,8 @@ class Enrolment:
         self._urls, self._named, self._life, self._now = urls, named or [], life, now
         #: Told of a node that got or lost its identity.
         self._changed = changed
+        #: Members as they were unsealed, by revision: every word of a node asks for its own.
+        self._opened_at: dict[str, tuple[int, Member]] = {}
         #: Members that nats-server did not take yet.
         self._owed: set[str] = set()
         self._owing = asyncio.Event()
@@ -97,11 +99,20 @@ class Enrolment:
     # -- members -----------------------------------------------------------------------------------------------------
 
     def member(self, node: str) -> Member | None:
+        revision = self._store.fact_revision(_FACT + node)
+        known = self._opened_at.get(node)
+        if known is not None and known[0] == revision:
+            return known[1]
         data = self._store.fact(_FACT + node)
-        return self._opened(node, data) if data else None
+        if data is None:
+            return None
+        member = self._opened(node, data)
+        self._opened_at[node] = (revision, member)
+        return member
 
     def members(self) -> dict[str, Member]:
-        return {name: self._opened(name, data) for name, data in self._store.facts(_FACT).items()}
+        found = {name: self.member(name) for name in self._store.facts(_FACT)}
+        return {name: member for name, member in found.items() if member is not None}
 
     def _opened(self, node: str, data: bytes) -> Member:
         return msgspec.json.decode(self._vault.unseal(data, _FACT + node), type=Member)
