@@ -138,3 +138,14 @@ async def mqtt_connect(port: int, user: str, password: str) -> int:
         return (await reader.readexactly(4))[3]
     finally:
         writer.close()
+
+
+def test_each_node_dials_in_its_own_time(tmp_path: Path) -> None:
+    def period(node: str) -> int:
+        spec = NodeSpec(node, hub_url="wss://hub:443")
+        return int(parsed(spec, tmp_path)["leafnodes"]["reconnect"].removesuffix("ms"))
+
+    periods = [period(f"node-{n}") for n in range(200)]
+    assert periods == [period(f"node-{n}") for n in range(200)], "the same after a restart: no new configuration"
+    assert min(periods) >= 700 and max(periods) < 1400, "and within the time that a backlog may take to flow again"
+    assert len(set(periods)) > 150

@@ -46,6 +46,26 @@ def test_a_link_that_is_late_again_and_again_gets_patience_and_loses_it() -> Non
     assert live.patience == DOWN
 
 
+def test_outages_do_not_teach_patience() -> None:
+    live = Liveness()
+    t = 0.0
+    live.beat(t, certain=True)
+    for _ in range(5):
+        t += 40.0
+        assert live.tick(t)
+        for _ in range(3):
+            t += 1.0
+            live.beat(t)
+        t += BEAT
+        live.beat(t)
+    assert live.online and live.patience == DOWN
+    for _ in range(5):
+        live.excused = True  # the hub was started anew, and the link with it
+        t += BEAT + 3.0
+        live.beat(t)
+    assert live.patience == DOWN
+
+
 def test_silence_of_our_own_is_forgiven() -> None:
     live = Liveness()
     live.beat(100.0, certain=True)

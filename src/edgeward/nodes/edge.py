@@ -165,6 +165,7 @@ class NodeEdge:
     def link_changed(self) -> None:
         """There is a new connection to the hub, or none any more: find out now, not at the next beat."""
         self._pace.doubt()
+        self._live.excused = True
         self._beat_now.set()
 
     async def _request(self, verb: str, ask: Any, answer: type[T], timeout: float = _TIMEOUT) -> T:

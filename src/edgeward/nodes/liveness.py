@@ -25,6 +25,8 @@ _WINDOW = 32
 #: A beat that is less late than this is the scheduler's doing.
 _EARLY = 0.5
 _PER_LATE_SECOND = 25.0
+#: One that is later than this is no lost packet but an outage, which says nothing of the link when it is there.
+_OUTAGE = 8.0
 #: A link whose round trip takes longer than this loses more by a lost packet.
 _QUICK = 0.4
 _PER_ROUND_TRIP = 20.0
@@ -43,6 +45,8 @@ class Liveness(msgspec.Struct):
     #: How late the last beats were that were due, newest last; the link's round trip in seconds, as far as it is known.
     late: list[float] = []
     rtt: float = 0.0
+    #: The connection is a new one: the present gap says nothing of the link.
+    excused: bool = False
 
     @property
     def patience(self) -> float:
@@ -55,10 +59,10 @@ class Liveness(msgspec.Struct):
         """A beat was heard; ``certain`` (a fresh start, say) counts as enough. True when that flipped the state."""
         gap = now - self.heard
         self.streak = self.streak + 1 if gap <= self.patience else 1
-        # a gap that ended was no end: also when it was taken for one
-        if self.interval / 2 < gap <= self.most:
+        # a gap that ended soon was no end: also when it was taken for one
+        if self.interval / 2 < gap <= self.interval + _OUTAGE and not self.excused:
             self.late = [*self.late[1 - _WINDOW :], max(0.0, gap - self.interval)]
-        self.heard = now
+        self.heard, self.excused = now, False
         if not self.online and (certain or self.streak >= self.up_after):
             self.online, self.since = True, now
             return True
