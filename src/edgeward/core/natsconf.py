@@ -188,7 +188,9 @@ class NodeSpec:
         remote: dict[str, Any] = {
             "urls": [self.hub_url, *self.more_urls],
             "account": "EDGE",
-            "first_info_timeout": "15s",  # default 1 s; a satellite link with loss needs more
+            # defaults 1 s each; a satellite link with loss needs more
+            "dial_timeout": "15s",
+            "first_info_timeout": "15s",
             "ignore_discovered_servers": True,
             "deny_imports": ["$MQTT.>"],
             "deny_exports": ["$MQTT.>"],

@@ -269,7 +269,10 @@ class LinkWatch:
             self._marks.append((now, *self.meter.totals()))
         if self._talk.online:
             self._patience = _PATIENCE
-        elif self.meter.established and (self.meter.stuck or now - self._since > self._patience):
+        # a connection that is new has had no acknowledgement since the machine was started, so to say: not stuck yet
+        elif self.meter.established and (
+            (self.meter.stuck and now - self._since > _STUCK_MS / 1000) or now - self._since > self._patience
+        ):
             log.info("the link gives no answer, dialling anew")
             # a hub that is only slow must not be dialled by all of its fleet at once, again and again
             self._patience = min(_PATIENCE_MOST, self._patience * 2) * random.uniform(0.7, 1.0)  # noqa: S311 - jitter
