@@ -123,6 +123,25 @@ def test_a_link_that_gives_no_answer_is_dialled_anew_and_a_slow_hub_is_not_storm
     asyncio.run(body())
 
 
+def test_a_new_connection_is_given_time_for_its_first_answer() -> None:
+    async def body() -> None:
+        talk, again = Talker(), []
+
+        async def dial() -> None:
+            again.append(now)
+
+        watch = LinkWatch(talk, 443, lambda: None, dial)
+        for now in range(1, 11):
+            # what it sent is on its way; the kernel counts its silence from the start of the machine
+            await watch.step([one(1, 100, unacked=1, silent_ms=5_000_000)], now)
+        assert again == [], "a slow link is not dialled anew every second"
+        for now in range(11, 20):
+            await watch.step([one(1, 100, unacked=1, silent_ms=5_000_000)], now)
+        assert again == [12], "after ten seconds without any answer it is stuck"
+
+    asyncio.run(body())
+
+
 @linux
 def test_the_kernel_counts_our_own_connection() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
