@@ -12,7 +12,6 @@ import io
 import json
 import os
 import platform
-import secrets
 import sys
 import tarfile
 import time
@@ -26,6 +25,7 @@ from edgeward.cli.doctor import Place, examine, find_places
 from edgeward.cli.output import emit, write
 from edgeward.cli.session import Session
 from edgeward.core.errors import EdgewardError, Invalid
+from edgeward.core.files import replacing
 from edgeward.core.scrub import Scrubber
 
 LOG_TAIL = 512 * 1024
@@ -55,15 +55,8 @@ def support_bundle(
     for place in places:
         _folder(bundle, place)
     bundle.add("summary.json", {**_system(), "notThere": bundle.missing})
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as out:
-            bundle.write(out)
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+    with replacing(path) as out:
+        bundle.write(out)
     if output == "table":
         write(f"{path}: {path.stat().st_size} bytes, {len(bundle.entries)} files")
         for missing in bundle.missing:

@@ -11,8 +11,9 @@ import contextlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from edgeward.core.errors import Invalid
 
@@ -30,15 +31,15 @@ def ensure_dir(path: Path, mode: int = 0o700) -> Path:
     return path
 
 
-def write_atomic(path: Path, data: bytes | str, mode: int = 0o600) -> None:
-    """Replace ``path`` by ``data`` (text is UTF-8) so that a crash at any point leaves the old or the new content."""
-    raw = data.encode() if isinstance(data, str) else data
+@contextlib.contextmanager
+def replacing(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
+    """A file for ``path``'s new content: it takes the place when all of it is on the disk, or nothing happened."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(fd, "wb") as out:
             os.fchmod(out.fileno(), mode)  # the umask may have taken bits away that the caller asked for
-            out.write(raw)
+            yield out
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(path)
@@ -47,6 +48,12 @@ def write_atomic(path: Path, data: bytes | str, mode: int = 0o600) -> None:
             temporary.unlink()
         raise
     _sync_dir(path.parent)
+
+
+def write_atomic(path: Path, data: bytes | str, mode: int = 0o600) -> None:
+    """Replace ``path`` by ``data`` (text is UTF-8) so that a crash at any point leaves the old or the new content."""
+    with replacing(path, mode) as out:
+        out.write(data.encode() if isinstance(data, str) else data)
 
 
 def remove(path: Path) -> bool:

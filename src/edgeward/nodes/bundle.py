@@ -8,7 +8,6 @@ disk, so no name in an archive can lead anywhere. Who holds the file can join as
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from edgeward.core.errors import Invalid
+from edgeward.core.files import replacing
 from edgeward.nodes.enrol import MAX_TOKEN, decode_token
 
 MAX_MEMBERS = 1000
@@ -57,14 +57,8 @@ def write(path: Path, bundle: Bundle, wheels: Iterable[Path] = ()) -> int:
     size = sum(w.stat().st_size for w in wheels)
     if len(wheels) > MAX_MEMBERS - 2 or size > MAX_WHEELS:
         raise Invalid(f"{len(wheels)} wheels of {size} bytes", file=str(path), remedy=f"at most {MAX_WHEELS} bytes")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-            _pack(out, bundle, wheels)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replacing(path) as out:
+        _pack(out, bundle, wheels)
     return len(wheels)
 
 

@@ -55,7 +55,10 @@ class Bounds(_Struct):
     ] = 0
     onFull: Annotated[
         Literal["dropOldest", "dropNewest", "refuse"],
-        Meta(description="refuse: readings are no longer acknowledged to their publisher"),
+        Meta(
+            description="refuse: nothing is dropped; the node's broker keeps more, and acknowledges no more when its "
+            "own store (4 GiB, for all Exports) is full"
+        ),
     ] = "dropOldest"
 
 
