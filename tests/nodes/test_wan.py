@@ -97,7 +97,7 @@ def test_a_link_that_gives_no_answer_is_dialled_anew_and_a_slow_hub_is_not_storm
         async def dial() -> None:
             again.append(now)
 
-        watch = LinkWatch(talk, 443, lambda: None, dial)
+        watch = LinkWatch(talk, [443], lambda: None, dial)
         now = 0.0
         talk.online = True
         await watch.step([one(1, 100)], now)
@@ -130,7 +130,7 @@ def test_a_new_connection_is_given_time_for_its_first_answer() -> None:
         async def dial() -> None:
             again.append(now)
 
-        watch = LinkWatch(talk, 443, lambda: None, dial)
+        watch = LinkWatch(talk, [443], lambda: None, dial)
         for now in range(1, 11):
             # what it sent is on its way; the kernel counts its silence from the start of the machine
             await watch.step([one(1, 100, unacked=1, silent_ms=5_000_000)], now)
@@ -218,7 +218,7 @@ def test_a_leaf_is_ended_and_comes_back_by_itself(tmp_path: Path) -> None:
     async def body() -> None:
         async with leaf(tmp_path) as pair:
             node, port, talk = pair.node, pair.port, Talker()
-            watch = LinkWatch(talk, port, lambda: node.pid, lambda: redial(node.url, node.secret))
+            watch = LinkWatch(talk, [port], lambda: node.pid, lambda: redial(node.url, node.secret))
             await watch.step(watch._own(connections(port) or []), 0.0)
             assert watch.meter.connections == 1
             await redial(node.url, node.secret)

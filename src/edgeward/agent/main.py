@@ -213,8 +213,9 @@ class Agent:
             if spec.hub_url:
                 again = lambda: redial(nats.url, nats.secret)  # noqa: E731
                 # through a proxy the connection that the kernel knows is the one to the proxy
-                port = urlsplit(spec.proxy).port or 80 if spec.proxy else int(self.hub["port"])
-                self.wan = LinkWatch(self.link, port, lambda: nats.pid, again)
+                urls = [spec.proxy] if spec.proxy else [spec.hub_url, *spec.more_urls]
+                ports = [urlsplit(u).port or (80 if spec.proxy else 443) for u in urls]
+                self.wan = LinkWatch(self.link, ports, lambda: nats.pid, again)
                 group.create_task(self.wan.run())
             group.create_task(nats.run())
             group.create_task(self.outbox.run())

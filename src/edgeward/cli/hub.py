@@ -1,8 +1,9 @@
-"""`hub rotate-ca|retire-ca|ca`: the hub's own certificate authority, replaced without a gap."""
+"""`hub rotate-ca|retire-ca|ca|cluster`: the hub itself: its certificate authority, and a hub of several processes."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -58,6 +59,36 @@ def ca(session: Session) -> None:
         _show(api.request("GET", "/api/v1/ca/state"), output)
 
 
+def cluster(
+    session: Session,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="A folder is made in it for each member.")],
+    member: Annotated[
+        list[str],
+        typer.Option("--member", metavar="NAME=HOST:PORT:PEER-PORT", help="One that serves; give two or three."),
+    ],
+    witness: Annotated[
+        str,
+        typer.Option(
+            "--witness", metavar="NAME=HOST:PEER-PORT", help="The third server where two serve: a vote and a copy."
+        ),
+    ] = "",
+    bind: Annotated[
+        str, typer.Option("--bind", metavar="ADDRESS", help="Listen there instead of at its own host.")
+    ] = "",
+) -> None:
+    """Make the folders of a hub of three servers, of which any one may fail.
+
+    Bring each to its machine and start it there: python -m edgeward.hub --data FOLDER (or install-service).
+    """
+    from edgeward.hub.cluster import parse_member, prepare
+
+    members = [parse_member(m) for m in member] + ([parse_member(witness, witness=True)] if witness else [])
+    made = prepare(out, members, bind=bind)
+    for one, folder in zip(members, made, strict=True):
+        write(f"{one.name}: {folder}" + (" (witness)" if one.witness else f"  https://{one.host}:{one.port}"))
+    write("the folders hold the hub's keys: move them by a safe way, and the file recovery.key away from all of them")
+
+
 def _show(state: dict[str, Any], output: str) -> None:
     if output != "table":
         emit(state, output)
@@ -75,3 +106,4 @@ def _show(state: dict[str, Any], output: str) -> None:
 app.command("rotate-ca")(command(rotate_ca))
 app.command("retire-ca")(command(retire_ca))
 app.command("ca")(command(ca))
+app.command("cluster")(command(cluster))

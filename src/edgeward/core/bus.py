@@ -188,6 +188,11 @@ class Bus:
     def connected(self) -> bool:
         return bool(self.client.is_connected)
 
+    @property
+    def server_id(self) -> str:
+        """The id of the server that we are connected to."""
+        return str(self.client._server_info.get("server_id", ""))
+
     async def wait_connected(self, timeout: float) -> None:
         try:
             async with asyncio.timeout(timeout):

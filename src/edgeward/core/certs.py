@@ -280,12 +280,14 @@ class Authority:
 
     # -- certificates --------------------------------------------------------------------------------------------------
 
-    def server(self, path: Path, names: Iterable[str]) -> bool:
+    def server(self, path: Path, names: Iterable[str], *, both: bool = False) -> bool:
         """Make the listener's certificate in ``path`` if it is missing, damaged, near its end or short of a name.
 
-        True when it is new: load it again. Names that the present one carries are kept.
+        True when it is new: load it again. Names that the present one carries are kept. ``both``: it is shown by a
+        client too, as the servers of a cluster do to one another.
         """
         names = tuple(names)
+        usage = [ExtendedKeyUsageOID.SERVER_AUTH, *([ExtendedKeyUsageOID.CLIENT_AUTH] if both else [])]
         wanted = {_san(n) for n in (*LOCAL_NAMES, *names)}
         present = _load_issued(path, self.cert)
         if present is not None:
@@ -303,7 +305,7 @@ class Authority:
             _builder(common, key.public_key(), self.cert.subject, begin, begin + SERVER_LIFE)
             .add_extension(x509.SubjectAlternativeName(sorted(wanted, key=str)), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage(usage), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .sign(self._key, hashes.SHA256())
         )

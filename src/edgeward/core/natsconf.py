@@ -52,6 +52,39 @@ class Spec(Protocol):
 
 
 @dataclass(frozen=True)
+class Cluster:
+    """How a hub's server and its peers find and trust one another: mutual TLS by the hub's CA, and a password."""
+
+    listen: tuple[str, int]
+    #: ``host:port`` of the peers.
+    routes: tuple[str, ...]
+    password: str
+    #: Certificate and key in one file, and what the peers' ones are checked against.
+    cert_file: Path
+    ca_file: Path
+    name: str = "edgeward"
+
+    def settings(self) -> dict[str, Any]:
+        user = "hub"
+        host, port = self.listen
+        return {
+            "name": self.name,
+            "host": host,
+            "port": port,
+            "no_advertise": True,
+            "authorization": {"user": user, "password": self.password, "timeout": 5},
+            "routes": [f"nats-route://{user}:{self.password}@{route}" for route in self.routes],
+            "tls": {
+                "cert_file": str(self.cert_file),
+                "key_file": str(self.cert_file),
+                "ca_file": str(self.ca_file),
+                "verify": True,
+                "timeout": 5,
+            },
+        }
+
+
+@dataclass(frozen=True)
 class HubSpec:
     """The hub's server. Listeners: ``client``, ``leaf`` (unused, but without it WebSocket leaves are refused),
     ``websocket`` (plain; put TLS before it)."""
@@ -72,17 +105,22 @@ class HubSpec:
     max_payload: int = MAX_PAYLOAD
     #: Seconds between pings; two missed ones end a connection. A node whose beats come is never pinged.
     ping_interval: int = 20
+    #: Its peers, where the hub is more than one server.
+    cluster: Cluster | None = None
 
     @property
     def ports(self) -> Mapping[str, tuple[str, int]]:
-        return {
+        ports = {
             "client": (_LOOPBACK, self.client_port),
             "leaf": (_LOOPBACK, self.leaf_port),
             "websocket": (_LOOPBACK, self.websocket_port),
         }
+        return ports | ({"cluster": self.cluster.listen} if self.cluster else {})
 
     def settings(self, directory: Path, ports: Mapping[str, int], secret: str) -> dict[str, Any]:
+        peers = {"cluster": self.cluster.settings()} if self.cluster else {}
         return {
+            **peers,
             **_common(self.server_name, directory, ports["client"], self.max_payload, self.ping_interval),
             "operator": self.operator_jwt,
             "system_account": self.system_account,

@@ -114,8 +114,9 @@ class SqliteRecords(Records):
 class StreamRecords(Records):
     """Records in the hub's stream ``RECORDS``, subject ``ew.rec.<name>``; the last ones are cached for reading."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, *, replicas: int = 1) -> None:
         super().__init__()
+        self._replicas = replicas
         self._nc = client
         self._js = client.jetstream()
         self._cache: dict[str, deque[Record]] = {}
@@ -131,6 +132,7 @@ class StreamRecords(Records):
                     name="RECORDS",
                     subjects=["ew.rec.*"],
                     storage=StorageType.FILE,
+                    num_replicas=self._replicas,
                     max_msgs_per_subject=KEEP,
                     allow_direct=True,
                 )

@@ -42,10 +42,17 @@ class NatsStore(Store):
     """Open with :meth:`open`, keep :meth:`run` running; reads work from the cache at once."""
 
     def __init__(
-        self, client: Client, bucket: str = "resources", *, domain: str = "", vault: Vault | None = None
+        self,
+        client: Client,
+        bucket: str = "resources",
+        *,
+        domain: str = "",
+        vault: Vault | None = None,
+        replicas: int = 1,
     ) -> None:
         super().__init__()
         self._vault = vault or Plain()
+        self._replicas = replicas
         #: Keys whose stored secrets are not sealed yet.
         self._plain: set[Key] = set()
         self._nc = client
@@ -70,6 +77,7 @@ class NatsStore(Store):
             name=self._stream,
             subjects=[f"{self._prefix}>"],
             max_msgs_per_subject=1,
+            num_replicas=self._replicas,
             storage=StorageType.FILE,
             discard=DiscardPolicy.NEW,
             allow_rollup_hdrs=True,
@@ -112,9 +120,14 @@ class NatsStore(Store):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(2.0):  # a lost wake-up costs at most this
                     await self._wake.wait()
+            woken, before = self._wake.is_set(), self.revision
             self._wake.clear()
             try:
                 await self._follow()
+                if woken and self._replicas > 1 and self.revision == before:
+                    # we were told of a message that the replica that we read from does not have yet
+                    await asyncio.sleep(0.05)  # the pace of looking again
+                    await self._follow()
             except (nats.errors.Error, TimeoutError, EdgewardError) as e:
                 log.debug("cannot follow %s: %s", self._stream, e or type(e).__name__)
                 self._wake.set()

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
 import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import nats.errors
 
 from edgeward import __version__
 from edgeward.core import clock, daemon
@@ -28,7 +31,7 @@ from edgeward.core.claims import Claims
 from edgeward.core.errors import EdgewardError, Refused, Unauthorized
 from edgeward.core.files import ensure_dir, read_json
 from edgeward.core.identity import HubIdentity
-from edgeward.core.natsconf import claims_dir
+from edgeward.core.natsconf import Cluster, claims_dir
 from edgeward.core.natsserver import HubSpec, NatsServer
 from edgeward.core.peers import Peers
 from edgeward.core.quantity import parse_duration
@@ -53,6 +56,8 @@ from edgeward.streams.cloud import StreamsCloud
 
 log = logging.getLogger("edgeward.hub")
 
+#: Seconds that a process of a cluster waits for most of the others.
+_QUORUM = 120.0
 _HELP = {
     "edgeward_hub_links": "Open links of nodes.",
     "edgeward_hub_memory_bytes": "Resident memory of the hub.",
@@ -81,6 +86,10 @@ class Hub:
         self.named_urls = [str(u) for u in config.get("urls", [])]
         self.urls = self.named_urls or [f"https://{self.address}:{self.port}"]
         self.oidc = SignIn.settings(config.get("oidc"))
+        #: This process among several; one hub alone has no peers.
+        self.name = str(config.get("name", "hub"))
+        self.cluster: dict[str, Any] = config.get("cluster") or {}
+        self.witness = bool(config.get("witness"))
         self.certificate_life = parse_duration(config.get("certificateLife", "90d"))
         self.run_file = daemon.RunFile(data / "run.json")
         # each hub process has an audit of its own; its head is known by where it is, not by what a file says
@@ -103,18 +112,19 @@ class Hub:
         ensure_dir(self.data)
         self.identity = identity = HubIdentity.open(self.data / "identity", self.names)
         identity.admin_token()
-        # the nodes' accounts are in the store and pushed (nodes/enrol_cloud.py)
-        spec = HubSpec(identity.operator_jwt, identity.system_account, identity.own_accounts)
-        self.nats = NatsServer(self.data / "nats", spec, on_restart=self._say)
+        self.nats = NatsServer(self.data / "nats", self._nats_spec(identity), on_restart=self._say)
         await self.nats.start()
+        if self.witness:
+            return await self._witness(stop)
         self.bus = await Bus.connect(self.nats.url, name="hub", user=identity.user)
         vault = Vault.open(self.data / "identity")
-        self.store = NatsStore(self.bus.client, vault=vault)
-        await self.store.open()
+        replicas = 3 if self.cluster else 1
+        self.store = NatsStore(self.bus.client, vault=vault, replicas=replicas)
+        await self._patiently(self.store.open)
         if sealed := await self.store.seal():
             log.info("%d resources of an earlier release had secrets in plain and are sealed now", sealed)
-        self.records = StreamRecords(self.bus.client)
-        await self.records.open()
+        self.records = StreamRecords(self.bus.client, replicas=replicas)
+        await self._patiently(self.records.open)
         audit = Audit(self.data / "audit.db")
         self.audit = audit
         self.resources = Resources(self.store, audit, _keeps_built_in)
@@ -125,7 +135,7 @@ class Hub:
         await self.peers.open()
         self.nodes = NodesCloud(self.store, self.bus, self.records, self._write, self.peers)
         await self.nodes.open()
-        self.streams = StreamsCloud(self.bus.client)
+        self.streams = StreamsCloud(self.bus.client, replicas=replicas)
         system = await Bus.connect(self.nats.url, name="hub-system", user=identity.system_user)
         self.enrolment = Enrolment(
             self.store,
@@ -141,6 +151,8 @@ class Hub:
         )
         self.nodes.identity = self.enrolment.status
         await self.enrolment.open()
+        if self.cluster:
+            await self._caught_up(system)
         routes = HubRoutes(
             store=self.store,
             client=self.bus.client,
@@ -214,6 +226,64 @@ class Hub:
         await self.nats.stop()
         self.run_file.remove()
         return 0
+
+    # -- one of several --------------------------------------------------------------------------------------------
+
+    def _nats_spec(self, identity: HubIdentity) -> HubSpec:
+        # the nodes' accounts are in the store and pushed (nodes/enrol_cloud.py)
+        cluster = None
+        if self.cluster:
+            peers = self.data / "identity" / "peer.pem"
+            identity.authority.server(peers, self.names, both=True)
+            host, port = str(self.cluster["listen"]).rsplit(":", 1)
+            cluster = Cluster(
+                (host, int(port)),
+                tuple(str(r) for r in self.cluster.get("routes", ())),
+                identity.derived("cluster").hex(),
+                peers,
+                identity.ca_file,
+            )
+        return HubSpec(
+            identity.operator_jwt, identity.system_account, identity.own_accounts, self.name, cluster=cluster
+        )
+
+    async def _witness(self, stop: asyncio.Event) -> int:
+        """A server that has a vote and a copy, and no API: the third of a cluster."""
+        system = await Bus.connect(self.nats.url, name="hub-system", user=self.identity.system_user)
+        await self._caught_up(system)
+        await system.close()
+        self._ready = True
+        self._say()
+        log.info("witness %s ready", self.name)
+        await daemon.until(stop, self.nats.run)
+        await self.nats.stop()
+        self.run_file.remove()
+        return 0
+
+    async def _patiently(self, opening: Callable[[], Awaitable[None]]) -> None:
+        """A cluster's streams are there when most of its servers are."""
+        until = clock.monotonic() + (_QUORUM if self.cluster else 0.0)
+        while True:
+            try:
+                await opening()
+                return
+            except (EdgewardError, nats.errors.Error, TimeoutError) as e:
+                if clock.monotonic() >= until:
+                    raise
+                log.info("waiting for most of the hub's servers: %s", str(e) or type(e).__name__)
+                await asyncio.sleep(0.5)  # the pace of asking
+
+    async def _caught_up(self, system: Bus) -> None:
+        """Until this server has what the others have: ready means that another one may be taken away now."""
+        subject = f"$SYS.REQ.SERVER.{system.server_id}.HEALTHZ"
+        until = clock.monotonic() + _QUORUM
+        while clock.monotonic() < until:
+            with contextlib.suppress(EdgewardError, msgspec.DecodeError):
+                said = msgspec.json.decode((await system.request(subject, timeout=5.0)).data, type=dict[str, Any])
+                if (said.get("data") or {}).get("status") == "ok":
+                    return
+            await asyncio.sleep(0.25)  # the pace of asking
+        log.warning("this server has not caught up with the others within %g s", _QUORUM)
 
     # -- the listener's certificate --------------------------------------------------------------------------------
 

@@ -230,14 +230,14 @@ class Talk(Protocol):
 class LinkWatch:
     """Looks at the link of one node, until cancelled.
 
-    ``port``: the hub's (or its proxy's); ``pid``: of the nats-server that dials; ``redial``: ends the leaf connection,
+    ``ports``: the hub's (or its proxy's); ``pid``: of the nats-server that dials; ``redial``: ends the leaf connection,
     so that it is dialled anew.
     """
 
     def __init__(
-        self, talk: Talk, port: int, pid: Callable[[], int | None], redial: Callable[[], Awaitable[None]]
+        self, talk: Talk, ports: Iterable[int], pid: Callable[[], int | None], redial: Callable[[], Awaitable[None]]
     ) -> None:
-        self._talk, self._port, self._pid, self._redial = talk, port, pid, redial
+        self._talk, self._ports, self._pid, self._redial = talk, sorted(set(ports)), pid, redial
         self._mine: dict[int, bool] = {}
         self.meter = Meter()
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=int(_SPAN / _MARK) + 1)
@@ -248,11 +248,11 @@ class LinkWatch:
 
     async def run(self) -> None:
         while True:
-            found = connections(self._port)
-            if found is None:
+            asked = [connections(port) for port in self._ports]
+            if None in asked:
                 log.info("this system does not tell what the link carries")
                 return
-            await self.step(self._own(found), clock.monotonic())
+            await self.step(self._own([c for found in asked for c in found or ()]), clock.monotonic())
             await asyncio.sleep(LOOK)  # the period of looking
 
     def _own(self, found: list[Connection]) -> list[Connection]:

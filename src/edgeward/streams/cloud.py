@@ -53,8 +53,8 @@ def _payload(data: bytes) -> Any:
 
 
 class StreamsCloud:
-    def __init__(self, client: Client) -> None:
-        self._nc = client
+    def __init__(self, client: Client, *, replicas: int = 1) -> None:
+        self._nc, self._replicas = client, replicas
         self._js = client.jetstream()
 
     async def ensure(self, export: Resource) -> None:
@@ -64,6 +64,7 @@ class StreamsCloud:
             name=f"DATA_{name}",
             subjects=[f"ew.data.{name}.>"],
             storage=StorageType.FILE,
+            num_replicas=self._replicas,
             discard=DiscardPolicy.NEW,
             max_bytes=HARD_CAP,
             allow_direct=True,
