@@ -1,0 +1,300 @@
+"""One call of a function: what the door, the triggers and the dispatcher say to one another, and how a worker is told.
+
+A caller makes an :class:`Event` and a :class:`Call`, an :class:`Invoker` answers with a :class:`Reply` or raises
+:class:`CallFailed`, which knows its problem document (RFC 9457). Below that are the frames of the worker protocol
+(``docs/functions.md``): a length of four bytes, big-endian, and one msgpack array. :class:`Frames` cuts a byte stream
+into frames and refuses what is too long before it is there. Pure: no socket, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from edgeward.core.errors import EdgewardError
+
+#: Bytes of an event's data and of an answer's body that is sent in one piece, unless a function's limits say less.
+MAX_BODY = 6 * 1024 * 1024
+#: Bytes of one frame: a body, and what is around it.
+MAX_FRAME = MAX_BODY + 256 * 1024
+#: Seconds that a call may take where nothing says otherwise.
+DEFAULT_TIMEOUT = 10.0
+
+
+class Http(msgspec.Struct, array_like=True):
+    """The HTTP request that an event came from. Header names in lower case, each header as often as it was sent."""
+
+    method: str = "POST"
+    path: str = "/"
+    query: str = ""
+    headers: list[tuple[str, str]] = []
+    #: Address of the client, without port; empty where not known.
+    client: str = ""
+
+
+class Event(msgspec.Struct, array_like=True):
+    """A CloudEvents 1.0 event; ``specversion`` is always 1.0. Optional attributes are empty when not given."""
+
+    id: str
+    source: str
+    type: str
+    data: bytes = b""
+    datacontenttype: str = ""
+    subject: str = ""
+    time: str = ""  #: RFC 3339
+    extensions: dict[str, str] = {}
+    http: Http | None = None
+
+
+class Call(msgspec.Struct):
+    """One call. ``function`` is ``name`` or ``namespace/name`` (``default`` where left out)."""
+
+    function: str
+    event: Event
+    #: Seconds of the loop's clock (``loop.time()``, monotonic) until which an answer is wanted; 0: what the function's
+    #: own ``limits.timeout`` allows. The earlier of the two counts.
+    deadline: float = 0.0
+    #: A version's digest (or its first 8 or more digits) or an alias; None: as the function's aliases share calls out.
+    version: str | None = None
+    #: Calls with the same key go to the same alias.
+    key: str | None = None
+
+
+class Reply(msgspec.Struct):
+    """The answer: a ``body`` or, when ``chunks`` is given, pieces that must be read to the end or closed (aclose)."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes = b""
+    chunks: AsyncIterator[bytes] | None = None
+    version: str = ""  #: digest of the version that answered
+    invocation: str = ""
+    duration: float = 0.0  #: seconds in the worker and on the way to it
+    cold: bool = False  #: an instance was started for it
+
+
+class Invoker(Protocol):
+    async def invoke(self, call: Call) -> Reply:
+        """The answer of the function. Raises :class:`CallFailed`. Cancelling it gives the call up: the instance that
+        works on it is ended unless it answers within its own deadline."""
+        ...
+
+
+FailKind = Literal[
+    "timeout",  # over its deadline
+    "memory",  # over its memory
+    "crashed",  # its process ended
+    "error",  # the handler raised
+    "too-large",  # event or answer over its bound
+    "busy",  # at its concurrency bound
+    "unavailable",  # no version of it can be started now
+    "unknown",  # there is no such function here
+    "refused",  # this node must not run it: what it requires is not enforced
+]
+STATUS: dict[str, int] = {
+    "timeout": 504,
+    "memory": 502,
+    "crashed": 502,
+    "error": 500,
+    "too-large": 502,
+    "busy": 503,
+    "unavailable": 503,
+    "unknown": 404,
+    "refused": 503,
+}
+_TITLE = {
+    "timeout": "FunctionTimeout",
+    "memory": "FunctionMemory",
+    "crashed": "FunctionCrashed",
+    "error": "FunctionError",
+    "too-large": "FunctionTooLarge",
+    "busy": "FunctionBusy",
+    "unavailable": "FunctionUnavailable",
+    "unknown": "NotFound",
+    "refused": "FunctionRefused",
+}
+
+
+class CallFailed(EdgewardError):
+    """A call without an answer. ``limit`` says which bound was met, e.g. ``{"timeout": "2s"}``."""
+
+    reason = "FunctionError"
+
+    def __init__(
+        self,
+        kind: FailKind,
+        message: str,
+        *,
+        function: str,
+        limit: dict[str, Any] | None = None,
+        invocation: str = "",
+        version: str = "",
+        retry_after: float = 0.0,
+        status: int = 0,
+        **where: Any,
+    ) -> None:
+        super().__init__(message, **{"resource": f"Function/{function}", **where})
+        self.kind, self.function = kind, function
+        self.limit = limit or {}
+        self.invocation, self.version = invocation, version
+        #: Seconds after which it may be tried again; 0: not said.
+        self.retry_after = retry_after
+        self.status = status or STATUS[kind]  # type: ignore[misc]
+        self.exit_code = 5 if kind == "unknown" else 6 if self.status == 503 else 1  # type: ignore[misc]
+
+    def problem(self) -> dict[str, Any]:
+        doc = {"type": f"urn:edgeward:problem:function-{self.kind}", **super().problem(), "title": _TITLE[self.kind]}
+        doc |= {"status": self.status, "function": self.function, "kind": self.kind}
+        if self.limit:
+            doc["limit"] = self.limit
+        for name in ("invocation", "version"):
+            if value := getattr(self, name):
+                doc[name] = value
+        if self.retry_after:
+            doc["retryAfter"] = self.retry_after
+        return doc
+
+    def headers(self) -> list[tuple[str, str]]:
+        """What an HTTP answer that carries the problem has beside it."""
+        found = [("content-type", "application/problem+json")]
+        if self.retry_after:
+            found.append(("retry-after", str(max(1, round(self.retry_after)))))
+        return found
+
+
+# -- frames of the worker protocol -------------------------------------------------------------------------------------
+
+
+class Init(msgspec.Struct, array_like=True, tag=0):
+    """To a new worker, once: what it is to run. It answers ``Ready`` or ``Broken``."""
+
+    namespace: str
+    name: str
+    version: str
+    node: str
+    site: str
+    handler: str  #: ``module:function`` or ``function`` (of the inline source, or of ``main``)
+    inline: str = ""  #: source text; empty: the files in ``folder``
+    folder: str = ""
+    max_body: int = MAX_BODY
+    level: str = "info"
+
+
+class Invoke(msgspec.Struct, array_like=True, tag=1):
+    """To a worker that is ready and has no call: one call. ``left``: seconds until it is ended."""
+
+    id: str
+    left: float
+    event: Event
+
+
+class Ready(msgspec.Struct, array_like=True, tag=16):
+    """From a worker: the handler is loaded."""
+
+    protocol: int = 1
+    sdk: str = ""
+
+
+class Broken(msgspec.Struct, array_like=True, tag=17):
+    """From a worker: the handler cannot be loaded; the worker then ends."""
+
+    message: str
+    trace: str = ""
+
+
+class Result(msgspec.Struct, array_like=True, tag=18):
+    """The whole answer to a call."""
+
+    id: str
+    body: bytes
+    status: int = 200
+    headers: list[tuple[str, str]] = []
+
+
+class Head(msgspec.Struct, array_like=True, tag=19):
+    """The beginning of an answer that comes in pieces: ``Chunk`` as often as need be, then ``End``."""
+
+    id: str
+    status: int = 200
+    headers: list[tuple[str, str]] = []
+
+
+class Chunk(msgspec.Struct, array_like=True, tag=20):
+    id: str
+    data: bytes
+
+
+class End(msgspec.Struct, array_like=True, tag=21):
+    id: str
+
+
+class Raised(msgspec.Struct, array_like=True, tag=22):
+    """The handler raised; ``kind`` is ``error``, ``memory`` or ``too-large``. Ends the call, not the worker."""
+
+    id: str
+    kind: str
+    message: str
+    trace: str = ""
+
+
+class Log(msgspec.Struct, array_like=True, tag=23):
+    """One line of the function's log. ``id`` is empty outside a call; ``level`` is Python's number."""
+
+    id: str
+    level: int
+    time: float
+    message: str
+    fields: dict[str, Any] = {}
+
+
+ToWorker = Init | Invoke
+FromWorker = Result | Head | Chunk | End | Raised | Log | Ready | Broken
+
+_encoder = msgspec.msgpack.Encoder()
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
+
+
+class FrameTooLong(ValueError):
+    """The peer announces a frame over the bound."""
+
+
+def frame(message: Any) -> bytearray:
+    """One message as it goes over the socket."""
+    out = bytearray(4)
+    _encoder.encode_into(message, out, 4)
+    out[:4] = (len(out) - 4).to_bytes(4, "big")
+    return out
+
+
+class Frames:
+    """Cuts what comes from a socket into frames. Raises ``FrameTooLong`` as soon as a length says so."""
+
+    def __init__(self, limit: int = MAX_FRAME) -> None:
+        self._buffer = bytearray()
+        self.limit = limit
+
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[bytes]:
+        """The payloads that ``data`` completes; to be read to the end."""
+        if not self._buffer and len(data) >= 4:
+            # the usual case: exactly one whole frame, not copied twice
+            size = int.from_bytes(data[:4], "big")
+            if size == len(data) - 4 and size <= self.limit:
+                yield bytes(data[4:])
+                return
+        buffer = self._buffer
+        buffer += data
+        at = 0
+        try:
+            while len(buffer) - at >= 4:
+                size = int.from_bytes(buffer[at : at + 4], "big")
+                if size > self.limit:
+                    raise FrameTooLong(f"a frame of {size} bytes; at most {self.limit} are allowed")
+                if len(buffer) - at - 4 < size:
+                    break
+                yield bytes(buffer[at + 4 : at + 4 + size])
+                at += 4 + size
+        finally:
+            del buffer[:at]
