@@ -64,6 +64,14 @@ def test_stuck_is_unacknowledged_and_silent() -> None:
     assert not meter.stuck, "idle"
     meter.look([one(1, 100, unacked=2, silent_ms=11000)])
     assert meter.stuck
+    # a link by satellite, where a packet was lost three times: 1.2 s, then 2.4 and 4.8 more, and its acknowledgement
+    meter.look([one(1, 100, unacked=2, silent_ms=20_000, rtt=1_200_000)])
+    assert not meter.stuck
+    assert meter.patience == 26
+    meter.look([one(1, 100, unacked=2, silent_ms=27_000, rtt=1_200_000)])
+    assert meter.stuck
+    meter.look([one(1, 100, unacked=2, silent_ms=46_000, rtt=30_000_000)])
+    assert meter.stuck, "there is a bound"
 
 
 def test_a_dump_that_is_not_understood_does_no_harm() -> None:

@@ -23,6 +23,8 @@ HUB_DOMAIN = "hub"
 AGENT_USER = "agent"
 SYSTEM_USER = "system"
 _LOOPBACK = "127.0.0.1"
+#: How long the link may take nothing before the server hangs up: longer than a bad link that is there stands still.
+_LINK_WRITE = "2m"
 
 
 def node_domain(node: str) -> str:
@@ -73,6 +75,9 @@ class Cluster:
             "port": port,
             "no_advertise": True,
             "authorization": {"user": user, "password": self.password, "timeout": 5},
+            # a peer is near
+            "ping_interval": "20s",
+            "ping_max": 2,
             "routes": [f"nats-route://{user}:{self.password}@{route}" for route in self.routes],
             "tls": {
                 "cert_file": str(self.cert_file),
@@ -103,8 +108,9 @@ class HubSpec:
     max_file_store: int = 0
     max_memory_store: int = 256 << 20
     max_payload: int = MAX_PAYLOAD
-    #: Seconds between pings; two missed ones end a connection. A node whose beats come is never pinged.
-    ping_interval: int = 20
+    #: Seconds between pings; two missed ones end a connection. A node whose beats come is never pinged. Three of these
+    #: are more than the longest silence of a node that is there (``nodes/liveness.py``).
+    ping_interval: int = 45
     #: Its peers, where the hub is more than one server.
     cluster: Cluster | None = None
 
@@ -138,6 +144,7 @@ class HubSpec:
                 # else every node is told every other node's subscriptions
                 "isolate_leafnode_interest": True,
                 "authorization": {"timeout": 15},
+                "write_deadline": _LINK_WRITE,
             },
             "websocket": {
                 "host": _LOOPBACK,
@@ -215,7 +222,11 @@ class NodeSpec:
             "mqtt": mqtt,
         }
         if self.hub_url:
-            settings["leafnodes"] = {"reconnect": f"{self._reconnect_ms()}ms", "remotes": [self._remote()]}
+            settings["leafnodes"] = {
+                "reconnect": f"{self._reconnect_ms()}ms",
+                "write_deadline": _LINK_WRITE,
+                "remotes": [self._remote()],
+            }
         return settings
 
     def _reconnect_ms(self) -> int:

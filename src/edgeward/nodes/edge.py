@@ -47,7 +47,8 @@ from edgeward.nodes.wire import (
 log = logging.getLogger("edgeward.nodes")
 
 T = TypeVar("T")
-_TIMEOUT = 10.0
+#: Seconds for an answer, and more for each second of the link's round trip.
+_TIMEOUT, _PER_ROUND_TRIP = 10.0, 20.0
 _PUSH = 50
 _EVENTS = 200
 #: Beats that may be on their way at once; each answer comes on a subject that says which it is for.
@@ -171,6 +172,8 @@ class NodeEdge:
     async def _request(self, verb: str, ask: Any, answer: type[T], timeout: float = _TIMEOUT) -> T:
         if self._bus is None:
             raise Unreachable("the link is not started")
+        # a slow link may lose a packet too; asking again would only put the same behind what waits already
+        timeout += _PER_ROUND_TRIP * self._pace.rtt
         subject = f"ew.hub.{verb}.{self.node}"
         began = clock.monotonic()
         try:

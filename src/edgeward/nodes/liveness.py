@@ -16,12 +16,12 @@ import msgspec
 BEAT = 11.0
 #: Seconds of silence after which a peer on a good link is not there.
 DOWN = 14.5
-#: ... and on the worst.
-DOWN_MOST = 60.0
+#: ... and on the worst: a packet that is lost six times in a row at a round trip of 1.2 s is 76 s late.
+DOWN_MOST = 120.0
 #: Seconds between two looks at who is silent.
 LOOK = 0.5
 
-_WINDOW = 32
+_WINDOW = 64
 #: A beat that is less late than this is the scheduler's doing.
 _EARLY = 0.5
 _PER_LATE_SECOND = 25.0
@@ -30,6 +30,10 @@ _OUTAGE = 8.0
 #: A link whose round trip takes longer than this loses more by a lost packet.
 _QUICK = 0.4
 _PER_ROUND_TRIP = 20.0
+#: ... and the same lateness says more of a slow link: what was lost once there may be lost twice.
+_PER_SLOW = 3.0
+#: A slow link gets the most patience until so many beats have shown what it is like.
+_KNOWN = 32
 
 
 class Liveness(msgspec.Struct):
@@ -47,13 +51,18 @@ class Liveness(msgspec.Struct):
     rtt: float = 0.0
     #: The connection is a new one: the present gap says nothing of the link.
     excused: bool = False
+    #: Beats that said something of the link, in all.
+    seen: int = 0
 
     @property
     def patience(self) -> float:
         """Seconds of silence that this link may have: by the second worst of its last beats, for one is an accident."""
+        if self.rtt > _QUICK and self.seen < _KNOWN:
+            return self.most
         worst = sorted(self.late)[-2] if len(self.late) > 1 else 0.0
         slow = _PER_ROUND_TRIP * max(0.0, self.rtt - _QUICK)
-        return min(self.most, self.down_after + slow + (_PER_LATE_SECOND * worst if worst > _EARLY else 0.0))
+        lossy = _PER_LATE_SECOND * worst * max(1.0, _PER_SLOW * self.rtt) if worst > _EARLY else 0.0
+        return min(self.most, self.down_after + slow + lossy)
 
     def beat(self, now: float, *, certain: bool = False) -> bool:
         """A beat was heard; ``certain`` (a fresh start, say) counts as enough. True when that flipped the state."""
@@ -62,6 +71,7 @@ class Liveness(msgspec.Struct):
         # a gap that ended soon was no end: also when it was taken for one
         if self.interval / 2 < gap <= self.interval + _OUTAGE and not self.excused:
             self.late = [*self.late[1 - _WINDOW :], max(0.0, gap - self.interval)]
+            self.seen += 1
         self.heard, self.excused = now, False
         if not self.online and (certain or self.streak >= self.up_after):
             self.online, self.since = True, now

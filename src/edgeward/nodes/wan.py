@@ -41,7 +41,9 @@ _STATES = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11
 ESTABLISHED = 1
 _TIMESTAMPS = 1
 _IP4, _IP6, _TCP, _STAMP = 20, 40, 20, 12
-_STUCK_MS = 10_000
+#: Milliseconds without an acknowledgement after which a connection is stuck; more on a link whose round trip is longer
+#: than this, which loses more by a lost packet, up to a bound.
+_STUCK_MS, _QUICK_MS, _PER_ROUND_TRIP, _STUCK_MOST_MS = 10_000, 400, 20, 45_000
 #: Seconds between two looks at the kernel's list.
 LOOK = 1.0
 #: Seconds that a connection which is not stuck may go without an answer; doubled for each try in vain, to a bound.
@@ -63,6 +65,16 @@ class TcpInfo(msgspec.Struct, frozen=True):
     #: Packets that were sent and not acknowledged, and milliseconds since the last acknowledgement.
     unacked: int = 0
     silent_ms: int = 0
+
+    @property
+    def patience_ms(self) -> float:
+        """Milliseconds that this link may go without an acknowledgement."""
+        return min(_STUCK_MOST_MS, _STUCK_MS + _PER_ROUND_TRIP * max(0.0, self.rtt / 1000 - _QUICK_MS))
+
+    @property
+    def stuck(self) -> bool:
+        """Packets are out, and nothing has been acknowledged for longer than this link takes."""
+        return bool(self.unacked) and self.silent_ms > self.patience_ms
 
     def on_the_link(self, *, ip: int = _IP4) -> tuple[int, int]:
         """(sent, received) bytes on the link with IP and TCP headers, no link layer."""
@@ -201,9 +213,15 @@ class Meter:
 
     @property
     def stuck(self) -> bool:
-        """Packets are out, and nothing has been acknowledged for longer than any link takes."""
+        """All connections are."""
         live = [c for c in self._now.values() if c.state == ESTABLISHED]
-        return bool(live) and all(c.info.unacked and c.info.silent_ms > _STUCK_MS for c in live)
+        return bool(live) and all(c.info.stuck for c in live)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that the present connections may go without an acknowledgement."""
+        live = (c.info.patience_ms for c in self._now.values() if c.state == ESTABLISHED)
+        return max(live, default=_STUCK_MS) / 1000
 
     @property
     def rtt(self) -> float:
@@ -271,7 +289,7 @@ class LinkWatch:
             self._patience = _PATIENCE
         # a connection that is new has had no acknowledgement since the machine was started, so to say: not stuck yet
         elif self.meter.established and (
-            (self.meter.stuck and now - self._since > _STUCK_MS / 1000) or now - self._since > self._patience
+            (self.meter.stuck and now - self._since > self.meter.patience) or now - self._since > self._patience
         ):
             log.info("the link gives no answer, dialling anew")
             # a hub that is only slow must not be dialled by all of its fleet at once, again and again
