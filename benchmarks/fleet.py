@@ -37,7 +37,7 @@ from edgeward.hub.kinds import load
 from edgeward.lab.cluster import Api
 from edgeward.nodes.ancestry import Ancestor
 from edgeward.nodes.edge import NodeEdge
-from edgeward.nodes.wire import HubObject, LocalChange
+from edgeward.nodes.wire import LEVEL, HubObject, LocalChange
 
 #: Nodes of a site.
 SITE = 10
@@ -63,8 +63,18 @@ class Replica:
     def hub_keys(self) -> list[Key]:
         return list(self.objects)
 
+    def strange(self) -> dict[Key, str]:
+        return {}
+
     def apply_sync(
-        self, objects: list[HubObject], *, revision: int, epoch: str, full: bool, line: Sequence[Ancestor] = ()
+        self,
+        objects: list[HubObject],
+        *,
+        revision: int,
+        epoch: str,
+        full: bool,
+        line: Sequence[Ancestor] = (),
+        level: int = LEVEL,
     ) -> tuple[list[Key], list[Key]]:
         if full:
             self.objects.clear()

@@ -23,6 +23,7 @@ from edgeward.core.store_nats import NatsStore
 from edgeward.hub.kinds import load
 from edgeward.nodes.cloud import NodesCloud
 from edgeward.nodes.wire import (
+    LEVEL,
     Decided,
     LocalChange,
     PushAnswer,
@@ -80,9 +81,9 @@ class Fleet:
         msg = await (await self.bus(node)).request(f"ew.hub.{verb}.{node}", data, timeout=30)
         return msgspec.msgpack.decode(msg.data, type=answer)
 
-    async def sync(self, node: str, since: int = 0, epoch: str = "") -> SyncAnswer:
+    async def sync(self, node: str, since: int = 0, epoch: str = "", level: int = LEVEL) -> SyncAnswer:
         """All pages as one."""
-        ask = SyncAsk(since, epoch)
+        ask = SyncAsk(since, epoch, level=level)
         got: SyncAnswer | None = None
         while True:
             page = await self.ask(node, "sync", ask, SyncAnswer)

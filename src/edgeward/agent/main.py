@@ -42,7 +42,7 @@ from edgeward.core.identity import NodeIdentity, inbox_prefix
 from edgeward.core.natsserver import AGENT_USER, NatsServer, NodeSpec
 from edgeward.core.outbox import Outbox
 from edgeward.core.records import SqliteRecords
-from edgeward.core.resource import Key
+from edgeward.core.resource import Key, Resource
 from edgeward.core.resources import Resources
 from edgeward.core.scope import check_local
 from edgeward.core.store import Change
@@ -53,6 +53,7 @@ from edgeward.nodes.calls import CallServer
 from edgeward.nodes.door import Door
 from edgeward.nodes.edge import NodeEdge
 from edgeward.nodes.enrol_edge import Renewer, doors_of
+from edgeward.nodes.older import check_level
 from edgeward.nodes.wan import LinkWatch, redial
 from edgeward.streams.edge import ExportsEdge
 from edgeward.workloads.edge import AppsEdge
@@ -114,8 +115,9 @@ class Agent:
         self.replica = Replica(data / "replica.db", site=self.site, vault=self.vault)
         self.records = SqliteRecords(data / "records.db")
         self.audit = Audit(data / "audit.db")
-        self.resources = Resources(self.replica, self.audit, lambda new, old: check_local(new, old, self.site))
+        self.resources = Resources(self.replica, self.audit, self._may_write)
         self.link = NodeEdge(self.node, self.replica, self.records, self._flipped)
+        self.link.on_strange = self._report_node
         self.desired = Desired(self.replica, self.node, self.site)
         self.apps = AppsEdge(
             node=self.node,
@@ -345,6 +347,13 @@ class Agent:
 
     # -- what the rooms say ----------------------------------------------------------------------------------------
 
+    def _may_write(self, new: Resource | None, old: Resource | None) -> None:
+        """Raises what the hub would refuse, and what a hub of an earlier release could not read."""
+        check_local(new, old, self.site)
+        here = new or old
+        if here is not None and self.replica.hub_level is not None:
+            check_level(new, here.key, self.replica.hub_level)
+
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -395,6 +404,11 @@ class Agent:
                 "enforced": self.apps.enforced(),
                 "secrets": {"sealed": True, "key": self.vault.source},
                 "audit": {"last": head.seq, "hash": head.hash} if (head := self._audit_head()) else {},
+                **(
+                    {"notUnderstood": [str(k) for k in sorted(strange)[:20]]}
+                    if (strange := self.replica.strange())
+                    else {}
+                ),
             }
         )
 

@@ -6,6 +6,9 @@ side if there is one, else the hub's side with this site's Override applied. A s
 person only the local one; they meet when the hub decides a change (see ``nodes/merge.py``), and the loser goes to the
 journal. Every write is one transaction of a WAL database with synchronous=FULL: a SIGKILL or a torn last write leaves
 the state before it or after it.
+
+What a newer hub (or a newer agent that ran here before) wrote and this release cannot read stops nothing: the object
+stays as it was last understood, :meth:`Replica.strange` says so, and an agent of another release asks for all anew.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from edgeward.core import clock
-from edgeward.core.errors import EdgewardError
+from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.registry import kinds
 from edgeward.core.resource import (
     CLUSTER,
@@ -34,7 +37,7 @@ from edgeward.core.store import Entry, Store, same_desired
 from edgeward.core.store_sqlite import open_database
 from edgeward.core.vault import Plain, Vault
 from edgeward.nodes.ancestry import Ancestor, newer_than
-from edgeward.nodes.wire import HubObject, LocalChange
+from edgeward.nodes.wire import LEVEL, HubObject, LocalChange
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS replica(
@@ -92,12 +95,23 @@ class Replica(Store):
         #: The epochs that the hub's present store was restored from.
         self.line: list[Ancestor] = msgspec.json.decode(meta.get("line") or "[]", type=list[Ancestor])
         self._seq = int(meta.get("seq", 0))
+        #: The hub's level; None of one that was never heard.
+        self.hub_level: int | None = int(meta["hub_level"]) if "hub_level" in meta else None
+        #: What the hub holds and this release cannot read: the hub's revision, and why.
+        self._strange: dict[Key, tuple[int, str]] = {}
+        self._strange_kept = meta.get("strange") or "[]"
+        for *at, known, why in msgspec.json.decode(self._strange_kept):
+            self._strange[Key(*at)] = (known, why)
+        #: Rows on the disk that this release cannot read and leaves as they are.
+        self._unread: set[Key] = set()
         #: Random id of this file, so that a wiped node's numbers are not taken for the old one's.
         self.store_id = meta.get("store") or self.set_meta("store", clock.new_id(12))
         self.revision = int(meta.get("revision", 0))
         plain = [key for row in self._db.execute("SELECT * FROM replica") if (key := self._load(row)) is not None]
         if plain:
             self._save(plain)  # from a release that kept secrets in plain
+        if self._strange or self._unread or meta.get("level") != str(LEVEL):
+            self.hub_revision = 0  # another release reads more, or less: it asks for all
         for key in self._rows:
             resource = self._effective(key)
             row = self._rows[key]
@@ -113,14 +127,24 @@ class Replica(Store):
     def _load(self, row: tuple[Any, ...]) -> Key | None:
         """Takes a row; its key when it holds secrets that are not sealed."""
         kind, ns, name, revision, seen, hub_rev, hub, hub_status, op, local, seq, base, at, actor, status, first = row
+        try:
+            theirs, mine = (self._vault.decode(side) if side else None for side in (hub, local))
+        except (
+            Invalid,
+            msgspec.ValidationError,
+        ) as e:  # a newer release's: an agent of that release finds it here again
+            self._unread.add(Key(kind, ns, name))
+            if hub:
+                self._strange[Key(kind, ns, name)] = (hub_rev, str(e))
+            return None
         self._rows[Key(kind, ns, name)] = _Row(
             revision,
             seen,
             hub_rev,
-            self._vault.decode(hub) if hub else None,
+            theirs,
             msgspec.json.decode(hub_status) if hub_status else {},
             op or "",
-            self._vault.decode(local) if local else None,
+            mine,
             seq or 0,
             base or 0,
             at or 0.0,
@@ -182,8 +206,10 @@ class Replica(Store):
                 row = self._rows.get(key)
                 at = (key.kind, key.namespace, key.name)
                 if row is None:
-                    self._db.execute("DELETE FROM replica WHERE kind=? AND namespace=? AND name=?", at)
+                    if key not in self._unread:
+                        self._db.execute("DELETE FROM replica WHERE kind=? AND namespace=? AND name=?", at)
                     continue
+                self._unread.discard(key)
                 self._db.execute(
                     "INSERT OR REPLACE INTO replica VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                     (
@@ -257,6 +283,9 @@ class Replica(Store):
                 row.revision = row.seen = revision
             moved.append((revision, key, resource, False))
         try:
+            strange = [(k.kind, k.namespace, k.name, *what) for k, what in self._strange.items()]
+            if (text := msgspec.json.encode(strange).decode()) != self._strange_kept:
+                meta["strange"] = text
             self._save(touched, revision=str(revision), seq=str(self._seq), **meta)
         except BaseException:
             for key, was in before.items():
@@ -271,6 +300,7 @@ class Replica(Store):
                 else:
                     self._by_kind.setdefault("Override", {})[key] = entry
             raise
+        self._strange_kept = meta.get("strange", self._strange_kept)
         for rev, key, resource, status_only in moved:
             self._changed(rev, key, resource, status_only=status_only)
 
@@ -343,16 +373,28 @@ class Replica(Store):
         row = self._rows.get(key)
         return bool(row and row.op)
 
+    def strange(self) -> dict[Key, str]:
+        """What the hub holds for this node and this release cannot read, and why."""
+        return {key: why for key, (_, why) in self._strange.items()}
+
     def hub_view(self) -> str:
         """The fingerprint of the hub's side, to be compared with the hub's own."""
-        return fingerprint((k, r.hub_revision) for k, r in self._rows.items() if r.hub is not None)
+        held = {k: r.hub_revision for k, r in self._rows.items() if r.hub is not None}
+        return fingerprint((held | {k: revision for k, (revision, _) in self._strange.items()}).items())
 
     def hub_keys(self) -> list[Key]:
         """All that the hub's side holds."""
-        return [k for k, r in self._rows.items() if r.hub is not None]
+        return [*(k for k, r in self._rows.items() if r.hub is not None and k not in self._strange), *self._strange]
 
     def apply_sync(
-        self, objects: list[HubObject], *, revision: int, epoch: str, full: bool, line: Sequence[Ancestor] = ()
+        self,
+        objects: list[HubObject],
+        *,
+        revision: int,
+        epoch: str,
+        full: bool,
+        line: Sequence[Ancestor] = (),
+        level: int = LEVEL,
     ) -> Kept:
         """Takes the hub's state; ``full`` says that what is not among ``objects`` is gone.
 
@@ -362,18 +404,30 @@ class Replica(Store):
         limit = newer_than(self.epoch, self.line, epoch, line) if full else None
         ahead = self._ahead(limit) if limit is not None else {}
         before: dict[Key, _Row | None] = {}
+        strange = dict(self._strange)
         for o in objects:
             row = self._touch(before, o.key)
             self._set_hub(o.key, row, o)
         if full:
             named = {o.key for o in objects}
-            for key in [k for k, r in self._rows.items() if r.hub is not None and k not in named]:
+            for key in [k for k in self.hub_keys() if k not in named]:
                 self._set_hub(key, self._touch(before, key), None)
         kept = self._keep(ahead, before)
         if epoch != self.epoch:
             self.line = list(line)
-        self._commit(before, hub_revision=str(revision), epoch=epoch, line=msgspec.json.encode(self.line).decode())
-        self.hub_revision, self.epoch = revision, epoch
+        try:
+            self._commit(
+                before,
+                hub_revision=str(revision),
+                epoch=epoch,
+                line=msgspec.json.encode(self.line).decode(),
+                level=str(LEVEL),
+                hub_level=str(level),
+            )
+        except BaseException:
+            self._strange = strange
+            raise
+        self.hub_revision, self.epoch, self.hub_level = revision, epoch, level
         return kept
 
     def _ahead(self, limit: int) -> dict[Key, tuple[Resource, int]]:
@@ -422,13 +476,21 @@ class Replica(Store):
         return base
 
     def _set_hub(self, key: Key, row: _Row, o: HubObject | None) -> None:
+        self._strange.pop(key, None)
         if o is None or o.stored is None:
             row.hub, row.hub_status = None, {}
             row.hub_revision = o.revision if o else row.hub_revision
             if not row.op:
                 del self._rows[key]
         else:
-            row.hub = from_stored(o.stored)
+            try:
+                row.hub = from_stored(o.stored)
+            except EdgewardError as e:
+                # it stays as it was last understood, and a change made here is one of what was understood
+                self._strange[key] = (o.revision, str(e))
+                if row.hub is None and not row.op:
+                    del self._rows[key]
+                return
             row.hub_revision = o.revision
             row.hub_status = o.status or {}
 

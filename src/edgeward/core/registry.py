@@ -70,6 +70,9 @@ class Kind:
     at_hub_only: bool = False
     #: The level of the sync (``SyncAsk.level``) from which on agents know the kind; older ones do not get it.
     level: int = 0
+    #: Fields that the kind got later, by their path in the spec (``health.grpc``), and the level from which on agents
+    #: know them; older ones get the object without.
+    newer: Mapping[str, int] = field(default_factory=dict)
     #: Version of the stored spec. ``upgrades[n]`` turns the plain spec of version n into version n + 1.
     schema: int = 1
     upgrades: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)

@@ -46,9 +46,11 @@ from edgeward.core.store_nats import NatsStore
 from edgeward.nodes.ancestry import Ancestor, base_now
 from edgeward.nodes.liveness import LOOK, Liveness
 from edgeward.nodes.merge import Side, decide
+from edgeward.nodes.older import left_out, put_back, trimmed
 from edgeward.nodes.reach import check_known, check_refs, own_status, pinned, went_back
 from edgeward.nodes.views import STATUS_DOWN, SiteView, Views
 from edgeward.nodes.wire import (
+    LEVEL,
     BeatAnswer,
     BeatAsk,
     Decided,
@@ -128,7 +130,11 @@ class NodesCloud:
         self._reporters: dict[str, set[str]] = {}
         #: node -> the revision of its view that an answer to a beat named last
         self._told: dict[str, int] = {}
-        self._encoded: dict[tuple[Key, int, int], bytes] = {}
+        self._encoded: dict[tuple[Key, int, int, int], bytes] = {}
+        #: node -> the level of its release, where it is older than this one's (``nodes/older.py``)
+        self._levels: dict[str, int] = {}
+        #: node -> what it is not told for that
+        self._untold: dict[str, list[str]] = {}
         self._encoded_size = 0
         #: What the enrolment says of a node's identity: members of its status, ``revoked`` always among them.
         self.identity: Callable[[str], dict[str, Any]] = lambda node: {"revoked": False}
@@ -142,6 +148,7 @@ class NodesCloud:
         if self._peers is not None:
             self._peers.listen("heard", self._heard_by_peer)
             self._peers.listen("report", self._reported_to_peer)
+            self._peers.listen("level", self._level_of_peer)
             self._peers.on_change.append(self._lead)
         for node in self._store.items("Node"):
             name = node.metadata.name
@@ -153,6 +160,8 @@ class NodesCloud:
                     self._reported(name, what, status)
                 self._node_reports[name] = doc.get("node", {})
                 self._event_seq[name] = tuple(doc.get("events") or ("", 0))
+                if "level" in doc:
+                    self._levels[name], self._untold[name] = doc["level"], doc.get("untold", [])
             # the last state known stands until the node is heard of, or stays silent for long enough
             live = self._live[name] = Liveness()
             live.online = bool(node.status.get("online"))
@@ -291,18 +300,19 @@ class NodesCloud:
 
     # -- sync ---------------------------------------------------------------------------------------------------------
 
-    def _object(self, key: Key, resource: Resource | None, revision: int) -> HubObject:
+    def _object(self, key: Key, resource: Resource | None, revision: int, level: int = LEVEL) -> HubObject:
         if resource is None:
             return HubObject(key.kind, key.namespace, key.name, revision)
         status = resource.status if key.kind in STATUS_DOWN and resource.status else None
-        return HubObject(key.kind, key.namespace, key.name, revision, to_stored(resource), status)
+        stored = trimmed(to_stored(resource), level)
+        return HubObject(key.kind, key.namespace, key.name, revision, stored, status)
 
-    def _packed(self, key: Key, entry: Entry) -> bytes:
+    def _packed(self, key: Key, entry: Entry, level: int) -> bytes:
         """A present object as it goes over the link; nodes of one site, and all for what is everywhere, share it."""
-        which = (key, entry.revision, entry.seen if key.kind in STATUS_DOWN else 0)
+        which = (key, entry.revision, entry.seen if key.kind in STATUS_DOWN else 0, level)
         data = self._encoded.get(which)
         if data is None:
-            data = msgspec.msgpack.encode(self._object(key, entry.resource, entry.revision))
+            data = msgspec.msgpack.encode(self._object(key, entry.resource, entry.revision, level))
             if self._encoded_size > _ENCODED:
                 self._encoded.clear()
                 self._encoded_size = 0
@@ -330,7 +340,8 @@ class NodesCloud:
         names: list[Key] | None = None
         gone: dict[Key, int] = {}
         # a release that does not know a kind cannot read it; it does not get it
-        newer = {k.name for k in kinds if k.level > ask.level}
+        level = min(ask.level, LEVEL)
+        newer = self._newer(level)
         if full:
             keys = list(mine.entries)
         else:
@@ -344,7 +355,7 @@ class NodesCloud:
         for key in wanted:
             entry = self._store.entry(key) if key not in gone else None
             packed = (
-                self._packed(key, entry)
+                self._packed(key, entry, level)
                 if entry is not None
                 else msgspec.msgpack.encode(self._object(key, None, gone.get(key, now)))
             )
@@ -353,6 +364,8 @@ class NodesCloud:
                 break
             page.append(msgspec.Raw(packed))
         more = len(page) < len(wanted)
+        if not more and self._speaks(node, level, mine) and self._peers is not None:
+            await self._peers.tell("level", msgspec.msgpack.encode((node, level, self._untold.get(node, []))))
         line = self._line if ask.epoch != self._store.epoch else []
         return SyncAnswer(
             self._store.epoch,
@@ -363,7 +376,38 @@ class NodesCloud:
             "" if more else self._print(mine, newer),
             line=line,
             names=None if more or names is None else [(k.kind, k.namespace, k.name) for k in names],
+            level=LEVEL,
         )
+
+    @staticmethod
+    def _newer(level: int) -> set[str]:
+        return {k.name for k in kinds if k.level > level}
+
+    def _speaks(self, node: str, level: int, mine: SiteView) -> bool:
+        """A node's level, as it said it just now; what an older one is not told stands in its status. True: news."""
+        found = (self._store.entry(k) for k in mine.entries) if level < LEVEL else ()
+        untold = left_out((e.resource for e in found if e is not None), level)
+        if self._levels.get(node, LEVEL) == level and self._untold.get(node, []) == untold:
+            return False
+        self._take_level(node, level, untold)
+        return True
+
+    def _level_of_peer(self, data: bytes) -> None:
+        node, level, untold = msgspec.msgpack.decode(data, type=tuple[str, int, list[str]])
+        if self._store.find(Key("Node", CLUSTER, node)) is not None:
+            self._take_level(node, level, untold)
+
+    def _take_level(self, node: str, level: int, untold: list[str]) -> None:
+        if untold != self._untold.get(node, []):
+            self._node_status.add(node)
+        if level < LEVEL:
+            self._levels[node], self._untold[node] = level, untold
+        else:
+            self._levels.pop(node, None)
+            self._untold.pop(node, None)
+        if untold:
+            log.info("node %s is of an earlier release and is not told of: %s", node, ", ".join(untold))
+        self._persist.add(node)
 
     @staticmethod
     def _print(view: SiteView, newer: set[str]) -> str:
@@ -418,7 +462,8 @@ class NodesCloud:
         self._place(node, None)
         for what in self._reports.get(node, {}):
             self._reporters.get(what, set()).discard(node)
-        for known in (self._live, self._reports, self._node_reports, self._event_seq, self._runs, self._told):
+        heard = (self._live, self._reports, self._node_reports, self._event_seq, self._runs, self._told)
+        for known in (*heard, self._levels, self._untold):
             known.pop(node, None)
         for key in self._views.of(site, self._store.revision).entries:
             if self._folds(key.kind):
@@ -485,10 +530,11 @@ class NodesCloud:
         entry = self._store.entry(key)
         if entry is None:
             return self._object(key, None, self._store.revision)
+        level = self._levels.get(node, LEVEL)
         seen = key in self._view(node).entries
         if not seen and change.stored is not None:
-            seen = to_stored(entry.resource).spec == change.stored.spec
-        return self._object(key, entry.resource if seen else None, entry.revision)
+            seen = trimmed(to_stored(entry.resource), level).spec == change.stored.spec
+        return self._object(key, entry.resource if seen else None, entry.revision, level)
 
     def _shared(self, key: Key, site: str, resource: Resource) -> bool:
         """Whether other sites have the object too."""
@@ -517,7 +563,8 @@ class NodesCloud:
             "site": site, "node": node, "actor": change.actor, "op": change.op, "madeAt": clock.timestamp(change.time),
         }  # fmt: skip
         try:
-            local = from_stored(change.stored) if change.stored is not None else None
+            level = self._levels.get(node, LEVEL)
+            local = from_stored(put_back(change.stored, hub, level)) if change.stored is not None else None
             check_known(key, site, there=hub is not None, known=known(key))
             if local is not None:
                 if local.key != key:
@@ -663,7 +710,7 @@ class NodesCloud:
         leader = self._peers.leader if self._peers is not None else self.run_id
         answer = BeatAnswer(mine.changed, leader, self._store.epoch, short=True)
         if ask is not None and ask.view:
-            answer.sync = ask.view != mine.print
+            answer.sync = ask.view != self._print(mine, self._newer(self._levels.get(node, LEVEL)))
             answer.revision = 0  # the fingerprint says it better
         # a few nodes need no order; of many each takes its turn
         if len(self._live) > _WELCOME // 10:
@@ -720,6 +767,8 @@ class NodesCloud:
         identity = self.identity(node)
         online = live.online and not identity["revoked"]  # by whichever hub process
         status = {**self._node_reports.get(node, {}), "online": online, **identity}
+        if untold := self._untold.get(node):
+            status["notTold"] = untold
         old = self._store.get(key).status
         if old.get("online") == online:
             status["since"] = old.get("since", "")
@@ -760,13 +809,14 @@ class NodesCloud:
         self._gathered.discard(("persist", node))
         if self._store.find(Key("Node", CLUSTER, node)) is None or not self._leads:
             return None
-        doc = msgspec.json.encode(
-            {
-                "statuses": self._reports.get(node, {}),
-                "node": self._node_reports.get(node, {}),
-                "events": self._event_seq.get(node, ("", 0)),
-            }
-        )
+        known: dict[str, Any] = {
+            "statuses": self._reports.get(node, {}),
+            "node": self._node_reports.get(node, {}),
+            "events": self._event_seq.get(node, ("", 0)),
+        }
+        if node in self._levels:
+            known |= {"level": self._levels[node], "untold": self._untold.get(node, [])}
+        doc = msgspec.json.encode(known)
         if doc != self._store.fact(f"report.{node}"):
             await self._store.set_fact(f"report.{node}", doc)
         return None

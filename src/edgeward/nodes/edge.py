@@ -29,6 +29,7 @@ from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key
 from edgeward.nodes.ancestry import Ancestor
 from edgeward.nodes.liveness import LOOK, Liveness, Pace
+from edgeward.nodes.older import UNSAID
 from edgeward.nodes.wire import (
     LEVEL,
     BeatAnswer,
@@ -65,8 +66,16 @@ class ReplicaLike(Protocol):
     def pending(self) -> list[LocalChange]: ...
     def hub_view(self) -> str: ...
     def hub_keys(self) -> list[Key]: ...
+    def strange(self) -> dict[Key, str]: ...
     def apply_sync(
-        self, objects: list[HubObject], *, revision: int, epoch: str, full: bool, line: Sequence[Ancestor] = ()
+        self,
+        objects: list[HubObject],
+        *,
+        revision: int,
+        epoch: str,
+        full: bool,
+        line: Sequence[Ancestor] = (),
+        level: int = ...,
     ) -> tuple[list[Key], list[Key]]: ...
     def resolve(self, seq: int, now: HubObject) -> None: ...
     def meta(self, name: str) -> str: ...
@@ -109,6 +118,9 @@ class NodeEdge:
         self._full = True
         self._node_status: dict[str, Any] = {}
         self._node_dirty = False
+        #: What was said to be not understood.
+        self._strange = replica.strange()
+        self.on_strange: Callable[[], None] | None = None
         self.counters = {"beats": 0, "syncs": 0, "full_syncs": 0, "pushed": 0, "reports": 0}
 
     @property
@@ -343,9 +355,15 @@ class NodeEdge:
                 gone = [k for k in self._replica.hub_keys() if k not in keep]
                 objects += [HubObject(k.kind, k.namespace, k.name, answer.revision) for k in gone]
             stayed, lost = self._replica.apply_sync(
-                objects, revision=answer.revision, epoch=answer.epoch, full=answer.full, line=answer.line
+                objects,
+                revision=answer.revision,
+                epoch=answer.epoch,
+                full=answer.full,
+                line=answer.line,
+                level=answer.level or UNSAID,
             )
             await self._restored(stayed, lost)
+            await self._say_strange()
             self.counters["syncs"] += 1
             self.counters["full_syncs"] += answer.full
             self.synced.set()
@@ -354,6 +372,21 @@ class NodeEdge:
             log.info("the replica differs from the hub's view, asking for all of it")
         if pages == 1:
             raise EdgewardError("the replica differs from the hub's view after a full sync")
+
+    async def _say_strange(self) -> None:
+        """What the hub holds for this node and this release cannot read: it stays as it was, and that is said."""
+        strange = self._replica.strange()
+        for key, why in strange.items():
+            if self._strange.get(key) == why:
+                continue
+            message = f"this node's release does not understand it; it stays as it was here: {why} (upgrade the node)"
+            record = {"type": "Warning", "reason": "NotUnderstood", "resource": str(key), "message": message}
+            log.warning("%s: %s", key, message)
+            await self._records.append("events", record)
+            self.wake_events()
+        if strange != self._strange and self.on_strange is not None:
+            self.on_strange()
+        self._strange = strange
 
     async def _restored(self, stayed: list[Key], lost: list[Key]) -> None:
         """Says what the site has that its hub lost by a restore, and has it sent."""

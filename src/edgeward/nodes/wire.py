@@ -48,14 +48,15 @@ class LocalChange(msgspec.Struct, omit_defaults=True):
         return Key(self.kind, self.namespace, self.name)
 
 
-#: The level of this release: it knows Role and AccessToken.
-LEVEL = 1
+#: The level of this release, one more whenever the kinds or their fields become more: what was added names it
+#: (``Kind.level``, ``Kind.newer``). 1: Role, AccessToken. 2: all that came after the release in tests/data.
+LEVEL = 2
 
 
 class SyncAsk(msgspec.Struct, omit_defaults=True):
     """``since``/``epoch``: what the node has. ``after``: continue a paged answer behind this key.
 
-    ``level``: kinds up to this level are known to the node (:attr:`edgeward.core.registry.Kind.level`).
+    ``level``: kinds and fields up to this level are known to the node (:attr:`edgeward.core.registry.Kind.level`).
     """
 
     since: int
@@ -69,6 +70,7 @@ class SyncAnswer(msgspec.Struct, omit_defaults=True):
 
     ``line``: which stores this one was restored from, for a node that comes from another epoch.
     ``names``: the keys of all it may keep, when the hub does not know any more what left its view (last page only).
+    ``level``: the hub's; 0 of a release that does not say.
     """
 
     epoch: str = ""
@@ -80,6 +82,7 @@ class SyncAnswer(msgspec.Struct, omit_defaults=True):
     error: str = ""
     line: list[Ancestor] = []
     names: list[tuple[str, str, str]] | None = None
+    level: int = 0
 
 
 class PushAsk(msgspec.Struct, omit_defaults=True):
