@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from edgeward.workloads import cgroup
+from edgeward.core import cgroup
 
 HOG = "import time\nx = []\nwhile True:\n    x.append(b'x' * 1_000_000)\n    time.sleep(0.005)\n"
 

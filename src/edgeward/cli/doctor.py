@@ -385,7 +385,7 @@ def _sync_time(folder: Path) -> float | None:
 
 
 def _kernel() -> list[Check]:
-    from edgeward.workloads import cgroup
+    from edgeward.core import cgroup
 
     host = cgroup.host()
     features: dict[str, bool | None] = {

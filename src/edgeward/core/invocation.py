@@ -47,6 +47,13 @@ class Event(msgspec.Struct, array_like=True):
     extensions: dict[str, str] = {}
     http: Http | None = None
 
+    def json(self) -> Any:
+        """The data, read as JSON; raises ``ValueError``."""
+        return msgspec.json.decode(self.data)
+
+    def text(self) -> str:
+        return self.data.decode()
+
 
 class Call(msgspec.Struct):
     """One call. ``function`` is ``name`` or ``namespace/name`` (``default`` where left out)."""
@@ -175,9 +182,8 @@ class Init(msgspec.Struct, array_like=True, tag=0):
     version: str
     node: str
     site: str
-    handler: str  #: ``module:function`` or ``function`` (of the inline source, or of ``main``)
-    inline: str = ""  #: source text; empty: the files in ``folder``
-    folder: str = ""
+    handler: str  #: ``module:function``, or ``function`` of the module ``main``
+    files: dict[str, str] = {}  #: relative path to text; inline source is ``main.py``
     max_body: int = MAX_BODY
     level: str = "info"
 
@@ -188,6 +194,14 @@ class Invoke(msgspec.Struct, array_like=True, tag=1):
     id: str
     left: float
     event: Event
+
+
+class Jailed(msgspec.Struct, array_like=True, tag=15):
+    """From what starts a worker, before the function's code is there: what is enforced on it, and what is not (why)."""
+
+    pid: int
+    enforced: list[str]
+    refused: dict[str, str] = {}
 
 
 class Ready(msgspec.Struct, array_like=True, tag=16):
@@ -250,7 +264,7 @@ class Log(msgspec.Struct, array_like=True, tag=23):
 
 
 ToWorker = Init | Invoke
-FromWorker = Result | Head | Chunk | End | Raised | Log | Ready | Broken
+FromWorker = Result | Jailed | Head | Chunk | End | Raised | Log | Ready | Broken
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from edgeward.core import clock, proc
+from edgeward.core import cgroup, clock, proc
 from edgeward.core.errors import EdgewardError, NotFound
 from edgeward.core.files import ensure_dir
 from edgeward.core.quantity import parse_bytes, parse_duration
@@ -27,7 +27,7 @@ from edgeward.core.reconcile import Loop
 from edgeward.core.registry import extensions
 from edgeward.core.resource import Resource
 from edgeward.core.vault import Vault
-from edgeward.workloads import cgroup, health, logs
+from edgeward.workloads import health, logs
 from edgeward.workloads.logs import Growth
 from edgeward.workloads.plan import (
     Adopt,

@@ -19,12 +19,11 @@ from typing import Any, Protocol
 
 import msgspec
 
-from edgeward.core import proc
+from edgeward.core import cgroup, proc
 from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.files import ensure_dir
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.registry import extensions
-from edgeward.workloads import cgroup
 from edgeward.workloads.spec import AppSpec, check_path, substitute
 from edgeward.workloads.state import InstanceRow, Snapshot
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -173,3 +174,43 @@ def remove(node: str, instance: str) -> None:
     for group in _dirs(node, instance):
         with contextlib.suppress(OSError):
             group.rmdir()
+
+
+def kill(node: str, instance: str) -> bool:
+    """Ends every process of the groups. False when some may be left: then it has to be called again."""
+    left = False
+    for group in _dirs(node, instance):
+        if not group.is_dir():
+            continue
+        with contextlib.suppress(OSError):
+            (group / "cgroup.kill").write_text("1")  # v2 since Linux 5.14
+        with contextlib.suppress(OSError, ValueError):
+            for pid in (group / "cgroup.procs").read_text().split():
+                # read and signalled at once: in that time no number goes round to a stranger
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+                left = True
+    return not left
+
+
+def out_of_memory(node: str, instance: str) -> int:
+    """How many of its processes the kernel ended because the group was over its memory."""
+    root = host().roots.get("memory")
+    if root is None:
+        return 0
+    name = "memory.events" if host().version == 2 else "memory.oom_control"
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / node / instance / name).read_text().splitlines():
+            what, _, count = line.partition(" ")
+            if what == "oom_kill":
+                return int(count)
+    return 0
+
+
+def leftovers(node: str, prefix: str) -> list[str]:
+    """Instances whose groups are still there and whose names begin so."""
+    found = set()
+    for root in set(host().roots.values()):
+        with contextlib.suppress(OSError):
+            found |= {p.name for p in (root / node).iterdir() if p.is_dir() and p.name.startswith(prefix)}
+    return sorted(found)

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from edgeward.core import proc
-from edgeward.workloads import cgroup
-from edgeward.workloads.cgroup import Limits
+from edgeward.core import cgroup, proc
+from edgeward.core.cgroup import Limits
 
 NODE = f"test-{os.getpid()}"
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -118,7 +117,7 @@ def test_a_group_that_somebody_else_made_is_not_ours() -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root: to be another user than the group's owner")
     script = (
-        "import os, sys, pathlib; from edgeward.workloads import cgroup; os.setegid(65534); os.seteuid(65534);"
+        "import os, sys, pathlib; from edgeward.core import cgroup; os.setegid(65534); os.seteuid(65534);"
         "cgroup._ROOT = pathlib.Path(sys.argv[1]); print(cgroup.available(), cgroup.host().why)"
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,159 @@
+"""A function's log: one JSON line each, two files that together never pass the cap, the oldest half goes first.
+
+The plane is the only writer, so the cap is kept to the byte. Lines are gathered for a moment and written together; what
+would have to wait longer than the buffer allows is counted and said. Readers (``tail``, ``follow``) filter here, at the
+edge, before anything leaves the node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgeward.core.errors import Invalid
+
+#: Bytes that wait to be written; more are dropped and counted.
+_BUFFER = 1 << 20
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+_encode = msgspec.json.Encoder().encode
+
+
+class Line(msgspec.Struct, omit_defaults=True):
+    time: str
+    level: str
+    message: str
+    invocation: str = ""
+    version: str = ""
+    fields: dict[str, Any] = {}
+
+
+def level_name(level: int) -> str:
+    """The name of the highest level that a number reaches."""
+    return next((name for name, n in reversed(LEVELS.items()) if level >= n), "debug")
+
+
+class LogFile:
+    """What one function wrote on this node."""
+
+    def __init__(self, path: Path, cap: int) -> None:
+        self.path, self.cap = path, cap
+        self._old = path.with_name(path.name + ".1")
+        self._buffer = bytearray()
+        #: Lines that were lost because the disk could not keep up, or was full.
+        self.dropped = 0
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def add(self, line: Line) -> bool:
+        """Takes a line; True when it is the first that waits for :meth:`flush`."""
+        data = _encode(line)
+        if len(self._buffer) + len(data) > _BUFFER or len(data) > self.cap // 4:
+            self.dropped += 1
+            return False
+        first = not self._buffer
+        self._buffer += data
+        self._buffer += b"\n"
+        return first
+
+    def flush(self) -> None:
+        """Writes what waits. A disk that is full costs the lines, not the function."""
+        data, self._buffer = bytes(self._buffer), bytearray()
+        half = self.cap // 2
+        try:
+            size = self.path.stat().st_size
+        except OSError:
+            size = 0
+        try:
+            while data:
+                room = half - size
+                cut = len(data) if len(data) <= room else data.rfind(b"\n", 0, max(0, room)) + 1
+                if cut:
+                    with self.path.open("ab") as f:
+                        f.write(data[:cut])
+                    data = data[cut:]
+                if data:
+                    if self.path.exists():
+                        self.path.replace(self._old)
+                    size = 0
+        except OSError:
+            self.dropped += data.count(b"\n")
+
+    def remove(self) -> None:
+        for path in (self.path, self._old):
+            path.unlink(missing_ok=True)
+
+    def end(self) -> int:
+        """Where a follower begins."""
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
+
+    def lines(self, wanted: Callable[[Line], bool], tail: int) -> list[Line]:
+        """The last ``tail`` lines that are wanted, oldest first."""
+        found: list[Line] = []
+        for path in (self.path, self._old):
+            try:
+                data = path.read_bytes()
+            except OSError:
+                continue
+            for line in _decoded(reversed(data.splitlines())):
+                if len(found) >= tail:
+                    break
+                if wanted(line):
+                    found.append(line)
+        return found[::-1]
+
+    def read(self, at: int) -> tuple[list[Line], int]:
+        """What came behind byte ``at``, and where it ends; a file that was begun anew is read from its beginning."""
+        size = self.end()
+        if size < at:
+            at = 0
+        if size == at:
+            return [], at
+        with self.path.open("rb") as f:
+            f.seek(at)
+            data = f.read(_BUFFER)
+        whole = data.rfind(b"\n") + 1
+        return list(_decoded(data[:whole].splitlines())), at + whole
+
+
+def _decoded(lines: Any) -> Iterator[Line]:
+    for line in lines:
+        with contextlib.suppress(msgspec.DecodeError):
+            yield msgspec.json.decode(line, type=Line)
+
+
+def wanted(*, level: str = "", since: str = "", pattern: str = "", invocation: str = "") -> Callable[[Line], bool]:
+    """What a reader asked for; ``since`` is a timestamp. Raises ``Invalid``."""
+    if level and level not in LEVELS:
+        raise Invalid(f"{level[:20]!r} is no level", field="?level", remedy=", ".join(LEVELS))
+    if len(pattern) > 200:
+        raise Invalid("is too long", field="?grep", remedy="at most 200 characters")
+    try:
+        regex = re.compile(pattern) if pattern else None
+    except re.error as e:
+        raise Invalid(f"is no regular expression: {e}", field="?grep") from None
+    least = LEVELS.get(level, 0)
+
+    def is_wanted(line: Line) -> bool:
+        return (
+            LEVELS.get(line.level, 0) >= least
+            and line.time >= since
+            and (not invocation or line.invocation == invocation)
+            and (regex is None or regex.search(line.message) is not None)
+        )
+
+    return is_wanted
+
+
+def text_of(line: Line) -> str:
+    """A line for people."""
+    fields = "".join(f" {k}={v}" for k, v in line.fields.items())
+    where = f" {line.invocation}" if line.invocation else ""
+    return f"{line.time} {line.level.upper():<7} {line.version}{where} {line.message}{fields}\n"

@@ -1,0 +1,413 @@
+"""What a function's process may not do: set up by the process itself, just before the function's code is there.
+
+In comes a :class:`Cage`, out goes what is enforced from now on and what is not, with the reason. Every mechanism is
+optional: groups (cgroups v1 or v2), a mount of its own for its temporary files, another user, Landlock (files, TCP,
+signals), seccomp (sockets, programs, the kernel's doors), rlimits. :func:`attempts` tries from inside to break each
+promise; a node claims only what was tried in vain. Everything here works on the calling process and cannot be undone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import platform
+import resource
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from edgeward.core import cgroup
+
+#: Everything that can be promised of a function, and what it means.
+PROMISES = {
+    "memory": "ended alone when it is over limits.memory",
+    "cpu": "no more processor time than limits.cpu",
+    "pids": "no more processes and threads than limits.pids",
+    "tmp": "no more than limits.tmp in its folder for temporary files, which goes with the instance",
+    "files": "reads its own code, Python's library and nothing else; writes its temporary folder and nothing else",
+    "network": "opens no socket",
+    "exec": "starts no program",
+    "user": "has a system user of its own, with no rights",
+    "signals": "signals no process but its own",
+    "kernel": "cannot mount, trace, load modules, make namespaces or use keys",
+}
+
+
+class Cage(msgspec.Struct):
+    """What one instance is held to. Sizes in bytes."""
+
+    node: str
+    instance: str  #: name of its groups
+    tmp: str  #: its folder for temporary files; it is there
+    user: int = 0  #: 0: stays who it is
+    memory: int | None = None
+    cpu: float | None = None
+    pids: int | None = None
+    tmp_size: int = 16 << 20
+    open_files: int = 64
+    network: bool = False
+    groups: bool = True
+
+
+class Verdict(msgspec.Struct):
+    enforced: list[str] = []
+    refused: dict[str, str] = {}
+
+
+# -- the kernel's calls ------------------------------------------------------------------------------------------------
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG, _PR_SET_KEEPCAPS, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 1, 8, 22, 38, 4
+_CLONE_NEWNS = 0x20000
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x4000, 0x40000
+_CAP_DAC_READ_SEARCH = 2
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+    return result
+
+
+def _prctl(option: int, a: int = 0) -> None:
+    _checked(_libc.prctl(option, ctypes.c_ulong(a), 0, 0, 0), f"prctl({option})")
+
+
+# -- files, TCP and signals: Landlock ----------------------------------------------------------------------------------
+
+_READ_FILE, _READ_DIR = 1 << 2, 1 << 3
+_WRITE_FILE, _TRUNCATE = 1 << 1, 1 << 14
+#: Bits that a rule for something that is no directory may have.
+_OF_FILES = 1 << 0 | _WRITE_FILE | _READ_FILE | _TRUNCATE | 1 << 15
+_READ = _READ_FILE | _READ_DIR
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+
+
+def landlock_abi() -> int:
+    """0: not there."""
+    return max(0, int(_libc.syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1))))
+
+
+def _readable() -> list[str]:
+    """Python's library and what it needs of the system."""
+    here = Path(__file__).resolve().parent.parent.parent
+    found = [sys.base_prefix, sys.prefix, str(here), "/usr/lib", "/lib", "/lib64", "/usr/share/zoneinfo"]
+    found += ["/etc/localtime", "/etc/ssl/certs", "/usr/local/lib", "/usr/share/ca-certificates"]
+    return [p for p in dict.fromkeys(found) if p != "/"]
+
+
+def _rule(ruleset: int, path: str, access: int) -> None:
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        if not Path(path).is_dir():
+            access &= _OF_FILES
+        attr = struct.pack("=Qi", access, fd)
+        _checked(_libc.syscall(445, ruleset, 1, ctypes.c_char_p(attr), 0), "landlock_add_rule")
+    finally:
+        os.close(fd)
+
+
+def _landlock(cage: Cage) -> list[str]:
+    """Keeps from all files but those that it needs; promises of this kernel's Landlock."""
+    abi = landlock_abi()
+    if abi < 1:
+        raise OSError(errno.ENOSYS, "this kernel has no Landlock")
+    every = (1 << 13) - 1
+    every |= 1 << 13 if abi >= 2 else 0
+    every |= _TRUNCATE if abi >= 3 else 0
+    every |= 1 << 15 if abi >= 5 else 0
+    net = 0b11 if abi >= 4 and not cage.network else 0
+    scoped = 0b11 if abi >= 6 else 0
+    size = 8 if abi < 4 else 16 if abi < 6 else 24
+    attr = struct.pack("=QQQ", every, net, scoped)[:size]
+    ruleset = _checked(
+        _libc.syscall(444, ctypes.c_char_p(attr), ctypes.c_size_t(size), ctypes.c_uint32(0)), "landlock_create_ruleset"
+    )
+    try:
+        for path in _readable():
+            _rule(ruleset, path, _READ & every)
+        for path in _DEVICES:
+            _rule(ruleset, path, (_READ_FILE | _WRITE_FILE | 1 << 15) & every)
+        if cage.network:
+            for path in ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/gai.conf"):
+                _rule(ruleset, path, _READ_FILE)
+        _rule(ruleset, cage.tmp, every & ~(1 << 0 | 1 << 6 | 1 << 11))  # all but execute and device nodes
+        _checked(_libc.syscall(446, ruleset, 0), "landlock_restrict_self")
+    finally:
+        os.close(ruleset)
+    return ["files", *(["signals"] if scoped else [])]
+
+
+# -- system calls: seccomp ---------------------------------------------------------------------------------------------
+
+#: machine -> (AUDIT_ARCH, name -> number). Numbers of 424 and above are the same everywhere.
+_ARCH: dict[str, tuple[int, dict[str, int]]] = {
+    "x86_64": (0xC000003E, {
+        "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "mount": 165, "umount2": 166,
+        "pivot_root": 155, "chroot": 161, "unshare": 272, "setns": 308, "bpf": 321, "perf_event_open": 298,
+        "userfaultfd": 323, "add_key": 248, "request_key": 249, "keyctl": 250, "kexec_load": 246,
+        "kexec_file_load": 320, "init_module": 175, "finit_module": 313, "delete_module": 176,
+        "open_by_handle_at": 304, "name_to_handle_at": 303, "swapon": 167, "swapoff": 168, "reboot": 169,
+        "sethostname": 170, "setdomainname": 171, "settimeofday": 164, "clock_settime": 227, "clock_adjtime": 305,
+        "adjtimex": 159, "acct": 163, "quotactl": 179, "personality": 135, "execve": 59, "execveat": 322,
+        "setsid": 112, "setpgid": 109, "clone": 56, "fork": 57, "vfork": 58, "socket": 41, "mknod": 133,
+        "mknodat": 259, "fanotify_init": 300, "kcmp": 312, "syslog": 103, "iopl": 172, "ioperm": 173,
+        "modify_ldt": 154,
+    }),
+    "aarch64": (0xC00000B7, {
+        "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271, "mount": 40, "umount2": 39,
+        "pivot_root": 41, "chroot": 51, "unshare": 97, "setns": 268, "bpf": 280, "perf_event_open": 241,
+        "userfaultfd": 282, "add_key": 217, "request_key": 218, "keyctl": 219, "kexec_load": 104,
+        "kexec_file_load": 294, "init_module": 105, "finit_module": 273, "delete_module": 106,
+        "open_by_handle_at": 265, "name_to_handle_at": 264, "swapon": 224, "swapoff": 225, "reboot": 142,
+        "sethostname": 161, "setdomainname": 162, "settimeofday": 170, "clock_settime": 112, "clock_adjtime": 266,
+        "adjtimex": 171, "acct": 89, "quotactl": 60, "personality": 92, "execve": 221, "execveat": 281,
+        "setsid": 157, "setpgid": 154, "clone": 220, "socket": 198, "mknodat": 33, "fanotify_init": 262,
+        "kcmp": 272, "syslog": 116,
+    }),
+}  # fmt: skip
+_NEWER = {
+    "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "open_tree": 428, "move_mount": 429,
+    "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "clone3": 435, "pidfd_getfd": 438,
+    "mount_setattr": 442, "memfd_secret": 447,
+}  # fmt: skip
+_NAMESPACES = 0x7E020080  # CLONE_NEW*: time, mounts, cgroup, uts, ipc, user, pid, net
+_CLONE_THREAD = 0x10000
+_LD, _JEQ, _JSET, _JGE, _RET = 0x20, 0x15, 0x45, 0x35, 0x06
+_ALLOW, _DENY = 0x7FFF0000, 0x00050000
+
+
+def program(cage: Cage, *, may_fork: bool, machine: str = "") -> bytes:
+    """The filter (classic BPF, seccomp(2)) for a cage: denies what is listed, allows the rest.
+
+    Raises ``OSError`` for a machine whose numbers are not known.
+    """
+    machine = machine or platform.machine()
+    if machine not in _ARCH:
+        raise OSError(errno.ENOSYS, f"the system calls of {machine} are not known")
+    arch, numbers = _ARCH[machine]
+    numbers = {**numbers, **_NEWER}
+    code: list[tuple[int, int, int, int]] = []
+
+    def add(op: int, k: int, yes: int = 0, no: int = 0) -> None:
+        code.append((op, yes, no, k))
+
+    def deny(error: int = errno.EPERM) -> None:
+        add(_RET, _DENY | error)
+
+    add(_LD, 4)
+    add(_JEQ, arch, 1, 0)
+    deny()
+    add(_LD, 0)
+    if machine == "x86_64":  # the x32 way to call the same
+        add(_JGE, 0x40000000, 0, 1)
+        deny()
+    special = {"clone", "clone3", "fork", "vfork", "socket"}
+    for name, number in numbers.items():
+        if name not in special:
+            add(_JEQ, number, 0, 1)
+            deny()
+    add(_JEQ, numbers["clone3"], 0, 1)  # its flags are in memory, where a filter cannot look: glibc then uses clone
+    deny(errno.ENOSYS)
+    for name in ("fork", "vfork"):
+        if name in numbers and not may_fork:
+            add(_JEQ, numbers[name], 0, 1)
+            deny()
+    denied = (_RET, 0, 0, _DENY | errno.EPERM)
+    allowed = (_RET, 0, 0, _ALLOW)
+    # clone: no namespaces; without a bound on processes threads only
+    body = [(_LD, 0, 0, 16), (_JSET, 0, 1, _NAMESPACES), denied]
+    if not may_fork:
+        body += [(_JSET, 1, 0, _CLONE_THREAD), denied]
+    body.append(allowed)
+    code.append((_JEQ, 0, len(body), numbers["clone"]))
+    code += body
+    body = [(_RET, 0, 0, _DENY | errno.EACCES)]
+    if cage.network:  # the internet's families; never a local socket, which may be the agent's own
+        body = [(_LD, 0, 0, 16), (_JEQ, 1, 0, socket.AF_INET), (_JEQ, 0, 1, socket.AF_INET6), allowed, *body]
+    code.append((_JEQ, 0, len(body), numbers["socket"]))
+    code += body
+    add(_RET, _ALLOW)
+    return b"".join(struct.pack("=HBBI", *one) for one in code)
+
+
+def _seccomp(cage: Cage, may_fork: bool) -> None:
+    text = program(cage, may_fork=may_fork)
+    buffer = ctypes.create_string_buffer(text, len(text))
+    fprog = struct.pack("@HP", len(text) // 8, ctypes.addressof(buffer))
+    holder = ctypes.create_string_buffer(fprog, len(fprog))
+    _checked(_libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(2), holder, 0, 0), "prctl(PR_SET_SECCOMP)")
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------------
+
+
+def _own_mount(cage: Cage) -> None:
+    """A file system in memory for its temporary files: bounded, unseen by others, gone with the process."""
+    _checked(_libc.unshare(_CLONE_NEWNS), "unshare")
+    _checked(_libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None), "mount --make-rprivate")
+    data = f"size={cage.tmp_size},mode=0700,uid={cage.user},nr_inodes=4096".encode()
+    flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    _checked(_libc.mount(b"tmpfs", cage.tmp.encode(), b"tmpfs", flags, data), "mount tmpfs")
+
+
+def _become(user: int, keep_reading: bool) -> None:
+    """Another user, for good. ``keep_reading``: it may pass directories that are closed to it (Landlock says which)."""
+    if keep_reading:
+        _prctl(_PR_SET_KEEPCAPS, 1)
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+    if keep_reading:
+        bit = 1 << _CAP_DAC_READ_SEARCH
+        header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0), 8)
+        data = ctypes.create_string_buffer(struct.pack("=IIIIII", bit, bit, 0, 0, 0, 0), 24)
+        _checked(_libc.capset(header, data), "capset")
+
+
+def _closed_to_others() -> bool:
+    """Whether another user could not read Python's library, e.g. below root's home."""
+    for path in (sys.base_prefix, sys.prefix, str(Path(__file__).resolve().parent)):
+        for parent in (Path(path), *Path(path).parents):
+            with contextlib.suppress(OSError):
+                if not parent.stat().st_mode & 0o001:
+                    return True
+    return False
+
+
+def _data_bytes() -> int:
+    """Memory of its own that the process has now (RLIMIT_DATA counts it)."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmData:"):
+                return int(line.split()[1]) * 1024
+    return 64 << 20
+
+
+def _limit(what: int, value: int) -> None:
+    _, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (value, value) if hard == resource.RLIM_INFINITY or value <= hard else (hard, hard))
+
+
+def enter(cage: Cage) -> Verdict:
+    """Puts the calling process into its cage, step by step; a step that fails is told and the next one is taken."""
+    verdict = Verdict()
+    root = os.geteuid() == 0
+    _groups(cage, verdict)
+
+    def step(promises: tuple[str, ...], work: Callable[[], object]) -> bool:
+        try:
+            work()
+        except OSError as e:
+            verdict.refused.update(dict.fromkeys(promises, e.strerror or str(e)))
+            return False
+        verdict.enforced += promises
+        return True
+
+    if root:
+        step(("tmp",), lambda: _own_mount(cage))
+    else:
+        verdict.refused["tmp"] = "the agent does not run as root"
+    os.chdir(cage.tmp)
+    for what, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, cage.open_files),
+        (resource.RLIMIT_FSIZE, cage.tmp_size),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            _limit(what, value)
+    if "memory" not in verdict.enforced and cage.memory is not None:
+        allowed = _data_bytes() + cage.memory
+        if step(("memory",), lambda: _limit(resource.RLIMIT_DATA, allowed)):
+            verdict.refused.pop("memory", None)
+    abi = landlock_abi()
+    if not root or not cage.user:
+        verdict.refused["user"] = "the agent does not run as root" if not root else "no user was given"
+    elif _closed_to_others() and abi < 1:
+        verdict.refused["user"] = "another user could not read Python's library here"
+    else:
+        with contextlib.suppress(OSError):
+            os.chown(cage.tmp, cage.user, cage.user)
+        step(("user",), lambda: _become(cage.user, _closed_to_others()))
+    _prctl(_PR_SET_PDEATHSIG, 9)  # after the change of user, which would undo it
+    with contextlib.suppress(OSError):
+        _prctl(_PR_SET_DUMPABLE, 0)
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    try:
+        verdict.enforced += _landlock(cage)
+    except OSError as e:
+        verdict.refused["files"] = e.strerror or str(e)
+    may_fork = "pids" in verdict.enforced
+    promised = ("exec", "kernel", *(() if cage.network else ("network",)))
+    if step(promised, lambda: _seccomp(cage, may_fork)) and not may_fork and cage.pids is not None:
+        verdict.refused["pids"] += "; it may start threads, but no process"
+    if cage.network:
+        verdict.refused["network"] = "limits.network is open"
+    if "signals" not in verdict.enforced:
+        verdict.refused["signals"] = f"Landlock of this kernel has version {abi}, it takes 6"
+    return verdict
+
+
+def _groups(cage: Cage, verdict: Verdict) -> None:
+    limits = cgroup.Limits(cage.memory, cage.cpu, cage.pids)
+    wanted = [name for name in ("memory", "cpu", "pids") if getattr(limits, name) is not None]
+    if not cage.groups:
+        verdict.refused.update(dict.fromkeys(wanted, "groups are switched off"))
+        return
+    told = cgroup.prepare(cage.node, cage.instance, limits)
+    verdict.refused.update(told.refused)
+    try:
+        cgroup.enter(cage.node, cage.instance, os.getpid())
+        verdict.enforced += told.enforced
+    except OSError as e:
+        verdict.refused.update(dict.fromkeys(told.enforced, f"it cannot be moved into its group: {e.strerror}"))
+
+
+# -- is it true? -------------------------------------------------------------------------------------------------------
+
+
+def attempts(cage: Cage, verdict: Verdict) -> Verdict:
+    """The verdict with every promise taken back that could be broken from inside; ends what it starts."""
+    tries: dict[str, Callable[[], object]] = {
+        "files": lambda: list(Path("/etc").iterdir()),
+        "network": lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close(),
+        "exec": lambda: os.execv("/bin/true", ["true"]),  # noqa: S606
+        "user": lambda: os.setresuid(0, 0, 0),
+        "signals": lambda: os.kill(os.getppid(), 0),
+        "kernel": lambda: _checked(_libc.unshare(_CLONE_NEWNS), "unshare"),
+        "tmp": lambda: _fill(Path(cage.tmp) / "probe", cage.tmp_size + (1 << 20)),
+    }
+    for name, attempt in tries.items():
+        if name not in verdict.enforced:
+            continue
+        try:
+            attempt()
+        except OSError:
+            continue
+        verdict.enforced.remove(name)
+        verdict.refused[name] = "tried, and it was not held"
+    return verdict
+
+
+def _fill(path: Path, size: int) -> None:
+    piece = bytes(1 << 20)
+    try:
+        with contextlib.ExitStack() as stack:
+            # two files: the bound must be on the folder, not on each file
+            files = [stack.enter_context(path.with_suffix(f".{n}").open("wb", buffering=0)) for n in range(2)]
+            for n in range(size // len(piece) + 1):
+                if files[n % 2].write(piece) < len(piece):
+                    raise OSError(errno.ENOSPC, "full")
+    finally:
+        for n in range(2):
+            path.with_suffix(f".{n}").unlink(missing_ok=True)

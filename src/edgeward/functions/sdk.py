@@ -1,0 +1,332 @@
+"""The Python side of a function: the handler's contract, and the loop that serves calls over the worker's socket.
+
+In come frames of ``core/invocation.py`` (``docs/functions.md`` describes them for any language), out go results,
+pieces, errors and log lines. One call at a time: the dispatcher sends the next when this one is answered. Nothing here
+decides about limits or versions; that is the sandbox's and the dispatcher's business. It imports no room and little
+else, since every worker carries what it imports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import io
+import json
+import linecache
+import logging
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+
+from edgeward.core import invocation as wire
+from edgeward.core.invocation import Event
+
+__all__ = ["Context", "Event", "Response", "serve"]
+
+SDK = "edgeward-python/1"
+#: Lines that one call may log; the rest is counted.
+MAX_LINES = 1000
+#: Characters of one line, and of a trace.
+MAX_LINE = 8192
+_JSON = "application/json"
+_TEXT = "text/plain; charset=utf-8"
+_READ = 256 * 1024
+_encode_json = msgspec.json.Encoder().encode
+
+
+class Response:
+    """An answer with a status and headers of its own. ``body``: bytes, text, or anything JSON can say."""
+
+    __slots__ = ("body", "headers", "status")
+
+    def __init__(
+        self,
+        body: Any = b"",
+        status: int = 200,
+        headers: dict[str, str] | list[tuple[str, str]] | None = None,
+    ) -> None:
+        self.body, self.status = body, status
+        self.headers = list(headers.items()) if isinstance(headers, dict) else list(headers or [])
+
+
+class Context:
+    """What a handler is told beside the event."""
+
+    __slots__ = ("deadline", "invocation", "logger", "name", "namespace", "node", "site", "version")
+
+    def __init__(self, init: wire.Init) -> None:
+        self.name, self.namespace, self.version = init.name, init.namespace, init.version
+        self.node, self.site = init.node, init.site
+        #: Id of this call.
+        self.invocation = ""
+        #: On the clock of ``time.monotonic()``: then this worker is ended.
+        self.deadline = 0.0
+        self.logger = logging.getLogger(init.name)
+
+    def left(self) -> float:
+        """Seconds until this worker is ended."""
+        return self.deadline - time.monotonic()
+
+
+class _Source(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Imports a function's files from memory: its folder need not be on the node's disk."""
+
+    def __init__(self, files: dict[str, str]) -> None:
+        self.files = files
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        base = fullname.replace(".", "/")
+        for name in (f"{base}/__init__.py", f"{base}.py"):
+            if name in self.files:
+                return importlib.util.spec_from_loader(
+                    fullname, self, origin=name, is_package=name.endswith("/__init__.py")
+                )
+        return None
+
+    def _file(self, fullname: str) -> str:
+        base = fullname.replace(".", "/")
+        return f"{base}/__init__.py" if f"{base}/__init__.py" in self.files else f"{base}.py"
+
+    def is_package(self, fullname: str) -> bool:
+        return self._file(fullname).endswith("/__init__.py")
+
+    def get_source(self, fullname: str) -> str:
+        return self.files[self._file(fullname)]
+
+    def get_code(self, fullname: str) -> Any:
+        name = self._file(fullname)
+        text = self.files[name]
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+        return compile(text, name, "exec")
+
+    def get_data(self, path: str) -> bytes:
+        """For ``pkgutil.get_data``: a file that is no module."""
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        return self.files[path].encode()
+
+
+class _Lines(io.TextIOBase):
+    """``print`` becomes log lines."""
+
+    def __init__(self, say: Callable[[int, str], None], level: int) -> None:
+        self._say, self._level, self._begun = say, level, ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        if len(self._begun) > MAX_LINE:
+            lines, self._begun = [*lines, self._begun], ""
+        for line in lines:
+            self._say(self._level, line)
+        return len(text)
+
+    def rest(self) -> None:
+        if self._begun:
+            self.write("\n")
+
+
+class _Handler(logging.Handler):
+    def __init__(self, worker: Worker) -> None:
+        super().__init__()
+        self._worker = worker
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + "".join(traceback.format_exception(*record.exc_info))
+        fields = getattr(record, "fields", None)
+        self._worker.log(record.levelno, text, fields if isinstance(fields, dict) else {})
+
+
+class Worker:
+    """One worker on its socket; :meth:`run` until the other end closes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._lock = threading.Lock()
+        self._frames = wire.Frames()
+        self._waiting: list[bytes] = []
+        self._call = ""
+        self._lines = self._dropped = 0
+        self._level = logging.INFO
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._bound = wire.MAX_BODY
+
+    # -- frames ----------------------------------------------------------------------------------------------------
+
+    def send(self, message: Any) -> None:
+        data = wire.frame(message)
+        with self._lock:
+            self._sock.sendall(data)
+
+    def receive(self) -> wire.ToWorker | None:
+        """The next message; None when the other end has closed."""
+        while not self._waiting:
+            data = self._sock.recv(_READ)
+            if not data:
+                return None
+            self._waiting = list(self._frames.feed(data))
+        message: wire.ToWorker = wire.decode_to_worker(self._waiting.pop(0))
+        return message
+
+    def log(self, level: int, text: str, fields: dict[str, Any] | None = None) -> None:
+        """One line of the function's log; over its number of lines it is only counted."""
+        if level < self._level:
+            return
+        self._lines += 1
+        if self._lines > MAX_LINES:
+            self._dropped += 1
+            return
+        try:
+            self.send(wire.Log(self._call, level, time.time(), text[:MAX_LINE], fields or {}))
+        except (TypeError, ValueError):  # fields that msgpack cannot say
+            self.send(wire.Log(self._call, level, time.time(), text[:MAX_LINE], {"fields": repr(fields)[:MAX_LINE]}))
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        init = self.receive()
+        if not isinstance(init, wire.Init):
+            return
+        self._level = logging.getLevelName(init.level.upper())
+        self._bound = init.max_body
+        root = logging.getLogger()
+        root.handlers[:] = [_Handler(self)]
+        root.setLevel(self._level)
+        sys.stdout = out = _Lines(self.log, logging.INFO)
+        sys.stderr = err = _Lines(self.log, logging.WARNING)
+        context = Context(init)
+        try:
+            handler = self._load(init)
+        except BaseException as e:  # noqa: BLE001 - whatever a module does while it is loaded, SystemExit too
+            self.send(wire.Broken(f"{type(e).__name__}: {e}"[:MAX_LINE], _trace(e)))
+            return
+        out.rest()
+        err.rest()
+        self.send(wire.Ready(1, SDK))
+        while True:
+            message = self.receive()
+            if message is None:
+                return
+            if isinstance(message, wire.Invoke):
+                self._serve(handler, message, context)
+                out.rest()
+                err.rest()
+
+    def _load(self, init: wire.Init) -> Callable[[Event, Context], Any]:
+        sys.meta_path.insert(0, _Source(init.files))
+        module_name, _, name = init.handler.rpartition(":")
+        module = importlib.import_module(module_name or "main")
+        handler = getattr(module, name, None)
+        if not callable(handler):
+            raise AttributeError(f"{module_name or 'main'} has no function {name!r}")
+        if inspect.iscoroutinefunction(handler) or inspect.isasyncgenfunction(handler):
+            self._loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self._loop)
+        return handler  # type: ignore[no-any-return]
+
+    def _serve(self, handler: Callable[[Event, Context], Any], call: wire.Invoke, context: Context) -> None:
+        self._call, self._lines = call.id, 0
+        context.invocation = call.id
+        context.deadline = time.monotonic() + call.left
+        try:
+            answer = handler(call.event, context)
+            if self._loop is not None and inspect.isawaitable(answer):
+                answer = self._loop.run_until_complete(answer)
+            if type(answer) is dict:  # the usual answer, the short way
+                body = _encode_json(answer)
+                if len(body) <= self._bound:
+                    self.send(wire.Result(call.id, body, 200, [("content-type", _JSON)]))
+                    return
+            self._answer(call.id, answer)
+        except MemoryError as e:
+            self.send(wire.Raised(call.id, "memory", "MemoryError", _trace(e)))
+        except BaseException as e:
+            self.send(wire.Raised(call.id, "error", type(e).__name__, _trace(e)))
+            if isinstance(e, SystemExit | KeyboardInterrupt):
+                raise
+        finally:
+            if self._dropped:
+                dropped, self._dropped, self._lines = self._dropped, 0, 0
+                self.log(logging.WARNING, f"{dropped} more lines were dropped")
+            self._call = ""
+
+    # -- answers ---------------------------------------------------------------------------------------------------
+
+    def _answer(self, id: str, answer: Any) -> None:
+        status, headers = 200, []
+        if isinstance(answer, Response):
+            status, headers, answer = answer.status, [(k.lower(), str(v)) for k, v in answer.headers], answer.body
+        if inspect.isgenerator(answer) or inspect.isasyncgen(answer):
+            self._stream(id, status, headers, answer)
+            return
+        body, kind = _body(answer)
+        if kind and not any(k == "content-type" for k, _ in headers):
+            headers.append(("content-type", kind))
+        if len(body) > self._bound:
+            message = f"the answer has {len(body)} bytes; at most {self._bound} are allowed in one piece: yield pieces"
+            self.send(wire.Raised(id, "too-large", message))
+            return
+        self.send(wire.Result(id, body, status, headers))
+
+    def _stream(self, id: str, status: int, headers: list[tuple[str, str]], pieces: Any) -> None:
+        begun = False
+        for piece in pieces if inspect.isgenerator(pieces) else self._drained(pieces):
+            body, kind = _body(piece)
+            if not begun:
+                begun = True
+                if kind and not any(k == "content-type" for k, _ in headers):
+                    headers.append(("content-type", kind))
+                self.send(wire.Head(id, status, headers))
+            for at in range(0, len(body), _READ):
+                self.send(wire.Chunk(id, body[at : at + _READ]))
+        if not begun:
+            self.send(wire.Head(id, status, headers))
+        self.send(wire.End(id))
+
+    def _drained(self, pieces: Any) -> Iterator[Any]:
+        if self._loop is None:
+            raise TypeError("an asynchronous generator of a handler that is not")
+        while True:
+            try:
+                yield self._loop.run_until_complete(anext(pieces))
+            except StopAsyncIteration:
+                return
+
+
+def _body(value: Any) -> tuple[bytes, str]:
+    """Bytes and their media type of what a handler returned."""
+    if value is None:
+        return b"", ""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value), "application/octet-stream"
+    if isinstance(value, str):
+        return value.encode(), _TEXT
+    try:
+        return _encode_json(value), _JSON
+    except (TypeError, ValueError):
+        return json.dumps(value).encode(), _JSON
+
+
+def _trace(e: BaseException) -> str:
+    lines = traceback.format_exception(e)
+    # the frames of this file tell the function's author nothing
+    return "".join(line for line in lines if f'"{__file__}"' not in line)[-MAX_LINE:]
+
+
+def serve(sock: socket.socket) -> None:
+    """Serves calls on a connected stream socket until it closes."""
+    Worker(sock).run()

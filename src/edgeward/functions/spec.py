@@ -1,0 +1,242 @@
+"""Kind Function: code that is pushed from the cloud and answers beside the user. Pure."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from edgeward.core.errors import Invalid
+from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
+from edgeward.core.registry import Column, Kind, Ref, kinds
+from edgeward.core.resource import Resource
+
+Duration = Annotated[str, Meta(pattern=DURATION_PATTERN)] | float | int
+Size = Annotated[str, Meta(pattern=BYTES_PATTERN)] | int
+_ENV = re.compile(r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")
+_HANDLER = re.compile(r"^(?:[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*:)?[A-Za-z_][A-Za-z0-9_]*$")
+#: Bytes of a function's source and environment: it must fit one object and one message to a worker.
+_MAX_ENV = 64 * 1024
+#: What this release can run; the others are named so that the refusal can say so.
+RUNTIMES = ("python",)
+
+Promise = Literal["memory", "cpu", "pids", "tmp", "files", "network", "exec", "user", "signals", "kernel"]
+
+
+class _Struct(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    pass
+
+
+class Source(_Struct):
+    """The code: one of the two."""
+
+    inline: Annotated[str, Meta(description="The text of main.py")] = ""
+    files: Annotated[dict[str, str], Meta(description="Relative path to text; modules and other files")] = {}
+
+
+class Limits(_Struct):
+    """What one instance may use. Status says which are enforced on which node."""
+
+    timeout: Annotated[Duration, Meta(description="Of one call; the instance that is over it is ended")] = "10s"
+    startup: Annotated[Duration, Meta(description="Of loading the code")] = "10s"
+    memory: Annotated[Size, Meta(description="Bytes, e.g. 64Mi")] = "128Mi"
+    cpu: Annotated[Annotated[float, Meta(gt=0, le=1024)] | None, Meta(description="Processors, e.g. 0.5")] = None
+    pids: Annotated[int, Meta(description="Processes and threads", ge=1, le=4096)] = 16
+    tmp: Annotated[Size, Meta(description="Bytes of temporary files (in memory where it is enforced)")] = "16Mi"
+    files: Annotated[int, Meta(description="Open files", ge=8, le=1024)] = 64
+    body: Annotated[Size, Meta(description="Bytes of an event's data, and of an answer in one piece")] = "6Mi"
+    network: Annotated[
+        Literal["none", "all"], Meta(description="none: no socket at all; all: TCP and UDP anywhere")
+    ] = "none"
+
+
+class EnvFrom(_Struct):
+    """All keys of a Config or Secret as environment variables."""
+
+    config: Annotated[str, Meta(description="A Config of the namespace")] = ""
+    secret: Annotated[str, Meta(description="A Secret of the namespace")] = ""
+
+
+class Scale(_Struct):
+    """Instances on each node; each works on one call at a time."""
+
+    min: Annotated[int, Meta(description="Kept warm; 0: none while nobody calls", ge=0, le=256)] = 0
+    max: Annotated[int, Meta(description="At most", ge=1, le=256)] = 4
+    idle: Annotated[Duration, Meta(description="Ended after so long without a call, down to min")] = "60s"
+
+
+class Check(_Struct):
+    """A call that a new version must answer (status below 400) before it takes over."""
+
+    data: Annotated[str, Meta(description="The event's data")] = ""
+
+
+class Logs(_Struct):
+    bytes: Annotated[Size, Meta(description="Hard cap on each node's disk, oldest first to go")] = "10Mi"
+    level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="What is less is not kept")] = (
+        "info"
+    )
+
+
+class Placement(_Struct):
+    """Where it may be called; empty: on every node."""
+
+    site: Annotated[str, Meta(description="Only at this site")] = ""
+    nodeSelector: Annotated[dict[str, str], Meta(description="Only on nodes with these labels")] = {}
+
+
+class FunctionSpec(_Struct):
+    """Code that answers calls on the node where they come in."""
+
+    runtime: Annotated[
+        Literal["python", "node", "wasm", "command"], Meta(description="What runs it; this release has: python")
+    ]
+    source: Annotated[Source, Meta(description="The code")]
+    handler: Annotated[str, Meta(description="`function` of main.py, or `module:function`")] = "handler"
+    env: Annotated[dict[str, str], Meta(description="Environment")] = {}
+    envFrom: Annotated[list[EnvFrom], Meta(description="Environment from Configs and Secrets")] = []
+    limits: Annotated[Limits, Meta(description="What an instance may use")] = msgspec.field(default_factory=Limits)
+    require: Annotated[
+        list[Promise], Meta(description="What must really be enforced; else the node refuses to run it")
+    ] = []
+    concurrency: Annotated[
+        int, Meta(description="Calls in hand on one node, waiting ones too; one more is answered 503", ge=1, le=10_000)
+    ] = 100
+    scale: Annotated[Scale, Meta(description="How many instances")] = msgspec.field(default_factory=Scale)
+    check: Annotated[Check | None, Meta(description="How a new version proves itself")] = None
+    logs: Annotated[Logs, Meta(description="What is kept of its log")] = msgspec.field(default_factory=Logs)
+    placement: Annotated[Placement, Meta(description="Where")] = msgspec.field(default_factory=Placement)
+
+
+def _check_source(spec: FunctionSpec) -> None:
+    source = spec.source
+    if bool(source.inline) == bool(source.files):
+        raise Invalid("give the code in one way", field="$.spec.source", remedy="inline: or files:, not both")
+    for path in source.files:
+        parts = PurePosixPath(path)
+        if not path or parts.is_absolute() or ".." in parts.parts or "\0" in path or "\\" in path or str(parts) != path:
+            raise Invalid(
+                f"{path[:80]!r} is no relative path", field="$.spec.source.files", remedy="e.g. main.py or lib/a.py"
+            )
+    if not _HANDLER.fullmatch(spec.handler):
+        raise Invalid(
+            f"{spec.handler[:80]!r} names no function",
+            field="$.spec.handler",
+            remedy="write handler, or module:function",
+        )
+    module = (spec.handler.rpartition(":")[0] or "main").replace(".", "/")
+    if source.files and not {f"{module}.py", f"{module}/__init__.py"} & set(source.files):
+        there = ", ".join(sorted(source.files)[:8])
+        raise Invalid(
+            f"there is no file {module}.py",
+            field="$.spec.handler",
+            remedy=f"files: {there}",
+        )
+    if source.inline and module != "main":
+        raise Invalid(
+            "inline source is the module main", field="$.spec.handler", remedy="write the function's name only"
+        )
+
+
+def _check_numbers(spec: FunctionSpec) -> None:
+    limits = spec.limits
+    for name, value, least in (
+        ("limits.memory", limits.memory, 16 << 20),
+        ("limits.tmp", limits.tmp, 4096),
+        ("limits.body", limits.body, 1),
+        ("logs.bytes", spec.logs.bytes, 16384),
+    ):
+        try:
+            size = parse_bytes(value)
+        except ValueError as e:
+            raise Invalid(str(e), field=f"$.spec.{name}") from None
+        if size < least:
+            raise Invalid(f"{size} bytes are too few", field=f"$.spec.{name}", remedy=f"at least {least}")
+    if parse_bytes(limits.body) > 6 << 20:
+        raise Invalid("is more than 6Mi", field="$.spec.limits.body", remedy="send larger answers in pieces (yield)")
+    for name, duration in (("timeout", limits.timeout), ("startup", limits.startup)):
+        try:
+            seconds = parse_duration(duration)
+        except ValueError as e:
+            raise Invalid(str(e), field=f"$.spec.limits.{name}") from None
+        if not 0.001 <= seconds <= 900:
+            raise Invalid("is not between 1ms and 15m", field=f"$.spec.limits.{name}", remedy="write e.g. 2s")
+    try:
+        parse_duration(spec.scale.idle)
+    except ValueError as e:
+        raise Invalid(str(e), field="$.spec.scale.idle") from None
+    if spec.scale.min > spec.scale.max:
+        raise Invalid("min is more than max", field="$.spec.scale.min", remedy=f"at most {spec.scale.max}")
+
+
+def _check(r: Resource) -> None:
+    spec: FunctionSpec = r.spec
+    if spec.runtime not in RUNTIMES:
+        raise Invalid(
+            f"runtime {spec.runtime} is not here yet",
+            field="$.spec.runtime",
+            remedy=f"this release has: {', '.join(RUNTIMES)}",
+        )
+    _check_source(spec)
+    _check_numbers(spec)
+    for name in spec.env:
+        if not _ENV.fullmatch(name):
+            raise Invalid(f"{name[:60]!r} is no variable name", field="$.spec.env", remedy="letters, digits, _")
+    if sum(len(k) + len(v) for k, v in spec.env.items()) > _MAX_ENV:
+        raise Invalid(f"is more than {_MAX_ENV} bytes", field="$.spec.env", remedy="put large values into files")
+    for n, e in enumerate(spec.envFrom):
+        if bool(e.config) == bool(e.secret):
+            raise Invalid("name a config or a secret", field=f"$.spec.envFrom[{n}]", remedy="exactly one of the two")
+    if spec.limits.network == "all" and "network" in spec.require:
+        raise Invalid("limits.network is open", field="$.spec.require", remedy="leave network out of require")
+    if "cpu" in spec.require and spec.limits.cpu is None:
+        raise Invalid("there is no limits.cpu to enforce", field="$.spec.require", remedy="write limits.cpu")
+
+
+def _refs(r: Resource) -> list[Ref]:
+    spec: FunctionSpec = r.spec
+    ns = r.metadata.namespace
+    refs = []
+    if spec.placement.site:
+        refs.append(Ref("Site", "_", spec.placement.site, "$.spec.placement.site"))
+    for n, e in enumerate(spec.envFrom):
+        kind = "Config" if e.config else "Secret"
+        refs.append(Ref(kind, ns, e.config or e.secret, f"$.spec.envFrom[{n}].{kind.lower()}"))
+    return refs
+
+
+def _status(d: dict[str, Any], name: str, default: object = "") -> object:
+    return d.get("status", {}).get(name, default)
+
+
+kinds.add(
+    Kind(
+        "Function",
+        "functions",
+        FunctionSpec,
+        reported=True,
+        doc="Code that answers calls at the edge.",
+        scope="placed",
+        short=("fn",),
+        level=2,
+        check=_check,
+        refs=_refs,
+        columns=(
+            Column("PHASE", lambda d: _status(d, "phase", "Pending")),
+            Column("VERSION", lambda d: _status(d, "version")),
+            Column("INSTANCES", lambda d: _status(d, "instances", 0)),
+            Column("SITE", lambda d: d["spec"].get("placement", {}).get("site", "") or "all"),
+            Column("NODES", lambda d: ",".join(sorted(d.get("status", {}).get("nodes", {}))), wide=True),
+            Column("MESSAGE", lambda d: _status(d, "message"), wide=True),
+        ),
+        example=(
+            "apiVersion: edgeward/v1\nkind: Function\nmetadata: {name: hello}\nspec:\n  runtime: python\n  source:\n"
+            "    inline: |\n      def handler(event, context):\n"
+            '          return {"hello": event.data.decode(), "version": context.version}\n'
+            "  limits: {timeout: 2s, memory: 64Mi}\n"
+        ),
+    )
+)

@@ -1,0 +1,132 @@
+"""What one version of a function is: everything that a worker of it is made from, under one digest. Pure.
+
+In comes a Function with the values of the Configs and Secrets that it uses, out goes a :class:`Version`. What does not
+change a worker (scale, concurrency, logs) is a :class:`Policy` beside it and is taken over without a new version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from typing import Any
+
+import msgspec
+
+from edgeward.core.quantity import parse_bytes, parse_duration
+from edgeward.core.resource import Resource
+from edgeward.functions.spec import FunctionSpec
+
+#: Characters of a digest that are shown and compared; 48 bits are plenty among the versions of one function.
+DIGEST = 12
+_USERS, _USER_SPAN = 1_900_000_000, 100_000_000
+
+
+class Version(msgspec.Struct, omit_defaults=True):
+    """What a worker is made from. Sizes in bytes, times in seconds."""
+
+    namespace: str
+    name: str
+    digest: str
+    runtime: str
+    handler: str
+    files: dict[str, str]
+    env: dict[str, str]
+    timeout: float
+    startup: float
+    memory: int
+    cpu: float | None
+    pids: int
+    tmp: int
+    open_files: int
+    body: int
+    network: bool
+    require: list[str]
+    #: Keys of ``env`` whose values are secret.
+    secret: list[str] = []
+
+    @property
+    def key(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+    @property
+    def user(self) -> int:
+        """A system user number of the function's own, beyond those that systems hand out."""
+        return _USERS + zlib.crc32(self.key.encode()) % _USER_SPAN
+
+
+class Policy(msgspec.Struct, omit_defaults=True):
+    """How many, how long, and what is kept: changed without a new version."""
+
+    concurrency: int
+    minimum: int
+    maximum: int
+    idle: float
+    log_bytes: int
+    log_level: str
+    generation: int = 0
+    #: A call that a new version must answer well before it takes over; None: it must only load.
+    check: bytes | None = None
+
+
+class Config(msgspec.Struct, omit_defaults=True):
+    """One function as the plane is told of it."""
+
+    version: Version
+    policy: Policy
+
+
+def digest_of(parts: dict[str, Any]) -> str:
+    """The digest of plain values, whatever the order of their keys."""
+    text = msgspec.json.encode(parts, order="deterministic")
+    return hashlib.sha256(text).hexdigest()[:DIGEST]
+
+
+def config_of(function: Resource, env: dict[str, str], secret: dict[str, str], marks: list[str]) -> Config:
+    """``env``: from Configs; ``secret``: from Secrets; ``marks``: names and revisions of those Secrets.
+
+    The digest is made of the marks, not of the secret values: it is shown to everybody, and a short secret could be
+    guessed from it.
+    """
+    spec: FunctionSpec = function.spec
+    limits = spec.limits
+    files = dict(spec.source.files)
+    if spec.source.inline:
+        files["main.py"] = spec.source.inline
+    plain = {**env, **spec.env}
+    made: dict[str, Any] = {
+        "runtime": spec.runtime,
+        "handler": spec.handler,
+        "files": files,
+        "timeout": parse_duration(limits.timeout),
+        "startup": parse_duration(limits.startup),
+        "memory": parse_bytes(limits.memory),
+        "cpu": limits.cpu,
+        "pids": limits.pids,
+        "tmp": parse_bytes(limits.tmp),
+        "open_files": limits.files,
+        "body": parse_bytes(limits.body),
+        "network": limits.network == "all",
+        "require": sorted(spec.require),
+    }
+    meta = function.metadata
+    version = Version(
+        namespace=meta.namespace,
+        name=meta.name,
+        digest=digest_of({**made, "env": plain, "secrets": sorted(marks)}),
+        env={**secret, **plain},
+        secret=sorted(set(secret) - set(plain)),
+        **made,
+    )
+    return Config(
+        version,
+        Policy(
+            concurrency=spec.concurrency,
+            minimum=spec.scale.min,
+            maximum=spec.scale.max,
+            idle=parse_duration(spec.scale.idle),
+            log_bytes=parse_bytes(spec.logs.bytes),
+            log_level=spec.logs.level,
+            generation=meta.generation,
+            check=None if spec.check is None else spec.check.data.encode(),
+        ),
+    )
