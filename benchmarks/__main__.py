@@ -5,7 +5,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import enrol, fleet, idle, outbox, spine
+from benchmarks import cluster, enrol, fleet, idle, outbox, spine
 from benchmarks.common import Row, save
 
 ALL = {
@@ -18,6 +18,7 @@ ALL = {
     "idle": idle.idle,
     "fleet": fleet.fleet,
     "enrol": enrol.enrol,
+    "cluster": cluster.cluster,
 }
 
 

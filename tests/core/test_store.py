@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -163,3 +164,52 @@ def test_a_database_is_its_owners_alone_whatever_the_umask(tmp_path: Path) -> No
             db.close()
     finally:
         os.umask(old)
+
+
+def test_a_write_whose_answer_is_late_is_sent_again_and_happens_once(tmp_path: Path) -> None:
+    """The server stands still for longer than one try lasts: both tries reach it, and the second knows the first."""
+
+    async def body() -> None:
+        async with nats_store(tmp_path) as (store, server, bus):
+            writer = NatsStore(bus.client)
+            await writer.open()
+            tries = 0
+            publish = writer._js.publish
+
+            async def counted(*args: Any, **kwargs: Any) -> Any:
+                nonlocal tries
+                tries += 1
+                return await publish(*args, **kwargs)
+
+            writer._js.publish = counted  # type: ignore[method-assign]
+            pid = server.pid or 0
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                writing = asyncio.create_task(writer.put(config("b", "1"), expect=0))
+                async with asyncio.timeout(60):
+                    while tries < 2:  # noqa: ASYNC110 - a counter has no event
+                        await asyncio.sleep(0.01)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            made = await writing
+            assert made.spec.data == {"k": "1"}
+            async with asyncio.timeout(60):
+                while store.find(key("b")) is None:  # noqa: ASYNC110 - the other cache has no event of its own
+                    await asyncio.sleep(0.01)
+            assert store.get(key("b")).revision == made.revision
+
+    asyncio.run(body())
+
+
+def test_a_write_is_read_back_though_nothing_follows_the_stream_yet(tmp_path: Path) -> None:
+    """As while a hub process starts beside another one that writes."""
+
+    async def body() -> None:
+        async with nats_store(tmp_path) as (store, _, bus):
+            late = NatsStore(bus.client)
+            await late.open()  # and does not run
+            await store.put(config("a", "1"))
+            await late.put(config("b", "1"), expect=0)
+            assert late.get(key("a")).spec.data == late.get(key("b")).spec.data == {"k": "1"}
+
+    asyncio.run(body())

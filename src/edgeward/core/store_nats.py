@@ -22,7 +22,8 @@ from nats.aio.msg import Msg
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 
 from edgeward.core import clock
-from edgeward.core.errors import Conflict, EdgewardError, Unreachable
+from edgeward.core.bus import cancellable
+from edgeward.core.errors import Conflict, EdgewardError, TooLarge, Unreachable
 from edgeward.core.jsread import read_batch
 from edgeward.core.resource import Key, Resource
 from edgeward.core.store import Entry, Store
@@ -34,6 +35,12 @@ log = logging.getLogger("edgeward.store")
 WAS = "Ew-Was"
 _BATCH = 500
 _TIMEOUT = 5.0
+#: Seconds after which a write that was not answered is sent again: whoever took it may have died with it.
+_ATTEMPT = 1.0
+#: nats-server errors.json: JSStreamWrongLastSequenceErrF; JSStreamDuplicateMessageConflict (that very message is being
+#: stored). What is out of service for now has the code 503.
+_WRONG_LAST, _ON_ITS_WAY = 10071, 10158
+_ID = "Nats-Msg-Id"
 #: When something was deleted, by the clock of the hub that did it.
 _TIME = "Ew-Time"
 
@@ -138,8 +145,13 @@ class NatsStore(Store):
 
     async def _follow(self) -> None:
         """Direct reads from behind the cache to the end of the stream."""
+        # in a cluster the server that was asked may be dead, and another one answers at once
+        patience = 1.0 if self._replicas > 1 else _TIMEOUT
+        every = f"{self._prefix}>"
         while True:
-            got = await read_batch(self._nc, self._api, self._stream, self.revision + 1, f"{self._prefix}>", _BATCH)
+            got = await read_batch(
+                self._nc, self._api, self._stream, self.revision + 1, every, _BATCH, timeout=patience
+            )
             for seq, subject, headers, data in got:
                 if seq > self.revision:
                     self._take(seq, subject.removeprefix(self._prefix), headers, data)
@@ -201,32 +213,84 @@ class NatsStore(Store):
     # -- writing ---------------------------------------------------------------------------------------------------
 
     async def _publish(self, name: str, data: bytes, expect: int | None, *, operation: str = "") -> int:
-        headers: dict[str, Any] = {}
+        # by its id the stream knows a write that is sent again
+        headers: dict[str, Any] = {_ID: clock.new_id(16)}
         if expect is not None:
             headers["Nats-Expected-Last-Subject-Sequence"] = str(expect)
         if operation:
             headers |= {"KV-Operation": operation, _TIME: str(clock.now())}
-        try:
-            ack = await self._js.publish(f"{self._prefix}{name}", data, timeout=_TIMEOUT, headers=headers or None)
-        except nats.js.errors.APIError as e:
-            if e.err_code == 10071:
-                raise Conflict("changed meanwhile", remedy="read it again, repeat your change on what you read") from e
-            raise EdgewardError(f"the store refused the write: {e.description}", remedy="see the hub's log") from e
-        except (nats.errors.Error, TimeoutError) as e:
-            raise Unreachable(
-                f"the hub's store does not answer ({type(e).__name__}); the write may or may not have happened",
-                remedy="try again; the revision check makes that safe",
-            ) from e
-        seq: int = ack.seq
+        seq = await self._acknowledged(f"{self._prefix}{name}", data, headers)
         if seq == self.revision + 1:
             self._take(seq, name, headers, data)
             async with self._moved:
                 self._moved.notify_all()
         elif seq > self.revision:
-            self._wake.set()
-            async with asyncio.timeout(_TIMEOUT), self._moved:
-                await self._moved.wait_for(lambda: self.revision >= seq)
+            await self._reach(seq)
         return seq
+
+    async def _acknowledged(self, subject: str, data: bytes, headers: dict[str, Any]) -> int:
+        """Sends until the stream says that it has it, for some seconds: a cluster's leader may have to be elected."""
+        until, tries = clock.monotonic() + _TIMEOUT, 0
+        while True:
+            why: Exception | None = None
+            try:
+                if self._nc.is_connected:
+                    tries += 1
+                    limit = min(_ATTEMPT, max(0.1, until - clock.monotonic()))
+                    return int((await cancellable(self._js.publish(subject, data, timeout=limit, headers=headers))).seq)
+            except nats.js.errors.APIError as e:
+                if e.err_code not in (_WRONG_LAST, _ON_ITS_WAY) and e.code != 503:
+                    raise EdgewardError(
+                        f"the store refused the write: {e.description}", remedy="see the hub's log"
+                    ) from e
+                why = e
+            except nats.errors.MaxPayloadError as e:
+                raise TooLarge("is more than one message may hold", remedy="split it") from e
+            except (nats.errors.Error, TimeoutError) as e:
+                why = e
+            if isinstance(why, nats.js.errors.APIError) and why.err_code == _WRONG_LAST:
+                # with an earlier try unanswered, it may be that one that is there
+                mine = await self._seq_of(subject, headers[_ID]) if tries > 1 else 0
+                if mine == 0:
+                    raise Conflict(
+                        "changed meanwhile", remedy="read it again, repeat your change on what you read"
+                    ) from why
+                if mine is not None:
+                    return mine
+            if clock.monotonic() >= until - 0.1:
+                raise Unreachable(
+                    f"the hub's store does not answer ({type(why).__name__ if why else 'not connected'}); "
+                    "the write may or may not have happened",
+                    remedy="try again; the revision check makes that safe",
+                ) from why
+            await asyncio.sleep(0.05)  # the pace of asking while another server takes over
+
+    async def _seq_of(self, subject: str, id: str) -> int | None:
+        """Where the last message of ``subject`` is if it is the write ``id``; 0 if it is another, None: no answer."""
+        try:
+            # the stream's leader says it; a replica may be behind
+            last = await cancellable(self._js.get_last_msg(self._stream, subject))
+        except nats.js.errors.NotFoundError:
+            return 0
+        except (nats.errors.Error, TimeoutError):
+            return None
+        return (last.seq or 0) if (last.headers or {}).get(_ID) == id else 0
+
+    async def _reach(self, seq: int) -> None:
+        """Until the cache holds what was just written; other processes write in between."""
+        self._wake.set()
+        until = clock.monotonic() + _TIMEOUT
+        while self.revision < seq:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.25), self._moved:
+                    await self._moved.wait_for(lambda: self.revision >= seq)
+                    return
+            if clock.monotonic() >= until:
+                raise Unreachable(
+                    "the write is stored, but this process cannot read it back yet", remedy="read it again"
+                )
+            with contextlib.suppress(nats.errors.Error, TimeoutError, EdgewardError):
+                await self._follow()  # nobody else does while the hub starts
 
     def _base(self, key: Key, old: Entry | None) -> int:
         return old.revision if old else self._tombs.get(key, 0)

@@ -45,6 +45,7 @@ from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
 from edgeward.hub.backup import backup_routes, sealing_key
 from edgeward.hub.enrol import EnrolRoutes
+from edgeward.hub.failover import Failover
 from edgeward.hub.front import Links, front_protocol
 from edgeward.hub.kinds import load
 from edgeward.hub.oidc import SignIn
@@ -151,7 +152,9 @@ class Hub:
         )
         self.nodes.identity = self.enrolment.status
         await self.enrolment.open()
+        more: list[Callable[[], Awaitable[None]]] = []
         if self.cluster:
+            more.append(self._failover(system).run)
             await self._caught_up(system)
         routes = HubRoutes(
             store=self.store,
@@ -217,6 +220,7 @@ class Hub:
                     self._listener,
                     self._token_uses,
                     self._anchor,
+                    *more,
                 )
             finally:
                 self._ready = False
@@ -251,14 +255,17 @@ class Hub:
         """A server that has a vote and a copy, and no API: the third of a cluster."""
         system = await Bus.connect(self.nats.url, name="hub-system", user=self.identity.system_user)
         await self._caught_up(system)
-        await system.close()
         self._ready = True
         self._say()
         log.info("witness %s ready", self.name)
-        await daemon.until(stop, self.nats.run)
+        await daemon.until(stop, self.nats.run, self._failover(system).run)
+        await system.close()
         await self.nats.stop()
         self.run_file.remove()
         return 0
+
+    def _failover(self, system: Bus) -> Failover:
+        return Failover(system, self.identity.system_account, self.identity.account)
 
     async def _patiently(self, opening: Callable[[], Awaitable[None]]) -> None:
         """A cluster's streams are there when most of its servers are."""
