@@ -136,7 +136,6 @@ def test_the_built_in_roles() -> None:
         "status",
         "reveal",
         "promote",
-        "enrol",
         "issue",
         "revoke",
         "rotate",

@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from tests.nodes.fleet import Fleet, app, config, fleet
+from tests.hub.doors import open_hub
+from tests.nodes.fleet import Fleet, app, config, doc, fleet
 
 from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
@@ -30,6 +31,7 @@ from edgeward.hub import restore as restoring
 from edgeward.hub.archive import FORMAT, Data, End, Entry, File, Meta, Msg, Stream, encode
 from edgeward.hub.backup import RECOVERY_KEY, VAULT_KEY, backup_routes, files_of, sealed, sealing_key
 from edgeward.hub.restore import entries, first_revision, offline_server, restore, unused, verify
+from edgeward.hub.revoked import Revoked
 from edgeward.nodes.wire import SyncAnswer
 
 
@@ -372,3 +374,50 @@ def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         asyncio.run(body())
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_what_lets_somebody_in_does_not_come_back_by_itself(tmp_path: Path) -> None:
+    """In the same folder its own audit is the witness; elsewhere a file is."""
+
+    async def body() -> None:
+        hub, elsewhere, spec = tmp_path / "one", tmp_path / "two", {"hash": "0" * 64, "expires": "2099-01-01T00:00:00Z"}
+
+        def holders(r: Any) -> dict[str, bool]:
+            return {n: r.enrolment.is_revoked(n) for n in ("a", "b", "c")}
+
+        async with open_hub(hub) as h:
+            for name in ("a", "b", "c"):
+                await h.join(await h.token(name), tmp_path / "boxes" / name)
+            for name in ("ci", "gone"):
+                await h.fleet.store.put(doc("AccessToken", name, {"role": "viewer", **spec}))
+            backup = await make(h.fleet, hub)
+            audit = Audit(hub / "audit.db")  # as the hub process keeps it
+            await h.enrolment.revoke("a", "ann")
+            await audit.write("revoke", Key("Node", "_", "a"), actor="ann")
+            await audit.write("delete", Key("AccessToken", "_", "gone"), actor="ann")
+            audit.close()
+        key = recovery(hub)
+        listed = lambda since: Revoked({"c", "nobody"})  # noqa: E731
+        told = await restore(backup, elsewhere, key, revoked=listed, with_tokens=True)
+        assert (told.nodes, told.revoked) == (["a", "b"], ["c"])
+        assert (told.tokens, told.left_out) == (["ci", "gone"], [])
+        assert not told.witnesses
+        told = await restore(backup, hub, key, with_tokens=True)
+        assert (told.nodes, told.revoked) == (["b", "c"], ["a"])
+        assert (told.tokens, told.left_out) == (["ci"], ["gone"])
+        assert told.witnesses
+        told = await restore(backup, hub, key)
+        assert (told.tokens, told.left_out) == ([], ["ci", "gone"])
+        assert told.revoked == ["a"], "a second restore knows what the first one knew"
+        await restore(backup, hub, key, revoked=listed)
+        async with open_hub(hub) as h:
+            assert holders(h) == {"a": True, "b": False, "c": True}
+            assert not h.fleet.store.items("AccessToken")
+            (event,) = [e for e in h.fleet.records.items("events") if e["reason"] == "HubRestored"]
+            assert "revoked since: 2; access tokens good again: 0, left out: 2" in event["message"]
+            # a second start does not revoke again what was replaced meanwhile
+            await h.join(await h.token("c", replace=True), tmp_path / "boxes" / "another")
+        async with open_hub(hub) as h:
+            assert holders(h)["c"] is False
+
+    asyncio.run(body())

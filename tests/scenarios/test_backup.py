@@ -154,8 +154,11 @@ def test_a_backup_alone_brings_a_system_back_and_damage_changes_nothing(
     up = systems("a", "up")
     secret = {"kind": "Secret", "metadata": {"name": "db"}, "spec": {"data": {"password": "planted-6d1f"}}}
     up.apply([secret, app("web", "1s", "plant")], "--wait")
+    for name in ("ci", "ended"):
+        up.run("token", "create", "--name", name, "--role", "viewer", "--ttl", "1h")
     backup = tmp_path / "hub.backup"
     up.run("backup", "create", str(backup))
+    up.run("token", "revoke", "ended")
     raw = backup.read_bytes()
     assert b"planted-6d1f" not in raw
     up.stop()
@@ -177,12 +180,23 @@ def test_a_backup_alone_brings_a_system_back_and_damage_changes_nothing(
     assert sorted(p.relative_to(up.data) for p in up.data.rglob("*")) == before
 
     # in place: what was there is kept aside; the key that lay in the hub's folder lies there again
-    for file in (offline, backup):
-        told = json.loads(up.run("backup", "restore", str(file), "--data", str(up.data), "-o", "json"))
-        assert Path(told["movedAside"]).is_dir()
+    told = json.loads(up.run("backup", "restore", str(offline), "--data", str(up.data), "-o", "json"))
+    assert Path(told["movedAside"]).is_dir()
+    assert (told["tokens"], told["tokensLeftOut"]) == ([], ["ci"])
+    listed = tmp_path / "revoked"
+    listed.write_text("token CI\n")
+    again = ("backup", "restore", str(backup), "--data", str(up.data), "--with-tokens")
+    up.run(*again, "--revoked", str(listed), code=3)
+    assert "revoked:1" in up.stderr
+    listed.write_text("token nobody\n")
+    told_people = up.run(*again, "--revoked", str(listed))
+    # the audit of the folder that is replaced knew that one was ended
+    for part in ("left out", "ended", "let in as they were", "plant-1", "good again", "ci", "who knows", str(listed)):
+        assert part in told_people, told_people
     up.ready_file.unlink()
     again = systems("a", "up")
     assert again.context["token"] == token
+    assert [t["metadata"]["name"] for t in again.get("accesstokens")["items"]] == ["ci"]
     shown = json.loads(again.run("get", "secret", "db", "-o", "json", "--show-secrets"))
     assert shown["spec"]["data"] == {"password": "planted-6d1f"}
     again.wait("the app runs", lambda: again.get("app", "web")["status"].get("phase") == "Running")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import ssl
+import string
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,20 @@ async def program(context: Path, *args: str, code: int = 0) -> str:
         out, err = await process.communicate()
     assert process.returncode == code, (args, process.returncode, err.decode())
     return out.decode() + err.decode()
+
+
+def _negated(token: str) -> str:
+    signed, _, signature = token.rpartition(".")
+    raw = base64.urlsafe_b64decode(signature + "==")
+    order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256
+    other = raw[:32] + (order - int.from_bytes(raw[32:], "big")).to_bytes(32, "big")
+    return f"{signed}.{base64.urlsafe_b64encode(other).decode().rstrip('=')}"
+
+
+def _respelled(token: str) -> str:
+    """The same 64 bytes of signature: of the last character's six bits four say nothing."""
+    letters = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
+    return token[:-1] + letters[letters.index(token[-1]) ^ 1]
 
 
 def test_a_person_signs_in_works_and_signs_out(tmp_path: Path) -> None:
@@ -80,7 +96,16 @@ def test_a_person_signs_in_works_and_signs_out(tmp_path: Path) -> None:
             ) as http:
                 # a token is good once
                 good = idp.keys[-1].sign(idp.claims(sub="u-2"))
-                assert [(await http.post(LOGIN, json={"idToken": good})).status_code for _ in range(2)] == [201, 401]
+                answers = await asyncio.gather(*(http.post(LOGIN, json={"idToken": good}) for _ in range(4)))
+                assert sorted(a.status_code for a in answers) == [201, 401, 401, 401]
+                (made,) = [a.json() for a in answers if a.status_code == 201]
+                # however its signature is written: (r, -s) is good too (ECDSA), base64 ignores the last bits
+                for other in (_negated(good), _respelled(good)):
+                    assert (await http.post(LOGIN, json={"idToken": other})).status_code == 401
+                # nor when its bearer has signed out; what is remembered is in the store, which all processes share
+                bearer = {"Authorization": f"Bearer {made['token']}"}
+                assert (await http.post("/api/v1/logout", headers=bearer)).status_code == 200
+                assert (await http.post(LOGIN, json={"idToken": good})).status_code == 401
                 # a person's sign-ins are bounded
                 for n in range(12):
                     more = idp.keys[-1].sign(idp.claims(sub="u-2", n=n))

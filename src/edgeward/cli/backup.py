@@ -14,13 +14,16 @@ import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgeward.cli.output import emit, write
 from edgeward.cli.session import Session, command
 from edgeward.core.errors import EdgewardError, Invalid, NotFound, Refused
+
+if TYPE_CHECKING:
+    from edgeward.hub.restore import Report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Keep the hub's state, check it, bring it back.")
 
@@ -217,12 +220,26 @@ def restore(
     file: FileName,
     data: Annotated[str, typer.Option("--data", metavar="DIR", help="Where the hub shall live.", show_default=False)],
     key: KeyFile = "",
+    with_tokens: Annotated[
+        bool,
+        typer.Option("--with-tokens", help="Access tokens are good again, but those known to be revoked since."),
+    ] = False,
+    revoked: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--revoked",
+            metavar="FILE",
+            help="What was revoked since: an `audit export`, or lines `node NAME`, `token NAME`; may be given again.",
+        ),
+    ] = None,
 ) -> None:
     """Bring a hub back from a backup, on this machine or another one. No hub may run there.
 
-    What was there is moved aside. Nodes keep what they have that is newer, and send it.
+    What was there is moved aside. Nodes keep what they have that is newer, and send it. Join tokens are not restored,
+    access tokens only --with-tokens. Nodes that its own audit, or FILE, knows to be revoked since are revoked again.
     """
     from edgeward.hub.restore import restore as bring_back
+    from edgeward.hub.revoked import Revoked, of_file
 
     path, folder = Path(file).expanduser(), Path(data).expanduser().absolute()
     key_id = _header(path).key_id
@@ -232,13 +249,58 @@ def restore(
             f"needs the recovery key {key_id}", file=str(path), remedy=f"give its file by --key FILE or {KEY_ENV}"
         )
     tty = sys.stderr.isatty()
-    report = asyncio.run(
-        bring_back(path, folder, found, say=lambda what: print(what, file=sys.stderr) if tty else None)
-    )
+    listed = {name: _whole(Path(name).expanduser()) for name in revoked or ()}
+
+    def known(since: str) -> Revoked:
+        found = Revoked()
+        for name, what in listed.items():
+            try:
+                found.add(of_file(what, since))
+            except EdgewardError as e:
+                e.file = name
+                raise
+        return found
+
+    def say(what: str) -> None:
+        if tty:
+            print(what, file=sys.stderr)
+
+    report = asyncio.run(bring_back(path, folder, found, with_tokens=with_tokens, revoked=known, say=say))
+    report.witnesses += listed
     lines = [f"restored into {report.directory}: {_about(report.notes)}; revisions go on from {report.revision}"]
     if report.moved:
         lines.append(f"what was there is in {report.moved}")
+    lines += _who_gets_in(report)
     _show(session, {"file": str(path), **report.document()}, lines)
+
+
+def _whole(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise NotFound("there is no such file", file=str(path)) from None
+
+
+def _who_gets_in(report: Report) -> list[str]:
+    """What an operator must know, and do."""
+    made, lines = report.notes.get("made"), []
+    lines.append(f"who knows what was revoked since: {_some(report.witnesses) or 'nobody but you'}")
+    if report.revoked:
+        lines.append(f"revoked since then, and again: {_some(report.revoked)}")
+    if report.nodes:
+        lines.append(f"let in as they were at {made}: {_some(report.nodes)}")
+        lines.append("  what was revoked since and is among them: edgeward node revoke NAME, once the hub runs")
+    if report.left_out:
+        lines.append(f"access tokens left out, make new ones (edgeward token create): {_some(report.left_out)}")
+    if report.tokens:
+        lines.append(f"access tokens that are good again as they were at {made}: {_some(report.tokens)}")
+        lines.append("  what was revoked since and is among them: edgeward token revoke NAME, once the hub runs")
+    return lines
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - 20
+    return ", ".join(sorted(names)[:20]) + (f" and {more} more" if more > 0 else "")
 
 
 app.command("create")(command(create))

@@ -38,7 +38,6 @@ VERBS: Mapping[str, str] = {
     "streams": "read what exports delivered",
     "audit": "read who wrote what",
     "promote": "make a site's override everybody's",
-    "enrol": "let a node in",
     "issue": "make a token",
     "revoke": "cut a node off, end a token",
     "rotate": "replace the hub's certificate authority",

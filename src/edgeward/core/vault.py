@@ -82,6 +82,11 @@ class Vault:
         return vault
 
     @classmethod
+    def of_file(cls, path: Path) -> Vault:
+        """The key in a key file, wherever the machine has its own. Raises ``Invalid``, ``OSError``."""
+        return cls(_decoded(path), "file")
+
+    @classmethod
     def _found(cls, directory: Path) -> Vault:
         folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
         credential = Path(folder) / CREDENTIAL

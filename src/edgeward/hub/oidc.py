@@ -3,13 +3,15 @@
 The command line gets the ID token by the device flow (RFC 8628) from the issuer itself; here its keys are fetched, the
 token is checked (``idtoken.py``), and an AccessToken is made that lasts some hours. The issuer is asked for nothing
 else, and a hub that cannot reach it goes on with the tokens that it has given.
+
+An ID token is good once, whichever process of the hub it is brought to and however often that starts anew: the
+AccessToken is named after it, and the store makes one of a name; one that was ended is remembered there, too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from starlette.routing import Route
 from edgeward.core import clock
 from edgeward.core.access import opened, principal, signed_in
 from edgeward.core.api import parse_body, read_body
-from edgeward.core.errors import EdgewardError, Invalid, NotFound, Refused, TooMany, Unauthorized, Unreachable
+from edgeward.core.errors import Conflict, EdgewardError, Invalid, NotFound, Refused, TooMany, Unauthorized, Unreachable
 from edgeward.core.fetch import WAIT, fetch
 from edgeward.core.registry import kinds
 from edgeward.core.resource import CLUSTER, Key, Metadata, Resource
@@ -34,10 +36,18 @@ from edgeward.hub.idtoken import Settings, check, key_id, role_of, verify
 
 #: Seconds that keys are used for, and between two looks for a key that is not among them.
 _KEEP, _AGAIN = 3600.0, 30.0
-_SEEN = 4096
 #: Sign-ins of one person that are good at a time.
 _AT_ONCE = 8
 LABEL = "signed-in-as"
+
+
+def mark(token: str) -> str:
+    """What an ID token is known by: its signed part. A signature has several spellings (RFC 4648, 3.5; ECDSA's -s)."""
+    return hashlib.sha256(token.rpartition(".")[0].encode()).hexdigest()[:24]
+
+
+def _brought_before() -> Unauthorized:
+    return Unauthorized("the ID token was brought before", remedy="sign in again: edgeward login")
 
 
 class SignIn:
@@ -51,8 +61,6 @@ class SignIn:
         self._fetched = -_KEEP
         self._lock = asyncio.Lock()
         self._bad = Throttle(burst=10, rate=0.2)
-        #: Hashes of tokens that were brought: each is good once.
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
 
     @staticmethod
     def settings(config: Any) -> Settings | None:
@@ -104,7 +112,6 @@ class SignIn:
         source = request.client.host if request.client else "local"
         try:
             claims = verify(token, await self._keys_for(token), settings, clock.now())
-            self._once(token)
         except Unauthorized:
             if wait := self._bad.take(source_of(source), clock.monotonic()):
                 raise TooMany("too many wrong sign-ins from your address", after=wait, remedy="wait") from None
@@ -113,13 +120,19 @@ class SignIn:
         if rules_of(self._resources.store, role) is None:
             raise Invalid(f"there is no Role {role!r}", field="oidc.roles", remedy="create it, or correct hub.json")
         who = hashlib.sha256(f"{settings.issuer}\n{claims.subject}".encode()).hexdigest()[:16]
+        name = f"login-{who[:8]}-{mark(token)}"
+        key = Key("AccessToken", CLUSTER, name)
+        if self._resources.store.find(key) is not None or self._resources.store.deleted(key)[0]:
+            raise _brought_before()
         await self._make_room(who)
-        name = f"login-{who[:8]}-{clock.new_id(6)}"
         text, digest = make_token(name)
         spec = AccessTokenSpec(role, digest, expiry(settings.ttl), ["*"], f"signed in: {claims.name}")
         made = Resource(kind="AccessToken", metadata=Metadata(name=name, labels={LABEL: who}), spec=spec)
         kinds.get("AccessToken").check(made)
-        await self._resources.create(made, actor=f"oidc:{claims.name}", source=source)
+        try:
+            await self._resources.create(made, actor=f"oidc:{claims.name}", source=source)
+        except Conflict:  # to another process, or at the same moment
+            raise _brought_before() from None
         return json({"token": text, "name": name, "role": role, "expires": spec.expires, "who": claims.name}, 201)
 
     async def logout(self, request: Request) -> Response:
@@ -131,14 +144,6 @@ class SignIn:
         source = request.client.host if request.client else "local"
         await self._resources.delete(key, actor=who.name, source=source)
         return json({"name": who.name})
-
-    def _once(self, token: str) -> None:
-        mark = hashlib.sha256(token.encode()).digest()
-        if mark in self._seen:
-            raise Unauthorized("the ID token was brought before", remedy="sign in again: edgeward login")
-        self._seen[mark] = None
-        if len(self._seen) > _SEEN:
-            self._seen.popitem(last=False)
 
     async def _make_room(self, who: str) -> None:
         """A person's expired sign-ins go, and the oldest when there are too many."""

@@ -6,8 +6,12 @@ old folder is there as it was.
 
 The store is a new epoch: its revisions begin above all that the old one can have given out, so nobody who was ahead of
 the backup (nodes, scripts) ever sees a lower one. Each object carries the revision it had (``store_nats.WAS``), and the
-store its line (:mod:`edgeward.nodes.ancestry`): with these a node keeps what is newer than the backup. Join tokens are
-left out: one that was used after the backup would be good again.
+store its line (:mod:`edgeward.nodes.ancestry`): with these a node keeps what is newer than the backup.
+
+What lets somebody in does not come back to life. Join tokens are left out: one that was used after the backup would be
+good again. Access tokens are left out unless they are asked for. A node that was revoked after the backup is revoked
+again where a witness says so (:mod:`edgeward.hub.revoked`): the audit of the hub that is replaced, or a file. Who is
+let in as the backup has it is listed.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -31,23 +36,28 @@ import nats.js.errors
 from nats.aio.client import Client
 
 from edgeward.core import clock, proc
+from edgeward.core.audit import KEEP, Audit
 from edgeward.core.bus import Bus
 from edgeward.core.errors import EdgewardError, Invalid, NotFound, Refused, Unreachable
 from edgeward.core.files import ensure_dir, read_json
 from edgeward.core.identity import HubIdentity
 from edgeward.core.natsserver import HubSpec, NatsServer
+from edgeward.core.resource import CLUSTER, Key
 from edgeward.core.seal import RecoveryKey, read_header, unseal
 from edgeward.core.store_nats import WAS
 from edgeward.core.vault import Vault
 from edgeward.hub.archive import Data, Decoder, Entry, File, Meta, Msg, Stream, safe_path
-from edgeward.hub.backup import BUCKET, RECOVERY_KEY, js_api, layout_of, sealed, sealing_key
+from edgeward.hub.backup import BUCKET, RECOVERY_KEY, VAULT_KEY, js_api, layout_of, sealed, sealing_key
+from edgeward.hub.revoked import Revoked, of_records
 from edgeward.nodes.ancestry import LINE_MOST, Ancestor
+from edgeward.nodes.enrol import Member
+from edgeward.nodes.enrol_cloud import MEMBER, REVOKE
 
 #: Revisions that an epoch may use up at least (30 years at a thousand writes a second).
 _SPAN = 1 << 40
 _YEAR_2020 = 1_577_836_800
-#: Kinds that a backup holds and a restore leaves out.
-_NOT_RESTORED = ("JoinToken",)
+#: Seconds before a backup's date within which something may be missing in it: it takes a while to make.
+_OVERLAP = 300.0
 _IN_FLIGHT = 256
 #: Seconds for those in flight, each of them a durable write.
 _TAKE = 60.0
@@ -70,6 +80,14 @@ class Report:
     revision: int = 0
     directory: str = ""
     moved: str = ""
+    #: Nodes that are let in as the backup has them, and those that are revoked by a witness.
+    nodes: list[str] = field(default_factory=list)
+    revoked: list[str] = field(default_factory=list)
+    #: Access tokens that are good again, and those that were left out.
+    tokens: list[str] = field(default_factory=list)
+    #: Who knew of revocations after the backup.
+    witnesses: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
         doc: dict[str, Any] = {"backup": self.notes, "key": self.key, "decrypted": self.read}
@@ -77,6 +95,8 @@ class Report:
             doc |= {"files": self.files, "streams": self.streams, "messages": self.messages}
         if self.directory:
             doc |= {"epoch": self.epoch, "revision": self.revision, "directory": self.directory}
+            doc |= {"nodes": self.nodes, "revoked": self.revoked, "witnesses": self.witnesses}
+            doc |= {"tokens": self.tokens, "tokensLeftOut": self.left_out}
         if self.moved:
             doc["movedAside"] = self.moved
         return doc
@@ -249,8 +269,10 @@ class _Publisher:
 
 
 class _Restorer:
-    def __init__(self, staging: Path, now: float) -> None:
+    def __init__(self, staging: Path, now: float, revoked: Revoked, report: Report, *, with_tokens: bool) -> None:
         self.staging = staging
+        self._revoked, self._report, self._with_tokens = revoked, report, with_tokens
+        self._vault: Vault | None = None
         self._now = now
         self._out: IO[bytes] | None = None
         self.meta: Meta | None = None
@@ -294,7 +316,7 @@ class _Restorer:
                     name = following.subject.removeprefix("$KV.resources.")
                     if name == "m.line":
                         line = msgspec.json.decode(following.data, type=list[Ancestor])
-                    if name in ("m.line", "m.epoch") or name.split(".")[:2] in [["r", k] for k in _NOT_RESTORED]:
+                    if name in ("m.line", "m.epoch", f"m.{REVOKE}") or not self._lets_in(name, following):
                         continue
                     if name.startswith("r.") and "KV-Operation" not in headers:
                         headers = {**headers, WAS: str(following.seq)}
@@ -305,8 +327,10 @@ class _Restorer:
                 line = [*line, Ancestor(self.meta.epoch, self.meta.revision, end)][-LINE_MOST:]
                 await publisher.put("$KV.resources.m.line", msgspec.json.encode(line), {})
                 await publisher.put("$KV.resources.m.epoch", self.epoch.encode(), {})
-                count += 2
-                self.revision = end
+                # the hub does it before it takes any node's word (nodes/enrol_cloud.py)
+                await publisher.put(f"$KV.resources.m.{REVOKE}", msgspec.json.encode(self._report.revoked), {})
+                count += 3
+                self.revision = end + 1
             if stream.name == "RECORDS" and self.meta is not None:
                 await publisher.put("ew.rec.events", msgspec.json.encode(self._event(self.meta)), {})
                 count += 1
@@ -314,14 +338,45 @@ class _Restorer:
             if count and publisher.last != first + count - 1:
                 raise EdgewardError(f"stream {stream.name} did not take all: {publisher.last - first + 1} of {count}")
 
+    def _lets_in(self, name: str, message: Msg) -> bool:
+        """Whether a key of the bucket is restored; says in the report what it lets in."""
+        sort, _, rest = name.partition(".")
+        kind, _, item = rest.partition("._.")
+        if sort in ("r", "s") and kind == "JoinToken":
+            return False
+        if sort in ("r", "s") and kind == "AccessToken":
+            kept = self._with_tokens and item not in self._revoked.tokens
+            if sort == "r" and "KV-Operation" not in message.headers:
+                (self._report.tokens if kept else self._report.left_out).append(item)
+            return kept
+        if name.startswith(f"m.{MEMBER}") and self._holds(name.removeprefix("m."), message.data):
+            node = name.removeprefix(f"m.{MEMBER}")
+            (self._report.revoked if node in self._revoked.nodes else self._report.nodes).append(node)
+        return True
+
+    def _holds(self, fact: str, data: bytes) -> bool:
+        """Whether somebody holds this node's name, as the backup has it; in doubt yes."""
+        try:
+            if self._vault is None:
+                self._vault = Vault.of_file(self.staging / VAULT_KEY)
+            member = msgspec.json.decode(self._vault.unseal(data, fact), type=Member)
+        except (EdgewardError, OSError, msgspec.DecodeError):
+            return True
+        return bool(member.key or member.legacy) and not member.revoked
+
     def _event(self, meta: Meta) -> dict[str, str]:
+        nodes, revoked, tokens, out = (
+            len(x) for x in (self._report.nodes, self._report.revoked, self._report.tokens, self._report.left_out)
+        )
         return {
             "time": clock.timestamp(),
             "type": "Warning",
             "reason": "HubRestored",
             "resource": "Hub",
             "message": f"restored from the backup of {meta.made} (revision {meta.revision}); what was written since is "
-            "kept by the sites that have it, and is in the journal as they send it",
+            "kept by the sites that have it, and is in the journal as they send it; "
+            f"nodes let in as the backup has them: {nodes}, revoked since: {revoked}; "
+            f"access tokens good again: {tokens}, left out: {out}",
         }
 
 
@@ -361,8 +416,46 @@ def _move_into_place(staging: Path, target: Path) -> Path | None:
     return aside
 
 
-async def restore(path: Path, data: Path, key: RecoveryKey, *, say: Callable[[str], None] = lambda _: None) -> Report:
-    """Puts the hub of a backup into ``data``. Raises ``Invalid`` or ``Refused`` before anything there has changed."""
+def _witness(old: Path, new: Path, since: str) -> Revoked | None:
+    """What the audit of the hub that is replaced knows, if it is the same hub; None where it cannot be read."""
+    ours, theirs = (read_json(d / "identity" / "nats.json", {}).get("operator_jwt") for d in (new, old))
+    if ours is None or ours != theirs or not (old / "audit.db").is_file():
+        return None
+    try:
+        audit = Audit(old / "audit.db")
+        try:
+            return of_records(audit.items(limit=2 * KEEP), since)
+        finally:
+            audit.close()
+    except (EdgewardError, OSError, sqlite3.Error):
+        return None
+
+
+async def _testify(staging: Path, known: Revoked) -> None:
+    """What was known is in the restored hub's audit: the next restore into this folder finds it there."""
+    audit = Audit(staging / "audit.db")
+    try:
+        for verb, kind, names in (("revoke", "Node", known.nodes), ("delete", "AccessToken", known.tokens)):
+            for name in sorted(names):
+                await audit.write(verb, Key(kind, CLUSTER, name), actor="restore")
+    finally:
+        audit.close()
+
+
+async def restore(
+    path: Path,
+    data: Path,
+    key: RecoveryKey,
+    *,
+    with_tokens: bool = False,
+    revoked: Callable[[str], Revoked] = lambda _: Revoked(),
+    say: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Puts the hub of a backup into ``data``. Raises ``Invalid`` or ``Refused`` before anything there has changed.
+
+    ``with_tokens``: access tokens are good again, but for those that are known to be revoked. ``revoked``: what was
+    since the time that it is given (RFC 3339), beside what the hub that is replaced knows itself.
+    """
     say("checking the backup")
     report = await asyncio.to_thread(verify, path, key)
     stream = entries(path, key)
@@ -371,13 +464,18 @@ async def restore(path: Path, data: Path, key: RecoveryKey, *, say: Callable[[st
         raise Invalid("does not begin as a backup does", file=str(path))
     data = data.absolute()
     target = target_of(data, meta.layout)
+    try:
+        since = clock.timestamp(clock.parse_timestamp(meta.made) - _OVERLAP)
+    except ValueError:
+        since = ""  # all that a witness says counts
+    known = revoked(since)
     ensure_dir(target.parent)
     _check_room(path, target.parent)
     with unused(data, target):
         staging = target.with_name(f".{target.name}.restore-{secrets.token_hex(4)}")
         ensure_dir(staging)
         try:
-            restorer = await _restore_into(staging, meta, stream, say)
+            restorer = await _restore_into(staging, meta, stream, say, target, known, since, report, with_tokens)
             await asyncio.to_thread(_sync_all, staging)
             aside = _move_into_place(staging, target)
         except BaseException:
@@ -400,8 +498,18 @@ def _check_room(backup: Path, folder: Path) -> None:
         )
 
 
-async def _restore_into(staging: Path, meta: Meta, rest: Iterator[Entry], say: Callable[[str], None]) -> _Restorer:
-    restorer = _Restorer(staging, clock.now())
+async def _restore_into(
+    staging: Path,
+    meta: Meta,
+    rest: Iterator[Entry],
+    say: Callable[[str], None],
+    old: Path,
+    known: Revoked,
+    since: str,
+    report: Report,
+    with_tokens: bool,
+) -> _Restorer:
+    restorer = _Restorer(staging, clock.now(), known, report, with_tokens=with_tokens)
     restorer.meta = meta
     say("files")
     first: Entry | None = None
@@ -412,6 +520,10 @@ async def _restore_into(staging: Path, meta: Meta, rest: Iterator[Entry], say: C
     restorer.end_file()
     if not isinstance(first, Stream):
         raise Invalid("has no streams in it", remedy="it is no backup of a hub that ran")
+    if (audit := _witness(old, staging, since)) is not None:
+        known.add(audit)
+        report.witnesses.append(f"the audit of {old}")
+    await _testify(staging, known)
     say("resources, events and streams")
     async with offline_server(staging) as client:
         await restorer.streams(client, first, rest)

@@ -36,7 +36,8 @@ from edgeward.nodes.spec import JoinTokenSpec, NodeSpec
 
 log = logging.getLogger("edgeward.enrol")
 
-_FACT = "member."
+#: The facts of the members, by node; and of the nodes that a restore has us revoke (``hub/restore.py``).
+MEMBER, REVOKE = "member.", "restore.revoke"
 _TRIES = 16
 #: Used and expired tokens are kept for so long, to be looked at.
 _KEEP_TOKENS = 7 * 86400.0
@@ -99,11 +100,11 @@ class Enrolment:
     # -- members -----------------------------------------------------------------------------------------------------
 
     def member(self, node: str) -> Member | None:
-        revision = self._store.fact_revision(_FACT + node)
+        revision = self._store.fact_revision(MEMBER + node)
         known = self._opened_at.get(node)
         if known is not None and known[0] == revision:
             return known[1]
-        data = self._store.fact(_FACT + node)
+        data = self._store.fact(MEMBER + node)
         if data is None:
             return None
         member = self._opened(node, data)
@@ -111,15 +112,15 @@ class Enrolment:
         return member
 
     def members(self) -> dict[str, Member]:
-        found = {name: self.member(name) for name in self._store.facts(_FACT)}
+        found = {name: self.member(name) for name in self._store.facts(MEMBER)}
         return {name: member for name, member in found.items() if member is not None}
 
     def _opened(self, node: str, data: bytes) -> Member:
-        return msgspec.json.decode(self._vault.unseal(data, _FACT + node), type=Member)
+        return msgspec.json.decode(self._vault.unseal(data, MEMBER + node), type=Member)
 
     async def _keep(self, node: str, member: Member, expect: int) -> None:
-        sealed = self._vault.seal(msgspec.json.encode(member), _FACT + node)
-        await self._store.set_fact(_FACT + node, sealed, expect=expect)
+        sealed = self._vault.seal(msgspec.json.encode(member), MEMBER + node)
+        await self._store.set_fact(MEMBER + node, sealed, expect=expect)
 
     def status(self, node: str) -> dict[str, Any]:
         """What the Node's status says of its identity."""
@@ -142,7 +143,7 @@ class Enrolment:
     async def _change(self, node: str, change: Callable[[Member | None], Member]) -> Member:
         """Durable when it returns; ``change`` is asked again when somebody else was faster."""
         for _ in range(_TRIES):
-            revision = self._store.fact_revision(_FACT + node)
+            revision = self._store.fact_revision(MEMBER + node)
             old = self.member(node)
             new = self._with_account(node, change(old), old)
             if new == old:
@@ -183,6 +184,11 @@ class Enrolment:
                 with contextlib.suppress(Conflict):
                     await self._keep(node, kept, 0)
         self._identity.drop_files()
+        for node in msgspec.json.decode(self._store.fact(REVOKE) or b"[]", type=list[str]):
+            await self._change(node, lambda m: rules.revoke(m or self._new_member(), self._now()))
+            await self._told(node)
+        if self._store.fact(REVOKE) not in (None, b"[]"):
+            await self._store.set_fact(REVOKE, b"[]")
         for node, member in self.members().items():
             if member.rules != self._identity.account_rules(node):
                 await self._change(node, lambda m: m or self._new_member())
