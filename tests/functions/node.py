@@ -17,6 +17,7 @@ from edgeward.core.invocation import Call, CallFailed, Event, Reply
 from edgeward.core.resource import decode
 from edgeward.functions import spec as _spec  # noqa: F401
 from edgeward.functions.dispatcher import Dispatcher
+from edgeward.functions.logs import LogFile
 from edgeward.functions.versions import Config, config_of
 
 HELLO = 'def handler(event, context):\n    return {"hello": event.data.decode(), "version": context.version}\n'
@@ -84,3 +85,10 @@ class Node:
 
     async def phase(self, name: str, phase: str) -> None:
         await until(lambda: self.status(name).get("phase") == phase, 30)
+
+    def log(self, name: str) -> LogFile:
+        """What it wrote, all of it on the disk."""
+        self.d._write_logs()
+        file = self.d._functions[f"default/{name}"].log
+        assert file
+        return file

@@ -346,7 +346,7 @@ def handler(event, context):
     async with Node(tmp_path) as node:
         node.d.configure([function("f", code, logs={"bytes": "64Ki"})])
         reply = await node.call("f")
-        file = node.d.log_of("default/f")
+        file = node.log("f")
         lines = file.lines(lambda line: True, 100)
         assert [(line.level, line.message, line.fields) for line in lines] == [
             ("info", "printed", {}),
@@ -354,15 +354,15 @@ def handler(event, context):
         ]
         assert {line.invocation for line in lines} == {reply.invocation}
         error = await node.fails("f", b"raise")
-        lines = node.d.log_of("default/f").lines(lambda line: line.invocation == error.invocation, 100)
+        lines = node.log("f").lines(lambda line: line.invocation == error.invocation, 100)
         assert "ValueError: detail" in lines[-1].message
         assert 'File "main.py", line 10' in lines[-1].message
         for _ in range(4):
             await node.call("f", b"flood")
-        file = node.d.log_of("default/f")
+        await until(lambda: "4002 more lines were dropped" in node.log("f").lines(lambda line: True, 1)[0].message, 20)
+        file = node.log("f")
         size = sum(p.stat().st_size for p in file.path.parent.iterdir())
         assert 32 * 1024 < size <= 64 * 1024
-        assert "4002 more lines were dropped" in file.lines(lambda line: True, 1)[0].message
 
 
 @looped

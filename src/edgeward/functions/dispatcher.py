@@ -14,7 +14,7 @@ import logging
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from edgeward.core.errors import EdgewardError
 from edgeward.core.files import ensure_dir
 from edgeward.core.invocation import Call, CallFailed, Event, Reply
 from edgeward.functions import scale
-from edgeward.functions.logs import Line, LogFile, level_name
+from edgeward.functions.logs import Line, LogFile, level_name, log_path
 from edgeward.functions.nursery import Nursery
 from edgeward.functions.pool import Job, Pool, deadline_of
 from edgeward.functions.sandbox import Cage, Verdict
@@ -58,6 +58,7 @@ class Function:
         #: What ``current`` took over from, and when: the way back.
         self.former: Version | None = None
         self.switched = 0.0
+        self.fallback: Version | None = None
         self.draining: set[Pool] = set()
         self.in_hand = 0
         self.phase, self.message = "Starting", ""
@@ -210,8 +211,11 @@ class Dispatcher:
 
     # -- what should be ----------------------------------------------------------------------------------------------
 
-    def configure(self, wanted: Sequence[Config]) -> None:
-        """Makes the functions be what is wanted, without a pause: returns at once, goes on in the background."""
+    def configure(self, wanted: Sequence[Config], fallbacks: Mapping[str, Version] | None = None) -> None:
+        """Makes the functions be what is wanted, without a pause: returns at once, goes on in the background.
+
+        ``fallbacks``: what a function ran well with before this process began; used when what is wanted fails.
+        """
         keys = {c.version.key for c in wanted}
         for key in [k for k in self._functions if k not in keys]:
             self._drop(key)
@@ -219,11 +223,12 @@ class Dispatcher:
             f = self._functions.get(config.version.key)
             if f is None:
                 f = self._functions[config.version.key] = Function(config)
+                f.fallback = (fallbacks or {}).get(config.version.key)
             self._adjust(f, config)
         self._wake.set()
 
     def _adjust(self, f: Function, config: Config) -> None:
-        path = self.folder / "logs" / config.version.namespace / f"{config.version.name}.log"
+        path = log_path(self.folder, config.version.namespace, config.version.name)
         if f.log is None or f.log.cap != config.policy.log_bytes:
             f.log = LogFile(path, config.policy.log_bytes)
         f.policy = config.policy
@@ -347,6 +352,8 @@ class Dispatcher:
 
     def _failed_try(self, f: Function, pool: Pool, why: str) -> None:
         f.coming = None
+        if f.current is None and f.fallback is not None:
+            f.current = self._new_pool(f, f.fallback)
         now = f.current
         self._hand_over(f, pool, now)
         pool.drain()
@@ -444,14 +451,6 @@ class Dispatcher:
         files, self._unwritten = self._unwritten, set()
         for file in files:
             file.flush()
-
-    def log_of(self, key: str) -> LogFile:
-        """Raises ``CallFailed`` (unknown)."""
-        f = self._functions.get(key)
-        if f is None or f.log is None:
-            raise CallFailed("unknown", "there is no such function on this node", function=key)
-        self._write_logs()
-        return f.log
 
     # -- status ------------------------------------------------------------------------------------------------------
 

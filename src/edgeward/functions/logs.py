@@ -1,14 +1,14 @@
 """A function's log: one JSON line each, two files that together never pass the cap, the oldest half goes first.
 
 The plane is the only writer, so the cap is kept to the byte. Lines are gathered for a moment and written together; what
-would have to wait longer than the buffer allows is counted and said. Readers (``tail``, ``follow``) filter here, at the
-edge, before anything leaves the node.
+would have to wait longer than the buffer allows is counted. The agent reads, so a long log costs no caller of a
+function anything; lines are filtered there, at the edge, before anything leaves the node.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from edgeward.core.errors import Invalid
 #: Bytes that wait to be written; more are dropped and counted.
 _BUFFER = 1 << 20
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+#: Seconds between two looks at a log that is followed.
+_LOOK = 0.2
 _encode = msgspec.json.Encoder().encode
 
 
@@ -129,16 +131,20 @@ def _decoded(lines: Any) -> Iterator[Line]:
             yield msgspec.json.decode(line, type=Line)
 
 
-def wanted(*, level: str = "", since: str = "", pattern: str = "", invocation: str = "") -> Callable[[Line], bool]:
-    """What a reader asked for; ``since`` is a timestamp. Raises ``Invalid``."""
+def log_path(folder: Path, namespace: str, name: str) -> Path:
+    """Where a function's log lies below the node's ``functions/``."""
+    return folder / "logs" / namespace / f"{name}.log"
+
+
+def wanted(*, level: str = "", since: str = "", text: str = "", invocation: str = "") -> Callable[[Line], bool]:
+    """What a reader asked for; ``since`` is a timestamp. Raises ``Invalid``.
+
+    ``text`` is plain text: a regular expression of a caller could keep the node busy for ever.
+    """
     if level and level not in LEVELS:
         raise Invalid(f"{level[:20]!r} is no level", field="?level", remedy=", ".join(LEVELS))
-    if len(pattern) > 200:
+    if len(text) > 200:
         raise Invalid("is too long", field="?grep", remedy="at most 200 characters")
-    try:
-        regex = re.compile(pattern) if pattern else None
-    except re.error as e:
-        raise Invalid(f"is no regular expression: {e}", field="?grep") from None
     least = LEVELS.get(level, 0)
 
     def is_wanted(line: Line) -> bool:
@@ -146,7 +152,7 @@ def wanted(*, level: str = "", since: str = "", pattern: str = "", invocation: s
             LEVELS.get(line.level, 0) >= least
             and line.time >= since
             and (not invocation or line.invocation == invocation)
-            and (regex is None or regex.search(line.message) is not None)
+            and text in line.message
         )
 
     return is_wanted
@@ -157,3 +163,21 @@ def text_of(line: Line) -> str:
     fields = "".join(f" {k}={v}" for k, v in line.fields.items())
     where = f" {line.invocation}" if line.invocation else ""
     return f"{line.time} {line.level.upper():<7} {line.version}{where} {line.message}{fields}\n"
+
+
+async def read(file: LogFile, is_wanted: Callable[[Line], bool], tail: int, *, follow: bool, as_json: bool) -> Any:
+    """The last ``tail`` lines that are wanted, then what comes, as bytes; another process writes the file."""
+
+    def shown(lines: list[Line]) -> bytes:
+        if as_json:
+            return b"".join(_encode(line) + b"\n" for line in lines)
+        return "".join(map(text_of, lines)).encode("utf-8", "replace")
+
+    at = file.end()
+    if found := await asyncio.to_thread(file.lines, is_wanted, tail):
+        yield shown(found)
+    while follow:
+        await asyncio.sleep(_LOOK)  # the period of looking at a growing file
+        lines, at = file.read(at)
+        if found := [line for line in lines if is_wanted(line)]:
+            yield shown(found)

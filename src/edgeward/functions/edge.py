@@ -1,0 +1,170 @@
+"""The agent's side of functions: what the plane is told, from the replica, and the words that its answers are put in.
+
+The plane (``plane.py``) runs them; the agent only says which there should be. Values of Secrets go into the plane's
+configuration file sealed with the node's own key, as they lie in the replica.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from edgeward.core import clock
+from edgeward.core.errors import EdgewardError, Invalid, NotFound, TooLarge
+from edgeward.core.invocation import MAX_BODY
+from edgeward.core.quantity import parse_duration
+from edgeward.core.resource import Resource, check_name
+from edgeward.functions import logs
+from edgeward.functions.versions import config_of
+
+#: (namespace, name) -> (data, revision), or None
+Lookup = Callable[[str, str], tuple[dict[str, str], str] | None]
+#: Seconds that an invocation from outside may take at most; a function's own limit is at most this.
+LONGEST = 900.0
+
+
+class Seals(Protocol):
+    def seal(self, data: bytes, place: str) -> bytes: ...
+
+
+def place(key: str, digest: str) -> str:
+    """Where a version's secret values are sealed for."""
+    return f"Function/{key}/{digest}"
+
+
+class Sections:
+    """Makes the plane's section ``functions``: the same bytes as long as nothing changed."""
+
+    def __init__(self, config: Lookup, secret: Lookup, vault: Seals) -> None:
+        self._config, self._secret, self._vault = config, secret, vault
+        self._sealed: dict[tuple[str, str], str] = {}
+
+    def section(self, functions: Sequence[Resource]) -> dict[str, Any]:
+        entries = [self._entry(f) for f in sorted(functions, key=lambda r: (r.metadata.namespace, r.metadata.name))]
+        kept = {(e["key"], e.get("digest", "")) for e in entries}
+        self._sealed = {k: v for k, v in self._sealed.items() if k in kept}
+        return {"functions": entries}
+
+    def _entry(self, function: Resource) -> dict[str, Any]:
+        ns = function.metadata.namespace
+        key = f"{ns}/{function.metadata.name}"
+        env: dict[str, str] = {}
+        secret: dict[str, str] = {}
+        marks: list[str] = []
+        for one in function.spec.envFrom:
+            found = self._config(ns, one.config) if one.config else self._secret(ns, one.secret)
+            if found is None:
+                what = f"Config/{one.config}" if one.config else f"Secret/{one.secret}"
+                return {"key": key, "waiting": f"{what} is not here yet"}
+            if one.config:
+                env |= found[0]
+            else:
+                secret |= found[0]
+                marks.append(f"{one.secret}@{found[1]}")
+        made = config_of(function, env, secret, marks)
+        entry: dict[str, Any] = {"key": key, "digest": made.version.digest}
+        if made.version.secret:
+            at = (key, made.version.digest)
+            if at not in self._sealed:
+                values = {k: made.version.env[k] for k in made.version.secret}
+                sealed = self._vault.seal(msgspec.json.encode(values), place(*at))
+                self._sealed[at] = base64.b64encode(sealed).decode()
+            entry["sealed"] = self._sealed[at]
+            made.version.env = {k: v for k, v in made.version.env.items() if k not in made.version.secret}
+        entry["config"] = msgspec.to_builtins(made)
+        return entry
+
+
+def call_args(namespace: str, name: str, data: bytes, query: Any, headers: Any) -> dict[str, Any]:
+    """The arguments of the plane's verb ``invoke`` from a request to the API. Raises ``Invalid``, ``TooLarge``."""
+    if len(data) > MAX_BODY:
+        raise TooLarge(f"the event has {len(data)} bytes", remedy=f"at most {MAX_BODY} bytes")
+    timeout = 0.0
+    if text := query.get("timeout", ""):
+        try:
+            timeout = float(text)
+        except ValueError:
+            raise Invalid(f"{text[:40]!r} is no number of seconds", field="?timeout") from None
+        if not 0 < timeout <= LONGEST:
+            raise Invalid("is out of range", field="?timeout", remedy=f"more than 0, at most {LONGEST:g} seconds")
+    for word in ("type", "version", "key"):
+        if len(query.get(word, "")) > 256:
+            raise Invalid("is too long", field=f"?{word}", remedy="at most 256 characters")
+    return {
+        "namespace": namespace,
+        "name": name,
+        "data": data,
+        "datacontenttype": str(headers.get("content-type", ""))[:256],
+        "type": query.get("type", "") or "edgeward.invoke",
+        "version": query.get("version", ""),
+        "key": query.get("key", ""),
+        "timeout": timeout,
+    }
+
+
+def read_logs(folder: Path, args: dict[str, Any]) -> AsyncIterator[bytes]:
+    """The log of the function that ``args`` name, below the node's ``functions/``. Raises ``Invalid``, ``NotFound``."""
+    name = str(args["name"])
+    file = logs.LogFile(logs.log_path(folder, check_name(str(args["namespace"]), "", ""), check_name(name, "", "")), 0)
+    if not file.path.exists():
+        raise NotFound("wrote nothing on this node", resource=f"Function/{name}", remedy="was it called here?")
+    since = ""
+    if args.get("since"):
+        try:
+            since = clock.timestamp(clock.now() - parse_duration(str(args["since"])))
+        except ValueError as e:
+            raise Invalid(str(e), field="?since") from None
+    wanted = logs.wanted(
+        level=str(args.get("level", "")),
+        since=since,
+        text=str(args.get("grep", "")),
+        invocation=str(args.get("invocation", "")),
+    )
+    tail = int(args.get("tail", 200))
+    pieces: AsyncIterator[bytes] = logs.read(
+        file, wanted, tail, follow=bool(args.get("follow")), as_json=bool(args.get("json"))
+    )
+    return pieces
+
+
+class Head(msgspec.Struct):
+    """The first piece of an answer that travels from a plane to a caller; the body follows in pieces."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    version: str = ""
+    invocation: str = ""
+    node: str = ""
+    duration: float = 0.0
+    cold: bool = False
+
+    def http(self) -> list[tuple[bytes, bytes]]:
+        """Its headers for an HTTP answer; those that are the connection's business are left out."""
+        own = [("ew-invocation", self.invocation), ("ew-version", self.version), ("ew-node", self.node)]
+        own.append(("ew-duration", f"{self.duration:.6f}"))
+        found = []
+        for name, value in [*self.headers, *own]:
+            if value and name.lower() not in _CONNECTION and not set(name + value) & set("\r\n\0"):
+                found.append((name.lower().encode("latin-1", "replace"), value.encode("latin-1", "replace")))
+        return found
+
+
+_CONNECTION = {
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding",
+    "upgrade", "content-length",
+}  # fmt: skip
+
+
+def encode_head(head: Head) -> bytes:
+    """A head as the one piece that a message carries."""
+    data = msgspec.json.encode(head)
+    if len(data) > 60_000:
+        raise EdgewardError(f"the answer's headers have {len(data)} bytes", remedy="at most 60000")
+    return data
+
+
+decode_head = msgspec.json.Decoder(Head).decode

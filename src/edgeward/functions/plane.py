@@ -1,0 +1,222 @@
+"""The functions' share of a node's data plane: the dispatcher with its configuration, its control verbs, its memory.
+
+What a function last ran well with is kept in ``functions/good.json``: a plane that starts with a version that turns out
+bad (the power went in the middle of an update) goes back to it, without the cloud. Secret values are sealed there too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from edgeward.core import clock
+from edgeward.core.errors import EdgewardError, Invalid
+from edgeward.core.files import read_json, write_atomic
+from edgeward.core.invocation import Call, CallFailed, Event, Reply
+from edgeward.functions.dispatcher import Dispatcher
+from edgeward.functions.edge import Head, place
+from edgeward.functions.versions import Config
+
+if TYPE_CHECKING:
+    from edgeward.core.vault import Vault
+
+log = logging.getLogger("edgeward.functions")
+
+_PIECE = 48 * 1024
+
+Verb = Callable[[dict[str, Any]], AsyncIterator[dict[str, Any]]]
+
+
+class Voice(Protocol):
+    def report(self, kind: str, namespace: str, name: str, status: dict[str, Any] | None) -> None: ...
+    def event(self, type: str, reason: str, message: str, namespace: str, name: str, kind: str) -> None: ...
+
+
+class Entry(msgspec.Struct, omit_defaults=True):
+    """One function as it lies in the plane's configuration and in ``good.json``."""
+
+    key: str
+    digest: str = ""
+    config: Config | None = None
+    sealed: str = ""
+    waiting: str = ""
+
+
+class FunctionsPart:
+    def __init__(self, *, data: Path, node: str, site: str, voice: Voice) -> None:
+        self._data = data
+        self._vault: Vault | None = None
+        self._voice = voice
+        self.dispatcher = Dispatcher(
+            data / "functions",
+            node,
+            site,
+            report=lambda ns, name, status: voice.report("Function", ns, name, status),
+            tell=lambda type, reason, message, ns, name: voice.event(type, reason, message, ns, name, "Function"),
+            good=self._good,
+        )
+        self._node = node
+        self._known: dict[str, Entry] = {}
+        self._keep = data / "functions" / "good.json"
+        self._kept: dict[str, Entry] = self._read_kept()
+        #: What was kept before the version that is kept now: where a version that is taken back goes back to.
+        self._former: dict[str, Entry] = {}
+        self._serial = 0
+        self._unwritten = asyncio.Event()
+        self._some = asyncio.Event()
+        self.verbs: Mapping[str, Verb] = {
+            "invoke": self._invoke,
+            "functions.counters": self._counters,
+            "functions.enforced": self._enforced,
+        }
+
+    async def invoke(self, call: Call) -> Reply:
+        return await self.dispatcher.invoke(call)
+
+    # -- configuration -------------------------------------------------------------------------------------------------
+
+    async def provision(self, section: dict[str, Any]) -> list[Entry]:
+        """Makes the section ready. Raises ``Invalid``; then nothing has changed."""
+        try:
+            entries = msgspec.convert(section.get("functions", []), list[Entry])
+        except msgspec.ValidationError as e:
+            raise Invalid(f"the functions are not understood: {e}", field="$.functions") from None
+        for entry in entries:
+            self._opened(entry)
+        return entries
+
+    def commit(self, prepared: list[Entry]) -> None:
+        configs, fallbacks, known = [], {}, {}
+        for given in prepared:
+            entry = given if given.config is not None else self._known.get(given.key)
+            if entry is None:
+                namespace, _, name = given.key.partition("/")
+                self._voice.report("Function", namespace, name, {"phase": "Pending", "message": given.waiting})
+                continue
+            known[entry.key] = entry
+            configs.append(self._opened(entry))
+            kept = self._kept.get(entry.key)
+            if kept is not None and kept.digest != entry.digest:
+                try:
+                    fallbacks[entry.key] = self._opened(kept).version
+                except EdgewardError as e:
+                    log.warning("%s: the version that ran before cannot be used: %s", entry.key, e)
+        self._known = known
+        if self._kept.keys() - known.keys():
+            self._kept = {k: v for k, v in self._kept.items() if k in known}
+            self._unwritten.set()
+        self.dispatcher.configure(configs, fallbacks)
+        if configs:
+            self._some.set()
+
+    def _opened(self, entry: Entry) -> Config:
+        """The configuration with its secret values in it."""
+        if entry.config is None or not entry.sealed:
+            return entry.config  # type: ignore[return-value]  # asked only of those that are whole
+        if self._vault is None:
+            from edgeward.core.vault import Vault  # some megabytes that a node without such secrets does not need
+
+            self._vault = Vault.open(self._data / "identity")
+        try:
+            sealed = base64.b64decode(entry.sealed, validate=True)
+        except binascii.Error:
+            raise Invalid("its secret values are damaged", resource=f"Function/{entry.key}") from None
+        plain = msgspec.json.decode(self._vault.unseal(sealed, place(entry.key, entry.digest)), type=dict[str, str])
+        version = msgspec.structs.replace(entry.config.version, env={**plain, **entry.config.version.env})
+        return Config(version, entry.config.policy)
+
+    def _good(self, config: Config) -> None:
+        """A version took over, or was put back into its place."""
+        key, digest = config.version.key, config.version.digest
+        kept = self._kept.get(key)
+        if kept is not None and kept.digest == digest:
+            return
+        for entry in (self._known.get(key), self._former.get(key)):
+            if entry is not None and entry.digest == digest:
+                if kept is not None:
+                    self._former[key] = kept
+                self._kept[key] = entry
+                self._unwritten.set()
+                return
+
+    def _read_kept(self) -> dict[str, Entry]:
+        try:
+            return {e.key: e for e in msgspec.convert(read_json(self._keep, []), list[Entry])}
+        except (EdgewardError, msgspec.ValidationError) as e:
+            log.error("what ran well before is not readable, so it is no way back: %s", e)
+            return {}
+
+    async def _write_kept(self) -> None:
+        while True:
+            await self._unwritten.wait()
+            self._unwritten.clear()
+            data = msgspec.json.encode(sorted(self._kept.values(), key=lambda e: e.key))
+            await asyncio.to_thread(write_atomic, self._keep, data)
+
+    async def run(self) -> None:
+        """Until cancelled. The sandbox is probed when there is something to put into it."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.dispatcher.run())
+            group.create_task(self._write_kept())
+            await self._some.wait()
+            try:
+                await self.dispatcher.probe()
+            except EdgewardError as e:
+                log.error("the sandbox cannot be probed: %s", e)
+
+    # -- verbs -----------------------------------------------------------------------------------------------------
+
+    async def _invoke(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """``{head}``, then ``{data}`` (base64) as often as need be. A call that failed is an answer too."""
+        now = asyncio.get_running_loop().time()
+        timeout = float(args.get("timeout") or 0.0)
+        self._serial += 1
+        event = Event(
+            id=f"{self._node}-{int(clock.now() * 1000):x}-{self._serial:x}",
+            source=f"/nodes/{self._node}/invoke",
+            type=str(args.get("type") or "edgeward.invoke"),
+            data=base64.b64decode(str(args.get("data", ""))),
+            datacontenttype=str(args.get("datacontenttype", "")),
+            time=clock.timestamp(),
+        )
+        call = Call(
+            f"{args.get('namespace') or 'default'}/{args.get('name')}",
+            event,
+            now + timeout if timeout else 0.0,
+            str(args.get("version") or "") or None,
+            str(args.get("key") or "") or None,
+        )
+        try:
+            reply = await self.dispatcher.invoke(call)
+        except CallFailed as e:
+            head = Head(e.status, e.headers(), e.version, e.invocation, self._node)
+            yield {"head": msgspec.to_builtins(head)}
+            yield {"data": base64.b64encode(msgspec.json.encode(e.problem())).decode()}
+            return
+        head = Head(
+            reply.status, reply.headers, reply.version, reply.invocation, self._node, reply.duration, reply.cold
+        )
+        yield {"head": msgspec.to_builtins(head)}
+        if reply.chunks is None:
+            for at in range(0, len(reply.body), _PIECE):
+                yield {"data": base64.b64encode(reply.body[at : at + _PIECE]).decode()}
+            return
+        try:
+            async for piece in reply.chunks:
+                yield {"data": base64.b64encode(piece).decode()}
+        finally:
+            await reply.chunks.aclose()  # type: ignore[attr-defined]
+
+    async def _counters(self, _: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        yield {"counters": self.dispatcher.counters(), "zygote": self.dispatcher.nursery.pid}
+
+    async def _enforced(self, _: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        probed = self.dispatcher.probed
+        yield {} if probed is None else {"enforced": probed.enforced, "refused": probed.refused}
