@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from edgeward.core.bus import Bus
+from edgeward.core.natsconf import closed_mappings
 from edgeward.core.natsserver import free_port
 from edgeward.core.outbox import Outbox, Queue, QueueSpec, Reading
 from edgeward.streams.cloud import StreamsCloud
@@ -62,7 +63,11 @@ server_name: edge
 max_payload: 8388608
 jetstream {{store_dir: "{edge_store or root / "e"}", domain: n-x}}
 mqtt {{port: {self.mqtt}, host: 127.0.0.1}}
-leafnodes {{reconnect: "250ms", remotes: [{{urls: ["nats://127.0.0.1:{self.leaf}"]}}]}}
+leafnodes {{reconnect: "250ms", remotes: [{{urls: ["nats://127.0.0.1:{self.leaf}"], account: EDGE}}]}}
+no_auth_user: agent
+accounts {{EDGE {{
+  jetstream: enabled, users: [{{user: agent, password: a}}, {{user: u, password: p}}], mappings: {{}}
+}}}}
 """,
         }
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -102,6 +107,15 @@ leafnodes {{reconnect: "250ms", remotes: [{{urls: ["nats://127.0.0.1:{self.leaf}
         path.write_text(self._configs[name])
         with (self.root / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen([_BINARY, "-c", str(path)], stderr=log)
+
+    async def close_topics(self, subjects: Sequence[str]) -> None:
+        """As the agent does it: the edge's configuration is written anew and reloaded."""
+        said = json.dumps(closed_mappings(subjects))
+        (self.root / "edge.conf").write_text(self._configs["edge"].replace("mappings: {}", f"mappings: {said}"))
+        log = self.root / "edge.log"
+        before = log.read_bytes().count(b"Reloaded server configuration")
+        self._running["edge"].send_signal(signal.SIGHUP)
+        await until(lambda: log.read_bytes().count(b"Reloaded server configuration") > before)
 
     def kill(self, name: str) -> None:
         self._running[name].kill()

@@ -149,3 +149,15 @@ def test_each_node_dials_in_its_own_time(tmp_path: Path) -> None:
     assert periods == [period(f"node-{n}") for n in range(200)], "the same after a restart: no new configuration"
     assert min(periods) >= 700 and max(periods) < 1400, "and within the time that a backlog may take to flow again"
     assert len(set(periods)) > 150
+
+
+def test_closed_subjects_are_mapped_to_nowhere(tmp_path: Path) -> None:
+    spec = NodeSpec("plant-1", closed=("sensors.>", "sensors", "a.b//c.größe.x@y:1=~+-"))
+    said = parsed(spec, tmp_path)["accounts"]["EDGE"]["mappings"]
+    assert said["sensors.>"] == [{"destination": "sensors.>", "weight": 0}]
+    assert set(said) == set(spec.closed)
+    result = check(tmp_path, render(spec, tmp_path, PORTS, "s3cret"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "mappings" not in parsed(NodeSpec("plant-1"), tmp_path)["accounts"]["EDGE"]
+    with pytest.raises(ValueError, match="cannot be closed"):
+        NodeSpec("plant-1", closed=("sensors.*",)).settings(tmp_path, PORTS, "s3cret")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from edgeward.core.outbox import Outbox
 from edgeward.core.resource import Resource, decode
 from edgeward.streams.capture import Pace
 from edgeward.streams.edge import ExportsEdge, queue_name
+from edgeward.streams.turnstile import Turnstile
 
 
 def export(
@@ -29,8 +30,12 @@ def export(
 class Edge:
     """An agent's exports; ``die`` leaves everything as a SIGKILL does."""
 
-    def __init__(self, pair: Pair, quota: Callable[[str], float] = lambda _: 0.0) -> None:
+    def __init__(self, pair: Pair, quota: Callable[[str], float] = lambda _: 0.0, closed: Sequence[str] = ()) -> None:
         self.pair = pair
+        self.events: list[str] = []
+        #: What the broker was last told to take nothing on, and how often it was told.
+        self.closed = tuple(closed)
+        self.reloads = 0
         self.reports: dict[str, dict[str, Any] | None] = {}
         self.outbox = Outbox(pair.edge, node="x")
         self.exports = ExportsEdge(
@@ -40,8 +45,15 @@ class Edge:
             mqtt=("127.0.0.1", pair.mqtt, "u", "p"),
             report=lambda ns, name, status: self.reports.__setitem__(f"{ns}/{name}", status),
             quota=quota,
+            turnstile=Turnstile(pair.edge, self._close, closed),
+            event=lambda type, reason, *_: self.events.append(reason),
         )
         self._tasks = [asyncio.create_task(self.outbox.run()), asyncio.create_task(self.exports.run())]
+
+    async def _close(self, subjects: tuple[str, ...]) -> None:
+        if subjects != self.closed:
+            await self.pair.close_topics(subjects)
+            self.closed, self.reloads = subjects, self.reloads + 1
 
     async def die(self) -> None:
         for task in self._tasks:
@@ -261,5 +273,108 @@ def test_a_quota_of_readings_holds_for_all_exports_of_a_namespace_and_loses_noth
                 got = [m async for m in await p.cloud.reader(stream)]
                 assert [m["payload"]["id"] for m in got] == list(range(300)), "once, and in order"
             await edge.die()
+
+    asyncio.run(main())
+
+
+class Flood:
+    """A device that has always one more to say, QoS 1 or 2, and keeps a list of what was acknowledged."""
+
+    def __init__(self, pair: Pair, topic: str, qos: int = 1) -> None:
+        self.client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=topic, clean_session=False)
+        self.client.reconnect_delay_set(1, 1)
+        self.topic, self.qos, self.sent, self.acked = topic, qos, 0, set[int]()
+        self.cut_off = 0
+        self._ids: dict[int, int] = {}
+        self.client.on_publish = lambda _c, _u, mid, *_: self.acked.add(self._ids[mid])
+        self.client.on_disconnect = self._gone
+        self.client.connect("127.0.0.1", pair.mqtt)
+        self.client.loop_start()
+
+    def _gone(self, *_: Any) -> None:
+        self.cut_off += 1
+
+    def say(self, size: int = 4000) -> None:
+        """One more, unless ten are still to be acknowledged."""
+        if self.sent - len(self.acked) < 10:
+            # the lock of on_publish is not ours: an answer may come before the id is known, so it is known first
+            self._ids[self.client._last_mid + 1] = self.sent
+            info = self.client.publish(self.topic, json.dumps({"id": self.sent, "pad": "x" * size}), qos=self.qos)
+            assert self._ids[info.mid] == self.sent
+            self.sent += 1
+
+    def end(self) -> None:
+        self.client.disconnect()
+        self.client.loop_stop()
+
+
+def test_a_full_export_refuses_its_publishers_and_nobody_elses(tmp_path: Path) -> None:
+    """Cut off: what was acknowledged is kept within the bounds, what is beyond is not acknowledged, and after the cut
+    everything acknowledged arrives once. Another Export, a topic that nobody exports, and QoS 2 are not lied to."""
+    bound = 512 * 1024
+
+    async def main() -> None:
+        async with Pair(tmp_path) as p:
+            for name in ("s", "t"):
+                await p.stream(name)
+            wanted = [
+                export("tight", topic="sensors/temp/#", bounds={"bytes": bound, "onFull": "refuse"}),
+                export("other", topic="meters/#", stream="t", bounds={"bytes": bound, "onFull": "dropOldest"}),
+            ]
+            edge = Edge(p)
+            await edge.exports.apply(wanted)
+            p.kill("hub")
+            tight, twice = Flood(p, "sensors/temp/1"), Flood(p, "sensors/temp/2", qos=2)
+            other, free, near = Flood(p, "meters/1"), Flood(p, "free/1"), Flood(p, "sensors/hum")
+            floods = [tight, twice, other, free, near]
+
+            def state() -> Any:
+                return (edge.reports.get("default/tight") or {}).get("state")
+
+            def refusing() -> bool:
+                tight.say()
+                twice.say()
+                return bool(state() == "refusing")
+
+            await until(refusing)
+            stuck = len(tight.acked), len(twice.acked)
+            before = len(other.acked), len(free.acked), len(near.acked)
+
+            def others_go_on() -> bool:
+                for flood in floods:
+                    flood.say()
+                moved = len(other.acked), len(free.acked), len(near.acked)
+                return all(m >= b + 50 for m, b in zip(moved, before, strict=True)) and tight.cut_off > 0
+
+            await until(others_go_on)
+            # what was on its way when the reload came may still have been taken, ten of each at most
+            assert len(tight.acked) <= stuck[0] + 10
+            assert len(twice.acked) <= stuck[1] + 10
+            assert edge.closed == ("sensors.temp", "sensors.temp.>")
+            assert (other.cut_off, free.cut_off, near.cut_off) == (0, 0, 0)
+            queue = edge.outbox.get(queue_name("default", "tight"))
+            assert queue is not None
+            kept = (await p.edge.jetstream().stream_info(queue.stream)).state.bytes
+            waiting = (await p.edge.jetstream().stream_info("$MQTT_msgs")).state.bytes
+            assert kept <= bound
+            assert waiting <= bound // 2, "what the broker took until it was told"
+
+            await edge.die()  # an agent that comes back goes on refusing
+            again = Edge(p, closed=edge.closed)
+            await again.exports.apply(wanted)
+            await until(lambda: (again.reports.get("default/tight") or {}).get("state") == "refusing")
+            assert again.reloads == 0
+            p.start("hub")
+            await until(lambda: (again.reports.get("default/tight") or {}).get("state") == "capturing")
+            await until(lambda: tight.sent == len(tight.acked) and twice.sent == len(twice.acked))
+            got = await arrived(p, "s", tight.sent + twice.sent)
+            for flood in (tight, twice):
+                ids = [m["payload"]["id"] for m in got if m["topic"] == flood.topic]
+                assert sorted(ids) == list(range(flood.sent)), "each once"
+            assert edge.events == ["ExportRefuses"]
+            assert again.events == ["ExportTakes"]
+            for flood in floods:
+                flood.end()
+            await again.die()
 
     asyncio.run(main())

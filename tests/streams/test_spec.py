@@ -46,6 +46,13 @@ def export(stream: str = "line1", keep: Any = None, topic: str = "s/#", **spec: 
         ({"bounds": {"bytes": -1}}, "$.spec.bounds.bytes", "-1 is negative"),
         ({"bounds": {"age": -1}}, "$.spec.bounds.age", "-1 is negative"),
         ({"bounds": {"onFull": "stop"}}, "$.spec.bounds.onFull", "one of: dropOldest"),
+        (
+            {"topic": "a/+/b", "bounds": {"onFull": "refuse"}},
+            "$.spec.bounds.onFull",
+            "cannot refuse 'a/\\+/b'.*dropNewest",
+        ),
+        ({"topic": "+/a/#", "bounds": {"onFull": "refuse"}}, "$.spec.bounds.onFull", "name a whole branch"),
+        ({"topic": "a/$b", "bounds": {"onFull": "refuse"}}, "$.spec.bounds.onFull", "name a whole branch"),
         ({"bounds": {"age": float("inf")}}, "$.spec.bounds.age", "is no duration"),
         ({"rate": "9" * 400}, "$.spec.rate", "is no size"),
         ({"rate": -1}, "$.spec.rate", "-1 is negative"),

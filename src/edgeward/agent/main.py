@@ -36,7 +36,7 @@ from edgeward.core.audit import Audit
 from edgeward.core.authz import Principal, administrator
 from edgeward.core.bus import Bus
 from edgeward.core.chain import Head
-from edgeward.core.errors import EdgewardError, NotFound
+from edgeward.core.errors import EdgewardError, NotFound, Unreachable
 from edgeward.core.files import read_json
 from edgeward.core.identity import NodeIdentity, inbox_prefix
 from edgeward.core.natsserver import AGENT_USER, NatsServer, NodeSpec
@@ -56,6 +56,7 @@ from edgeward.nodes.enrol_edge import Renewer, doors_of
 from edgeward.nodes.older import check_level
 from edgeward.nodes.wan import LinkWatch, redial
 from edgeward.streams.edge import ExportsEdge
+from edgeward.streams.turnstile import Turnstile
 from edgeward.workloads.edge import AppsEdge
 
 log = logging.getLogger("edgeward.agent")
@@ -201,6 +202,8 @@ class Agent:
             mqtt=(daemon.local(self.bind), nats.ports["mqtt"], MQTT_USER, self._mqtt_password()),
             report=self._export_status,
             quota=self.desired.messages,
+            turnstile=Turnstile(bus, self._close_topics, self._closed_topics()),
+            event=self._event,
         )
         self._exports = exports
         calls = CallServer(self.node, {"logs": self._logs, "usage": self._usage, "renew": self._renew})
@@ -241,7 +244,18 @@ class Agent:
             proxy=str(self.hub.get("proxy", "")),
             mqtt_host=self.bind,
             mqtt_users={MQTT_USER: self._mqtt_password()},
+            closed=self._closed_topics(),
         )
+
+    def _closed_topics(self) -> tuple[str, ...]:
+        """What the broker is to refuse; kept, so that it goes on refusing over a restart of the agent."""
+        return tuple(msgspec.json.decode(self.replica.meta("mqtt_closed") or "[]", type=list[str]))
+
+    async def _close_topics(self, subjects: tuple[str, ...]) -> None:
+        if self.nats is None:
+            raise Unreachable("the node's nats-server is not started")
+        self.replica.set_meta("mqtt_closed", msgspec.json.encode(list(subjects)).decode())
+        await self.nats.apply(self._nats_spec(dial=not self._hung_up))
 
     def _doors(self) -> list[Door]:
         return doors_of(self.identity, self.hub)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -176,6 +176,8 @@ class NodeSpec:
     mqtt_users: Mapping[str, str] = field(default_factory=dict)
     #: One of ``mqtt_users``: who a client without a user name is; empty: such a client is refused.
     mqtt_anonymous: str = ""
+    #: Subjects whose publishers are refused: a PUBLISH of QoS 1 gets no PUBACK, what wants no answer is dropped.
+    closed: tuple[str, ...] = ()
     #: ``1s``: a power cut may cost the last second; ``always`` costs most of the throughput.
     sync_interval: str = "1s"
     max_file_store: int = 4 << 30
@@ -209,11 +211,14 @@ class NodeSpec:
         mqtt: dict[str, Any] = {"host": self.mqtt_host, "port": ports["mqtt"]}
         if self.mqtt_anonymous:
             mqtt["no_auth_user"] = self.mqtt_anonymous
+        edge: dict[str, Any] = {"jetstream": "enabled", "users": local}
+        if self.closed:
+            edge["mappings"] = closed_mappings(self.closed)
         settings = {
             **_common(self.server_name, directory, ports["client"], self.max_payload, self.ping_interval),
             "system_account": "SYS",
             "accounts": {
-                "EDGE": {"jetstream": "enabled", "users": local},
+                "EDGE": edge,
                 "SYS": {"users": [{"user": SYSTEM_USER, "password": secret}]},
             },
             "jetstream": _jetstream(
@@ -256,6 +261,18 @@ class NodeSpec:
                 proxy |= {"username": unquote(parts.username), "password": unquote(parts.password or "")}
             remote["proxy"] = proxy
         return remote
+
+
+def closed_mappings(subjects: Collection[str]) -> dict[str, Any]:
+    """An account's ``mappings`` by which nothing that is published on these subjects arrives anywhere.
+
+    A destination of weight 0 that is the source is none at all (without it nats-server fills up with the source), and
+    a publish to nowhere gets no acknowledgement of JetStream's: after 5 s the broker closes the connection. There is no
+    such destination for a source with ``*``: what nats-server takes there ends in a subject, and is acknowledged.
+    """
+    if any("*" in subject for subject in subjects):
+        raise ValueError("a subject with * cannot be closed")
+    return {subject: [{"destination": subject, "weight": 0}] for subject in sorted(subjects)}
 
 
 def _device_permissions(node: str) -> dict[str, Any]:

@@ -224,6 +224,8 @@ class Queue:
             except nats.js.errors.NotFoundError:
                 self.lineage = clock.new_id(16)
                 await self._js.add_stream(self._config(self.lineage))
+        except nats.js.errors.ServiceUnavailableError as e:  # while nats-server reads its configuration anew
+            raise Unreachable("the node's JetStream does not answer") from e
         except nats.js.errors.APIError as e:
             raise Refused(
                 f"queue {self.spec.name} cannot have {self.spec.max_bytes} bytes: {e.description}",

@@ -134,6 +134,10 @@ class Capture:
         self._doubt = False
         self._appended = self._floor = 0
         self._cursor: Cursor | None = None
+        #: The queue has no room for the batch that is next, and is to refuse rather than drop.
+        self.blocked = False
+        #: Called when that begins and when it ends.
+        self.on_blocked: Callable[[], None] = lambda: None
         self._forget_doubt = bus.on_reconnect(self._reconnected)
         if self._path:
             queue.before_trim = self._keep_window
@@ -185,6 +189,7 @@ class Capture:
         """Moves messages until cancelled."""
         while True:
             try:
+                self._block(False)
                 await self._restore()
                 await self._pump()
             except (EdgewardError, nats.errors.Error, TimeoutError) as e:
@@ -345,6 +350,7 @@ class Capture:
                 self._appended = await self._queue.append(readings, cursor)
                 self._cursor = cursor
                 self._owed = max(self._owed, self._pace.took(len(readings)))
+                self._block(False)
                 break
             except Refused as e:
                 if self._queue.spec.on_full == "dropNewest":
@@ -353,12 +359,18 @@ class Capture:
                     for topic, payload, _ in readings:  # what was not kept may come again
                         fresh.pop(identity_of(topic, payload, self._path) or b"", None)
                     return
-                # refuse: the broker keeps them, and in the end acknowledges no more
+                # refuse: the broker keeps what it acknowledged, and is told to take no more
                 self._queue.counters.error = str(e)
+                self._block(True)
                 await asyncio.sleep(0.5)  # the pace of looking whether there is room
         self._unsaved += len(readings)
         if self._path and self._unsaved > max(256, self._window.size // 4):
             await self._save()
+
+    def _block(self, blocked: bool) -> None:
+        if blocked != self.blocked:
+            self.blocked = blocked
+            self.on_blocked()
 
     # -- best effort -------------------------------------------------------------------------------------------------
 

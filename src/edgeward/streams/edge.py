@@ -20,12 +20,18 @@ from edgeward.core.outbox import Outbox, QueueSpec
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
 from edgeward.streams.capture import STREAM, Capture, Pace, wake_broker
+from edgeward.streams.refusal import closable, is_full
 from edgeward.streams.spec import ExportSpec
+from edgeward.streams.topics import filters
+from edgeward.streams.turnstile import Turnstile
 
 log = logging.getLogger("edgeward.streams")
 
 Report = Callable[[str, str, dict[str, Any] | None], None]
+Event = Callable[[str, str, str, str, str, str], None]
 _REPORT_EVERY = 5.0
+#: While publishers are refused it is looked this often whether there is room again.
+_LOOK_EVERY = 1.0
 _PREFIX = "export_"
 
 
@@ -53,6 +59,12 @@ class _Running(msgspec.Struct):
     spec: ExportSpec
     capture: Capture
     task: asyncio.Task[None] | None = None
+    #: Its bounds are reached and it is to refuse.
+    full: bool = False
+
+    @property
+    def subjects(self) -> list[str]:
+        return filters(self.spec.source.mqtt)
 
 
 class ExportsEdge:
@@ -65,8 +77,15 @@ class ExportsEdge:
         mqtt: tuple[str, int, str, str],
         report: Report,
         quota: Callable[[str], float] = lambda _: 0.0,
+        turnstile: Turnstile | None = None,
+        event: Event = lambda *_: None,
     ) -> None:
-        """``data``: a directory of its own, for what must survive a kill. ``quota``: readings a second by namespace."""
+        """``data``: a directory of its own, for what must survive a kill. ``quota``: readings a second by namespace.
+        ``event`` gets type, reason, message, namespace, name, kind."""
+        self._turnstile, self._event = turnstile or Turnstile(bus), event
+        self._look = asyncio.Event()
+        #: What is desired was said once: before, nobody knows what may be opened again.
+        self._told = False
         self._quota = quota
         self._paces: dict[str, Pace] = {}
         self._data = ensure_dir(data)
@@ -91,6 +110,8 @@ class ExportsEdge:
                 if old is not None and old.spec == export.spec:
                     continue
                 await self._try(key, export)
+            self._told = True
+            self._look.set()  # a refusal may have gone with its Export
 
     async def _try(self, key: tuple[str, str], export: Resource) -> None:
         """Begins; what fails is tried again with the next report."""
@@ -130,12 +151,14 @@ class ExportsEdge:
         queue = await self._outbox.open(queue_spec(export))
         capture = Capture(self._bus, queue, spec.source.mqtt, spec.identity, spec.identityWindow,
                           self._data / f"{queue.spec.name}.window", self._pace(key[0]))  # fmt: skip
+        capture.on_blocked = self._look.set
         try:
             await capture.open()
         except EdgewardError:
             await capture.close(forget=False)
             raise
-        running = _Running(spec, capture)
+        # what an earlier run closed stays so until it is known that there is room
+        running = _Running(spec, capture, full=self._turnstile.closed.issuperset(filters(spec.source.mqtt)))
         self._running[key] = running
         if self._group is not None:
             running.task = self._group.create_task(capture.run())
@@ -162,22 +185,61 @@ class ExportsEdge:
             self._group = group
             for running in self._running.values():
                 running.task = group.create_task(running.capture.run())
+            self._look.set()
             try:
                 while True:
-                    await asyncio.sleep(_REPORT_EVERY)  # the period of reporting counters
-                    if self._failed:
-                        async with self._lock:
-                            failed, self._failed = self._failed, {}
-                            for key, export in failed.items():
-                                await self._try(key, export)
-                    for key in tuple(self._running):
-                        queue = self._outbox.get(queue_name(*key))
-                        if queue is not None:
-                            with contextlib.suppress(EdgewardError):  # it says what it knew last
-                                await queue.measure()
-                        self._tell(key)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_LOOK_EVERY if self._turnstile.closed else _REPORT_EVERY):
+                            await self._look.wait()
+                    self._look.clear()
+                    await self._round()
             finally:
                 self._group = None
+
+    async def _round(self) -> None:
+        """Tries again what failed, measures, refuses and reports."""
+        if self._failed:
+            async with self._lock:
+                failed, self._failed = self._failed, {}
+                for key, export in failed.items():
+                    await self._try(key, export)
+        for key in tuple(self._running):
+            queue = self._outbox.get(queue_name(*key))
+            if queue is not None:
+                with contextlib.suppress(EdgewardError):  # it says what it knew last
+                    await queue.measure()
+        if self._told:
+            await self._refuse()
+        for key in tuple(self._running):
+            self._tell(key)
+
+    async def _refuse(self) -> None:
+        """Has the broker take no more for the Exports that are full, and take more again for the others."""
+        # of one that cannot be begun just now nobody knows whether it is full
+        unknown = {subject for export in self._failed.values() for subject in filters(export.spec.source.mqtt)}
+        wanted = unknown & self._turnstile.closed
+        for key, running in self._running.items():
+            queue = self._outbox.get(queue_name(*key))
+            if running.spec.bounds.onFull != "refuse" or queue is None:
+                running.full = False
+                continue
+            waiting = queue.counters.pending_bytes
+            full = is_full(running.full, running.capture.blocked, waiting, queue.spec.max_bytes)
+            if full != running.full and closable(running.subjects):
+                topic = running.spec.source.mqtt
+                if full:
+                    said = f"its bounds are full: the broker of this node takes no more on {topic}"
+                    self._event("Warning", "ExportRefuses", said, *key, "Export")
+                else:
+                    self._event("Normal", "ExportTakes", f"the broker takes {topic} again", *key, "Export")
+            running.full = full
+            if full and closable(running.subjects):
+                wanted |= set(running.subjects)
+        try:
+            if await self._turnstile.set(wanted):
+                log.info("the broker takes nothing on: %s", ", ".join(sorted(wanted)) or "(all open)")
+        except EdgewardError as e:
+            log.warning("the broker cannot be told what to refuse: %s", e)
 
     def _tell(self, key: tuple[str, str]) -> None:
         running = self._running.get(key)
@@ -203,4 +265,13 @@ class ExportsEdge:
         }
         if counters.get("error"):
             status["message"] = counters["error"]
+        if running.full:
+            if self._turnstile.closed.issuperset(running.subjects):
+                status["state"] = "refusing"
+                said = "full: QoS 1 is not acknowledged, QoS 0 dropped, and QoS 2 refused on all topics of this node"
+            elif closable(running.subjects):
+                said = "full: the broker is being told to take no more"
+            else:
+                said = "full, and the broker keeps more up to its own 4 GiB: it cannot refuse such a filter"
+            status["message"] = said
         self._report(*key, status)

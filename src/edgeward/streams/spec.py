@@ -12,7 +12,8 @@ from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import Resource
-from edgeward.streams.topics import check_filter
+from edgeward.streams.refusal import closable
+from edgeward.streams.topics import check_filter, filters
 
 #: Bytes of a hub's stream beyond which it takes no more.
 HARD_CAP = 8 * 1024**3
@@ -56,8 +57,8 @@ class Bounds(_Struct):
     onFull: Annotated[
         Literal["dropOldest", "dropNewest", "refuse"],
         Meta(
-            description="refuse: nothing is dropped; the node's broker keeps more, and acknowledges no more when its "
-            "own store (4 GiB, for all Exports) is full"
+            description="refuse: nothing is dropped; the node's broker takes no more on these topics until half is "
+            "free: QoS 1 gets no PUBACK and is cut off after 5 s, QoS 0 is dropped, QoS 2 refused on all topics"
         ),
     ] = "dropOldest"
 
@@ -105,6 +106,12 @@ def _check(r: Resource) -> None:
         raise Invalid(str(e), field="$.spec.bounds.age") from None
     if not 1024**2 <= keep <= HARD_CAP // 2:
         raise Invalid(f"{keep} bytes", field="$.spec.to.hub.keep", remedy="from 1Mi to 4Gi")
+    if spec.bounds.onFull == "refuse" and not closable(filters(spec.source.mqtt)):
+        raise Invalid(
+            f"the broker cannot refuse {spec.source.mqtt[:60]!r}: only names, and # at the end",
+            field="$.spec.bounds.onFull",
+            remedy="name a whole branch, e.g. sensors/#, or use dropNewest",
+        )
     if size < 64 * 1024:
         raise Invalid(f"{size} bytes are too few", field="$.spec.bounds.bytes", remedy="at least 64Ki")
 
