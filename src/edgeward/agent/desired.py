@@ -62,6 +62,42 @@ class Desired:
         quota = found.spec.quota if found is not None else None
         return float(quota.messages or 0) if quota is not None else 0.0
 
+    def routes(self) -> list[Resource]:
+        """The Routes that this node's gateway serves."""
+        labels = self._replica.find(Key("Node", CLUSTER, self._node))
+        me = NodeView(self._node, self._site, (labels.metadata.labels if labels else {},))
+        return [
+            r
+            for r in self._replica.items("Route")
+            if not r.metadata.deletionTimestamp and matches(getattr(r.spec, "placement", None), me)
+        ]
+
+    def endpoints(self, namespace: str, name: str) -> list[dict[str, Any]] | None:
+        """The running endpoints of a Service at this site (of this node alone, where its scope says so).
+
+        ``{address, port, here}``; None when there is no such Service.
+        """
+        service = self._replica.find(Key("Service", namespace, name))
+        if service is None:
+            return None
+        found = [{"address": a, "port": p, "here": True} for a, p in self._here(service)]
+        if service.spec.scope != "node":
+            for e in service.status.get("endpoints", []):
+                if e.get("node") != self._node and e.get("site") == self._site and e.get("address"):
+                    found.append({"address": str(e["address"]), "port": int(e["port"]), "here": False})
+        return found
+
+    def _here(self, service: Resource) -> list[tuple[str, int]]:
+        key = Key("App", service.metadata.namespace, str(service.spec.app))
+        app = self._replica.find(key)
+        found: list[tuple[str, int]] = []
+        for i in self._said.get(key, (app.status if app else {}).get("instances", [])):
+            port = i.get("ports", {}).get(service.spec.port)
+            # an App's status may be the hub's, which knows of other nodes' instances as well
+            if port and i.get("phase") == "Running" and i.get("node", self._node) == self._node:
+                found.append((str(i.get("address") or "127.0.0.1"), int(port)))
+        return found
+
     def service_env(self, namespace: str) -> dict[str, str]:
         """``EDGEWARD_SERVICE_<NAME>``: the endpoints (``host:port``, comma-separated) known of each Service."""
         env: dict[str, str] = {}

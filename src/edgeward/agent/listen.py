@@ -20,14 +20,14 @@ log = logging.getLogger("edgeward.listen")
 _AGAIN = 5.0
 
 
-def address_of(config: Any) -> tuple[str, int] | None:
+def address_of(config: Any, what: str = "api") -> tuple[str, int] | None:
     """Where to listen; None: nowhere. Raises ``Invalid``."""
     listen = config.get("listen", "") if isinstance(config, dict) else ""
     if not listen:
         return None
     host, _, port = str(listen).rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise Invalid(f"{str(listen)[:80]!r} is no address", field="$.api.listen", remedy="write ADDRESS:PORT")
+        raise Invalid(f"{str(listen)[:80]!r} is no address", field=f"$.{what}.listen", remedy="write ADDRESS:PORT")
     return host.strip("[]"), int(port)
 
 

@@ -26,6 +26,7 @@ from starlette.routing import Route
 
 from edgeward import __version__
 from edgeward.agent.desired import Desired
+from edgeward.agent.keeper import Keeper
 from edgeward.agent.kinds import load
 from edgeward.agent.listen import Listener, address_of, needs_token
 from edgeward.agent.replica import Replica
@@ -39,7 +40,7 @@ from edgeward.core.chain import Head
 from edgeward.core.errors import EdgewardError, NotFound, Unreachable
 from edgeward.core.files import read_json
 from edgeward.core.identity import NodeIdentity, inbox_prefix
-from edgeward.core.natsserver import AGENT_USER, NatsServer, NodeSpec
+from edgeward.core.natsserver import AGENT_USER, NatsServer, NodeSpec, free_port
 from edgeward.core.outbox import Outbox
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key, Resource
@@ -49,6 +50,8 @@ from edgeward.core.store import Change
 from edgeward.core.streaming import flag, json, number
 from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
+from edgeward.gateway import edge as gateway
+from edgeward.gateway.rules import Listen
 from edgeward.nodes.calls import CallServer
 from edgeward.nodes.door import Door
 from edgeward.nodes.edge import NodeEdge
@@ -62,6 +65,8 @@ from edgeward.workloads.edge import AppsEdge
 log = logging.getLogger("edgeward.agent")
 
 MQTT_USER = "edge"
+#: Seconds that a node that starts waits for its data plane before it calls itself ready.
+_PLANE_TIME = 20.0
 
 #: Counters of the outbox by Prometheus' rules of naming.
 _METRIC = {
@@ -133,6 +138,15 @@ class Agent:
         self.tokens = AccessTokens(self.replica, site=self.site)
         listen = address_of(config.get("api"))
         self.listener = Listener(self.identity, listen, self._say) if listen else None
+        self.gateway = dict(config.get("gateway") or {})
+        self.plane = Keeper(
+            data,
+            sections=self._sections,
+            status=lambda kind, ns, name, status: self._status(Key(kind, ns, name), status),
+            event=self._event,
+            refused=self._plane_refused,
+            say=self._say,
+        )
         self._ready = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self.nats: NatsServer | None = None
@@ -152,7 +166,7 @@ class Agent:
             async with server:
                 self.api_socket.chmod(0o600)
                 os.umask(old_umask)
-                works = [self.apps.run, self._watch, self._messages, self._token_uses, self._anchor]
+                works = [self.apps.run, self.plane.run, self._watch, self._messages, self._token_uses, self._anchor]
                 if (listener := self.listener) is not None:
                     open_api = self._api(self._bearer)
                     works.append(lambda: listener.run(open_api))
@@ -164,8 +178,10 @@ class Agent:
             await self.link.flush()
             if self.bus is not None:
                 await self.bus.close()
-            if self.nats is not None and self.stop_apps:
-                await self.nats.stop()
+            if self.stop_apps:
+                await self.plane.stop()
+                if self.nats is not None:
+                    await self.nats.stop()
             self.run_file.remove()
             self.api_socket.unlink(missing_ok=True)
         return 0
@@ -210,6 +226,9 @@ class Agent:
         if self.replica.hub_revision:  # an empty replica knows nothing: what waits in the queues stays
             await exports.prune(self.desired.exports())
         await exports.apply(self.desired.exports())
+        with contextlib.suppress(TimeoutError):  # one that does not start is told as such; the rest of the node works
+            async with asyncio.timeout(_PLANE_TIME):
+                await self.plane.started.wait()
         self._ready = True
         self._say()
         self._report_node()
@@ -320,10 +339,46 @@ class Agent:
             nats=nats.pid if nats else None,
             api=str(self.api_socket),
             api_url=(self.listener.url or None) if self.listener is not None else None,
+            plane=self.plane.pid,
+            gateway_url=self._gateway_url(),
             mqtt_url=f"mqtt://{self.address}:{nats.ports['mqtt']}" if nats else None,
             mqtt_user=MQTT_USER,
             mqtt_password=self._mqtt_password(),
         )
+
+    # -- the data plane ------------------------------------------------------------------------------------------------
+
+    def _sections(self) -> dict[str, Any]:
+        routes = gateway.section(
+            self.node, self.desired.routes(), self.desired.endpoints, self.gateway, self._gateway_listens()
+        )
+        return {"node": self.node, "site": self.site, "gateway": routes}
+
+    def _gateway_listens(self) -> list[Listen]:
+        """Where the gateway listens: as ``node.json`` says, else on a port of its own that is kept."""
+        given = self.gateway.get("listen")
+        if given == "":
+            return []
+        if given is not None and (address := address_of(self.gateway, "gateway")) is not None:
+            return [Listen(*address)]
+        kept = self.replica.meta("gateway_port")
+        port = int(kept) if kept else int(self.replica.set_meta("gateway_port", str(free_port(self.bind))))
+        return [Listen(self.bind, port)]
+
+    def _gateway_url(self) -> str | None:
+        """What answers it, when it does."""
+        listens = self._gateway_listens()
+        if not listens or self.plane.pid is None or not self.plane.started.is_set():
+            return None
+        host = self.address if listens[0].host == self.bind else daemon.local(listens[0].host)
+        return f"http://[{host}]:{listens[0].port}" if ":" in host else f"http://{host}:{listens[0].port}"
+
+    def _plane_refused(self, error: EdgewardError) -> bool:
+        """A port of our own choice that somebody has taken meanwhile is no reason not to serve."""
+        if error.field == "$.gateway.listen" and self.gateway.get("listen") is None:
+            self.replica.set_meta("gateway_port", str(free_port(self.bind)))
+            return True
+        return False
 
     async def _watch(self) -> None:
         """What changed in the replica moves the rooms."""
@@ -343,6 +398,10 @@ class Agent:
             self.link.wake_push()
         if change.status_only and key.kind not in ("Service",):
             return
+        if key.kind in ("Route", "Service", "App", "Node"):
+            self.plane.poke()
+        if key.kind == "Route" and change.resource is None:
+            self.link.report(key, None)
         if key.kind == "Export":
             if self.outbox is not None and self._ready:
                 await self._exports.apply(self.desired.exports())
@@ -381,6 +440,7 @@ class Agent:
     def _app_status(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
         key = Key("App", namespace, name)
         self.desired.said(key, status)
+        self.plane.poke()  # where its Services are may be new
         self._status(key, status)
 
     def _export_status(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
@@ -489,6 +549,7 @@ class Agent:
                     "online": True,
                     "load1": round(load1, 2),
                     "agentMB": round(daemon.memory_mb(os.getpid()), 1),
+                    "planeMB": round(daemon.memory_mb(self.plane.pid), 1),
                     "natsMB": round(daemon.memory_mb(self.nats.pid if self.nats else None), 1),
                     "wan": self.wan.usage() if self.wan else {},
                 }

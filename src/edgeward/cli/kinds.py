@@ -12,7 +12,13 @@ from edgeward.core.errors import NotFound
 from edgeward.core.registry import Kind, Kinds, kinds
 
 #: Modules that register kinds, in no special order.
-KIND_MODULES = ("edgeward.core.kinds", "edgeward.nodes.spec", "edgeward.workloads.spec", "edgeward.streams.spec")
+KIND_MODULES = (
+    "edgeward.core.kinds",
+    "edgeward.nodes.spec",
+    "edgeward.workloads.spec",
+    "edgeward.streams.spec",
+    "edgeward.gateway.spec",
+)
 
 
 def load_kinds() -> Kinds:

@@ -16,14 +16,16 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import uvicorn
 
 from edgeward.core import clock, proc
 from edgeward.core.context import correlation
 from edgeward.core.files import write_json
+
+if TYPE_CHECKING:
+    import uvicorn
 
 
 class JsonLines(logging.Formatter):
@@ -97,18 +99,19 @@ class RunFile:
         self._path.unlink(missing_ok=True)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handling: the process has its own."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 @contextlib.asynccontextmanager
 async def http_server(app: Any, **options: Any) -> AsyncIterator[uvicorn.Server]:
     """An HTTP server that listens inside the block. Raises ``OSError`` when the address is taken."""
+    import uvicorn  # here: not every process serves an API, and each byte of an idle node counts
+
     from edgeward.core.http_guard import GuardedProtocol
+
+    class Server(uvicorn.Server):
+        """uvicorn without its signal handling: the process has its own."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
 
     config = uvicorn.Config(
         app,
@@ -123,7 +126,7 @@ async def http_server(app: Any, **options: Any) -> AsyncIterator[uvicorn.Server]
         h11_max_incomplete_event_size=65536,
         **options,
     )
-    server = _Server(config)
+    server = Server(config)
     task = asyncio.create_task(server.serve())
     try:
         while not server.started:

@@ -9,7 +9,13 @@ from typing import Any
 from edgeward.core.registry import extensions, kinds
 from edgeward.core.resource import Resource
 
-_ROOMS = ("edgeward.core.kinds", "edgeward.nodes.spec", "edgeward.workloads.spec", "edgeward.streams.spec")
+_ROOMS = (
+    "edgeward.core.kinds",
+    "edgeward.nodes.spec",
+    "edgeward.workloads.spec",
+    "edgeward.streams.spec",
+    "edgeward.gateway.spec",
+)
 
 
 def load() -> None:
@@ -17,6 +23,7 @@ def load() -> None:
         importlib.import_module(module)
     if "App" not in extensions.names("fold"):
         from edgeward.core.roles import fold_token
+        from edgeward.gateway.cloud import fold_route
         from edgeward.streams.cloud import fold_export
         from edgeward.workloads.cloud import fold, fold_service
 
@@ -24,6 +31,7 @@ def load() -> None:
         extensions.add("fold", "Service", fold_service)
         extensions.add("fold", "Export", fold_export)
         extensions.add("fold", "AccessToken", fold_token)
+        extensions.add("fold", "Route", fold_route)
 
 
 def fold_by_node(resource: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -427,8 +427,12 @@ class Cluster:
                     "mqtt_url": state.get("mqtt_url"),
                     "mqtt_user": state.get("mqtt_user"),
                     "mqtt_password": state.get("mqtt_password"),
-                    "gateway_url": None,
-                    "pids": {"agent": child.pid, "nats": state.get("nats") if child.pid else None},
+                    "gateway_url": state.get("gateway_url"),
+                    "pids": {
+                        "agent": child.pid,
+                        "nats": state.get("nats") if child.pid else None,
+                        "plane": state.get("plane") if child.pid else None,
+                    },
                 }
             )
         return {

@@ -1,0 +1,137 @@
+"""A request that a function answers: HTTP in, a call (``core/invocation.py``) out, and its reply as an answer.
+
+What a function returns is not trusted to be HTTP: fields that are none, or that are of the connection, are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgeward.core import clock
+from edgeward.core.invocation import MAX_BODY, Call, CallFailed, Event, Http, Invoker, Reply
+from edgeward.gateway.exchange import Exchange
+from edgeward.gateway.http1 import CHUNKED, CLAIMS, HOP, Headers, Response, end_to_end
+
+if TYPE_CHECKING:
+    from edgeward.gateway.door import Door
+
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]{1,128}")
+_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]{0,8192}")
+_DROPPED = HOP | frozenset({"content-length", "date"})
+
+
+def fields_of(reply_headers: list[tuple[str, str]]) -> Headers:
+    """The fields of a function's reply that can be fields of an answer."""
+    found: Headers = []
+    for given, value in reply_headers[:64]:
+        name = given.lower()
+        if _NAME.fullmatch(name) and name not in _DROPPED and _VALUE.fullmatch(value):
+            found.append((name, value.strip(" \t")))
+    return found
+
+
+def response_of(status: int, headers: Headers, length: int) -> Response:
+    response = Response(status if 200 <= status <= 599 else 502, "", headers)
+    for name, value in headers:
+        response.fields[name] = f"{response.fields[name]}, {value}" if name in response.fields else value
+    response.length = length
+    return response
+
+
+class FunctionExchange(Exchange):
+    """An exchange whose target is a function of this node."""
+
+    def attempt(self) -> None:
+        self._data: list[bytes] = []
+        self._got = 0
+        self.deadline = self.gate.loop.time() + self.rule.config.answer + 1.0
+        if self.body_done:
+            self.task = self.gate.spawn(self, self._call())
+        elif self.request.length > MAX_BODY:
+            self._too_large()
+
+    def on_request_body(self, piece: bytes) -> None:
+        self._got += len(piece)
+        self._data.append(piece)
+        self.deadline = self.gate.loop.time() + self.rule.config.answer + 1.0
+        if self._got > MAX_BODY:
+            self._too_large()
+
+    def _too_large(self) -> None:
+        self._refuse(413, f"a function's event is at most {MAX_BODY} bytes")
+
+    def on_request_end(self) -> None:
+        self.body_done = True
+        if not self.ended:
+            self.task = self.gate.spawn(self, self._call())
+
+    def _event(self) -> Event:
+        request = self.request
+        headers = [h for h in end_to_end(request.headers) if h[0] not in CLAIMS]
+        return Event(
+            id=clock.new_id(12),
+            source=f"/routes/{self.rule.key}",
+            type="edgeward.http.request",
+            data=b"".join(self._data),
+            datacontenttype=request.fields.get("content-type", ""),
+            time=clock.timestamp(),
+            http=Http(request.method, request.path, request.query.removeprefix("?"), headers, self.client),
+        )
+
+    async def _call(self) -> None:
+        config = self.rule.config
+        call = Call(
+            config.function, self._event(), deadline=self.gate.loop.time() + config.answer, version=config.version,
+            key=self.client or None,
+        )  # fmt: skip
+        invoker: Invoker | None = self.gate.invoker
+        try:
+            if invoker is None:
+                raise CallFailed("unknown", "this node runs no functions", function=config.function)
+            reply = await invoker.invoke(call)
+        except CallFailed as e:
+            body = msgspec.json.encode({**e.problem(), "route": f"Route/{self.rule.key}"})
+            self._give(Reply(e.status, [*e.headers(), ("cache-control", "no-store")], body))
+            return
+        if reply.chunks is None:
+            self._give(reply)
+        else:
+            await self._stream(reply)
+
+    def _give(self, reply: Reply) -> None:
+        if self.ended:
+            return
+        self.on_head(response_of(reply.status, fields_of(reply.headers), len(reply.body)))
+        if not self.ended:
+            if reply.body and self.status not in (204, 304):
+                self.on_body(reply.body)
+            self.on_end()
+
+    async def _stream(self, reply: Reply) -> None:
+        assert reply.chunks is not None  # noqa: S101 - the caller looked
+        async with aclosing(reply.chunks) as chunks:  # type: ignore[type-var]
+            if self.ended:
+                return
+            self.on_head(response_of(reply.status, fields_of(reply.headers), CHUNKED))
+            try:
+                async for piece in chunks:
+                    if self.ended:
+                        return
+                    if piece:
+                        self.on_body(piece)
+                    await self._room()
+            except CallFailed as e:
+                self.on_fail(e.status, str(e))
+                return
+        if not self.ended:
+            self.on_end()
+
+    async def _room(self) -> None:
+        """Until the client takes more of the answer; the sweep ends one that does not."""
+        door: Door | None = self.door
+        if door is not None:
+            await door.room()

@@ -1,0 +1,88 @@
+"""The agent's side of the gateway: what is declared for this node becomes the plane's section ``gateway``. Pure.
+
+Routes and the endpoints of their Services come in, plain values go out: the plane needs no registry, no replica and no
+hub to serve them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from edgeward.core.quantity import parse_bytes, parse_duration
+from edgeward.core.resource import Resource
+from edgeward.gateway.balance import Endpoint
+from edgeward.gateway.rules import CacheConfig, GatewayConfig, Listen, RouteConfig
+from edgeward.gateway.spec import RouteSpec, origin_of, split_function
+
+#: ``(namespace, service)`` to its endpoints: ``{address, port, here}``; None: no such Service on this node.
+Endpoints = Callable[[str, str], list[dict[str, Any]] | None]
+
+
+def _target(namespace: str, spec: RouteSpec, endpoints: Endpoints) -> dict[str, Any]:
+    to = spec.to
+    if to.function:
+        function, alias = split_function(to.function)
+        return {
+            "to": "function", "target": f"Function/{function}", "function": f"{namespace}/{function}", "version": alias
+        }  # fmt: skip
+    if to.service:
+        found = endpoints(namespace, to.service) or []
+        places = [Endpoint(str(e["address"]), int(e["port"]), False, bool(e["here"])) for e in found]
+        return {"to": "service", "target": f"Service/{to.service}", "endpoints": tuple(sorted(places, key=str))}
+    scheme, host, port = origin_of(to.upstream)
+    authority = f"[{host}]" if ":" in host else host
+    default = 443 if scheme == "https" else 80
+    return {
+        "to": "upstream",
+        "target": to.upstream.rstrip("/"),
+        "endpoints": (Endpoint(host, port, scheme == "https"),),
+        "send_host": authority if port == default else f"{authority}:{port}",
+    }
+
+
+def route_config(route: Resource, endpoints: Endpoints) -> RouteConfig:
+    spec: RouteSpec = route.spec
+    namespace = route.metadata.namespace
+    cache = None
+    if spec.cache is not None:
+        cache = CacheConfig(
+            parse_bytes(spec.cache.object),
+            parse_duration(spec.cache.staleIfError),
+            parse_duration(spec.cache.staleWhileRevalidate),
+        )
+    return RouteConfig(
+        key=f"{namespace}/{route.metadata.name}",
+        host=spec.host,
+        path=spec.path,
+        methods=tuple(spec.methods),
+        headers=tuple(sorted((k.lower(), v) for k, v in spec.headers.items())),
+        connect=parse_duration(spec.timeouts.connect),
+        answer=parse_duration(spec.timeouts.answer),
+        idle=parse_duration(spec.timeouts.idle),
+        attempts=spec.retries.attempts,
+        budget=spec.retries.budget,
+        failures=spec.breaker.failures,
+        pause=parse_duration(spec.breaker.pause),
+        body=parse_bytes(spec.limits.body),
+        requests=spec.limits.requests,
+        cache=cache,
+        **_target(namespace, spec, endpoints),
+    )
+
+
+def section(
+    node: str, routes: Iterable[Resource], endpoints: Endpoints, settings: Mapping[str, Any], listen: Iterable[Listen]
+) -> dict[str, Any]:
+    """The section of ``plane.json``. ``settings``: ``gateway`` of ``node.json``."""
+    config = GatewayConfig(
+        node=node,
+        listen=tuple(listen),
+        routes=tuple(sorted((route_config(r, endpoints) for r in routes), key=lambda c: c.key)),
+        memory=parse_bytes(settings.get("memory", "32Mi")),
+        access_log=settings.get("accessLog", "all"),
+    )
+    plain: dict[str, Any] = msgspec.to_builtins(config)
+    return plain

@@ -1,0 +1,458 @@
+"""One request on its way to a target, and the answer on its way back.
+
+The door gives the request and its body, an endpoint's connection (or a function) gives the answer; every step is a
+callback, so a request that finds an open connection costs no task. Here it is decided when a request is sent again,
+when an answer is kept, and what the client is told when nothing comes. An exchange ends exactly once, by ``_done``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from edgeward.core import clock
+from edgeward.gateway import cache
+from edgeward.gateway.answers import problem
+from edgeward.gateway.balance import Endpoint, may_repeat
+from edgeward.gateway.cache import Stored
+from edgeward.gateway.http1 import CHUNKED, Headers, Request, Response, end_to_end, write_request, write_response
+from edgeward.gateway.rules import Rule
+from edgeward.gateway.serving import forwarded, from_store
+from edgeward.gateway.shelf import NAME, Key
+from edgeward.gateway.upstream import Connection
+
+if TYPE_CHECKING:
+    from edgeward.gateway.door import Door
+    from edgeward.gateway.gate import Gate
+
+#: Bytes of a request's body that are kept to send it again; the client waits while no connection is open beyond it.
+REPLAY = 64 * 1024
+_NO_BODY = frozenset({204, 304})
+_FAILED = frozenset({500, 502, 503, 504})
+Waiter = Callable[[bool], None]
+
+
+class Exchange:
+    """A request that is being answered by its rule's target."""
+
+    def __init__(
+        self, gate: Gate, door: Door | None, request: Request, rule: Rule, client: str,
+        *, key: Key | None = None, stored: Stored | None = None, fwd: str = "",
+    ) -> None:  # fmt: skip
+        self.gate, self.door, self.request, self.rule, self.client = gate, door, request, rule, client
+        #: Where the answer may be kept; None: nowhere.
+        self.key = key
+        #: What is asked about: the answer that is there already.
+        self.stored = stored
+        self.fwd = fwd
+        self.started = clock.monotonic()  # the loop's clock is too coarse for what is measured
+        self.asked = clock.now() if key is not None or stored is not None else 0.0
+        self.deadline = gate.loop.time() + rule.config.connect + 1.0
+        self.endpoint: Endpoint | None = None
+        self.connection: Connection | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.tried: list[Endpoint] = []
+        self.sends = 0
+        self.sent = self.answered = self.ended = self.tunnel = False
+        self.body_done = request.length == 0
+        self._pieces: list[bytes] = []
+        self._kept = 0
+        self._replayable = True
+        self._chunked = False
+        self._storing: list[bytes] | None = None
+        self._stored_size = 0
+        self._response: Response | None = None
+        self._swallow = False
+        #: No kept connection any more: one was closed under our hands.
+        self._fresh = False
+        self.waiters: list[Waiter] = []
+        self.status = 0
+        self.size = 0
+        self.cache_word = ""
+        rule.active[0] += 1
+
+    # -- to the target -------------------------------------------------------------------------------------------------
+
+    def attempt(self) -> None:
+        now = self.gate.loop.time()
+        endpoint = self.rule.balance.pick(now, self.tried)
+        if endpoint is None:
+            wait = max(1, round(self.rule.config.pause)) if self.rule.balance.endpoints else 1
+            why = (
+                f"{self.rule.config.target} failed again and again; it is left alone for a moment"
+                if self.rule.balance.endpoints
+                else f"{self.rule.config.target} has no endpoint here"
+            )
+            self._refuse(503, why, [("retry-after", str(wait))])
+            return
+        self.endpoint = endpoint
+        self.rule.balance.circuits[endpoint].took()
+        self.deadline = now + self.rule.config.connect + 1.0
+        connection = None if self._fresh else self.gate.pool.take(endpoint)
+        if connection is not None:
+            self._send(connection)
+        else:
+            self.task = self.gate.spawn(self, self._open(endpoint))
+
+    async def _open(self, endpoint: Endpoint) -> None:
+        try:
+            connection = await self.gate.pool.open(endpoint, self.rule.config.connect)
+        except (OSError, TimeoutError) as e:
+            if not self.ended:
+                self.on_fail(
+                    502, f"no connection to the target: {getattr(e, 'strerror', None) or 'it does not answer'}"
+                )
+            return
+        if self.ended:
+            self.gate.pool.give(connection)
+        else:
+            self._send(connection)
+
+    def _head(self) -> bytes:
+        request, rule = self.request, self.rule
+        if self.stored is None and request.length == 0:
+            wire = self.gate.wires.get(request)
+            if wire is not None and wire[0] is rule and wire[1] == self.client:
+                return wire[2]
+        validators = self.stored.validators if self.stored is not None else None
+        headers = forwarded(request, rule, self.gate.authority, self.client, self.gate.via, validators=validators)
+        if request.length > 0:
+            headers.append(("content-length", str(request.length)))
+        elif request.length == CHUNKED:
+            headers.append(("transfer-encoding", "chunked"))
+        elif request.method in ("POST", "PUT", "PATCH"):
+            headers.append(("content-length", "0"))
+        head = write_request(request.method, request.path + request.query, headers)
+        if self.stored is None and request.length == 0 and request.known:
+            self.gate.wires[request] = rule, self.client, head
+        return head
+
+    def _send(self, connection: Connection) -> None:
+        self.connection = connection
+        self.task = None
+        self.sends += 1
+        self.sent = True
+        self.deadline = self.gate.loop.time() + self.rule.config.answer
+        connection.begin(self, self.request.method, self._head(), done=self.body_done)
+        for piece in self._pieces:
+            connection.write(piece)
+        if self.sends >= self.rule.config.attempts and not connection.used:
+            self._forget_pieces()
+        if self.door is not None and not self.body_done:
+            self.door.want_body(True)
+
+    def _forget_pieces(self) -> None:
+        self._replayable = not self._pieces
+        self._pieces = []
+
+    def on_request_body(self, piece: bytes) -> None:
+        """From the door: a piece of the request's body."""
+        self.deadline = self.gate.loop.time() + self.rule.config.answer
+        if self.request.length == CHUNKED:
+            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+        self._kept += len(piece)
+        if self.connection is None or (self._replayable and self._kept <= REPLAY):
+            self._pieces.append(piece)
+        elif self._replayable:
+            self._replayable, self._pieces = False, []
+        if self.connection is not None:
+            self.connection.write(piece)
+        elif self._kept > REPLAY and self.door is not None:
+            self.door.want_body(False)
+
+    def on_request_end(self) -> None:
+        self.body_done = True
+        if self.request.length == CHUNKED:
+            if self.connection is None or self._replayable:
+                self._pieces.append(b"0\r\n\r\n")
+            if self.connection is not None:
+                self.connection.write(b"0\r\n\r\n")
+        if self.connection is not None:
+            self.connection.request_done = True
+
+    # -- from the target ---------------------------------------------------------------------------------------------
+
+    def on_head(self, response: Response) -> None:
+        self._good()
+        self._response = response
+        self.deadline = self.gate.loop.time() + self.rule.config.idle
+        if response.status == 101:
+            self._switch(response)
+            return
+        if self.stored is not None:
+            if response.status == 304:
+                self._validated(response, self.stored)
+                return
+            if response.status in _FAILED and self._stand_in(response.status):
+                return
+        headers = end_to_end(response.headers)
+        if self.key is not None:
+            self._consider(response)
+        if cache.invalidates(self.request.method, response.status):
+            self.gate.forget(self.request)
+        self._write_head(response, headers)
+
+    def _good(self) -> None:
+        if self.endpoint is not None and (circuit := self.rule.balance.circuits.get(self.endpoint)) is not None:
+            circuit.good()
+
+    def _consider(self, response: Response) -> None:
+        most = self.rule.cache.object if self.rule.cache is not None else 0
+        why = cache.why_not_stored(self.request, response)
+        if not why and response.length <= most and response.length >= CHUNKED:
+            self._storing = []
+            self.cache_word = "stored"
+        else:
+            self._release(False)
+
+    def _write_head(self, response: Response, headers: Headers) -> None:
+        self.answered = True
+        self.status = response.status
+        request, door = self.request, self.door
+        if door is None:
+            return
+        close = not request.keep or not self.body_done
+        fields = [h for h in headers if h[0] != "content-length"]
+        if request.method == "HEAD" or response.status in _NO_BODY:
+            if "content-length" in response.fields and response.status != 204:
+                fields.append(("content-length", response.fields["content-length"]))
+        elif response.length >= 0:
+            fields.append(("content-length", str(response.length)))
+        elif request.minor == 1:
+            self._chunked = True
+            fields.append(("transfer-encoding", "chunked"))
+        else:
+            close = True
+        if self.rule.cache is not None:
+            fwd = self.fwd or "bypass"
+            said = f"{NAME}; fwd={fwd}; fwd-status={response.status}"
+            fields.append(("cache-status", said + ("; stored" if self._storing is not None else "")))
+            self.cache_word = self.cache_word or "miss"
+        if "date" not in response.fields:
+            fields.append(("date", cache.http_date(clock.now())))
+        if close:
+            door.closing = True
+            fields.append(("connection", "close"))
+        elif request.minor == 0:
+            fields.append(("connection", "keep-alive"))
+        door.write(write_response(response.status, fields, response.reason))
+
+    def on_body(self, data: bytes) -> None:
+        if self._swallow:
+            return
+        self.size += len(data)
+        self.deadline = self.gate.loop.time() + self.rule.config.idle
+        if self._storing is not None:
+            self._storing.append(data)
+            self._stored_size += len(data)
+            if self.rule.cache is None or self._stored_size > self.rule.cache.object:
+                self._storing, self.cache_word = None, "miss"
+                self._release(False)
+        if self.door is not None and self.request.method != "HEAD":
+            self.door.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+
+    def on_end(self) -> None:
+        self.connection = None
+        if self.tunnel:
+            if self.door is not None:
+                self.door.end()
+            self._done()
+            return
+        if self._storing is not None and self._response is not None and self.key is not None:
+            self._keep(self.key, self._response, b"".join(self._storing))
+        if self._chunked and self.door is not None:
+            self.door.write(b"0\r\n\r\n")
+        self._done()
+
+    def on_full(self, full: bool) -> None:
+        """The connection to the target takes no more of the body for now."""
+        if self.door is not None:
+            self.door.want_body(not full)
+
+    def client_full(self, full: bool) -> None:
+        """The client takes no more of the answer for now."""
+        if self.connection is not None:
+            if full:
+                self.connection.pause()
+            else:
+                self.connection.resume()
+
+    def on_fail(self, status: int, why: str) -> None:
+        connection, self.connection = self.connection, None
+        stale = connection is not None and connection.used and not self.answered
+        if stale:
+            self._fresh = True
+        if self.endpoint is not None:
+            circuit = self.rule.balance.circuits.get(self.endpoint)
+            if stale:
+                if circuit is not None:
+                    circuit.dropped()
+            elif circuit is not None and circuit.bad(self.gate.loop.time()):
+                self.gate.opened(self.rule, self.endpoint, why)
+            self.tried.append(self.endpoint)
+        if self.answered:
+            if self.door is not None:
+                self.door.drop()  # a cut answer must look like one
+            self._storing = None
+            self._done()
+            return
+        repeat = may_repeat(self.request.method, sent=self.sent, answered=False, replayable=self._replayable)
+        if (
+            status != 504
+            and repeat
+            and (
+                (stale and self.sends <= self.rule.config.attempts)
+                or (len(self.tried) < self.rule.config.attempts and self.rule.budget.spend())
+            )
+        ):
+            self.rule.counters.retries += 1
+            self.attempt()
+            return
+        if self.stored is not None and self._stand_in(status):
+            return
+        self._refuse(status, why)
+
+    # -- the cache -----------------------------------------------------------------------------------------------------
+
+    def _keep(self, key: Key, response: Response, body: bytes) -> None:
+        config = self.rule.cache
+        if config is None:
+            return
+        made = cache.store(
+            self.request, response, end_to_end(response.headers), body, self.asked, clock.now(),
+            if_error=config.stale_if_error, while_revalidate=config.stale_while_revalidate,
+        )  # fmt: skip
+        made.owner = self.rule.owner
+        self.gate.shelf.put(key, made)
+        self._release(True)
+
+    def _validated(self, response: Response, old: Stored) -> None:
+        now = clock.now()
+        made = cache.refreshed(old, response, end_to_end(response.headers), self.asked, now)
+        if self.key is not None:
+            self.gate.shelf.put(self.key, made)
+        self._release(True)
+        self._answer(made, now, "validated", fwd=f"fwd={self.fwd}; fwd-status=304; stored")
+
+    def _stand_in(self, status: int) -> bool:
+        """The stale answer in place of a failed target's, where that is allowed."""
+        now = clock.now()
+        if self.stored is None or not cache.serve_on_error(self.stored, self.request, now):
+            return False
+        if self.connection is not None:
+            self.connection.abort()
+            self.connection = None
+        self._release(False)
+        self._answer(self.stored, now, "stale", detail=f"stale-if-error-{status}")
+        self._done()
+        return True
+
+    def _answer(self, stored: Stored, now: float, word: str, *, detail: str = "", fwd: str = "") -> None:
+        self.answered = self._swallow = True
+        self.cache_word = word
+        self.status, head, body = from_store(self.request, stored, now, detail, fwd)
+        self.size = len(body)
+        if self.door is not None:
+            self.door.write(head + body if len(body) < 65536 else head)
+            if len(body) >= 65536:
+                self.door.write(body)
+            self.door.closing = self.door.closing or not self.request.keep
+
+    def _release(self, stored: bool) -> None:
+        """Those who waited for this answer go on: to the store, or on their own."""
+        if self.key is not None and self.gate.fetching.get(self.key) is self:
+            del self.gate.fetching[self.key]
+        if self.stored is not None:
+            self.stored.renewing = False
+        waiters, self.waiters = self.waiters, []
+        for waiter in waiters:
+            waiter(stored)
+
+    # -- WebSocket -----------------------------------------------------------------------------------------------------
+
+    def _switch(self, response: Response) -> None:
+        if not self.request.upgrade or response.fields.get("upgrade", "").lower() != self.request.upgrade:
+            if self.connection is not None:
+                self.connection.abort()
+            self.on_fail(502, "the target switched to a protocol that nobody asked for")
+            return
+        headers = [*end_to_end(response.headers), ("connection", "upgrade"), ("upgrade", self.request.upgrade)]
+        self.answered = self.tunnel = True
+        self.status = 101
+        if self.door is not None:
+            self.door.write(write_response(101, headers, response.reason))
+            self.door.switch()
+
+    def on_tunnel(self, data: bytes) -> None:
+        self.size += len(data)
+        self.deadline = self.gate.loop.time() + self.rule.config.idle
+        if self.door is not None:
+            self.door.write(data)
+
+    def client_tunnel(self, data: bytes) -> None:
+        self.deadline = self.gate.loop.time() + self.rule.config.idle
+        if self.connection is not None:
+            self.connection.write(data)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def check(self, now: float) -> None:
+        """Ends what takes too long; called several times a second."""
+        if now < self.deadline or self.ended:
+            return
+        if self.connection is not None:
+            self.connection.abort()
+        if self.task is not None:
+            self.task.cancel()
+        if self.tunnel:
+            self.on_end()
+        else:
+            what = "went on answering" if self.answered else "answered"
+            limit = self.rule.config.idle if self.answered else self.rule.config.answer
+            self.on_fail(504, f"{self.rule.config.target} has not {what} within {limit:g} s")
+
+    def give_up(self) -> None:
+        """The client went away."""
+        self.door = None
+        if self.waiters and not self.tunnel:
+            return  # others wait for the answer
+        if self.connection is not None:
+            self.connection.leave() if self.tunnel else self.connection.abort()
+            self.connection = None
+        if self.task is not None:
+            self.task.cancel()
+        if self.endpoint is not None and (circuit := self.rule.balance.circuits.get(self.endpoint)) is not None:
+            circuit.dropped()
+        self.status = self.status or 499
+        self._storing = None
+        self._done()
+
+    def busy(self) -> None:
+        """More requests of this route are in progress than it allows."""
+        why = f"{self.rule.config.requests} requests of this route are in progress, its limit (limits.requests)"
+        self._refuse(503, why, [("retry-after", "1")])
+
+    def _refuse(self, status: int, why: str, headers: Headers | None = None) -> None:
+        self.answered = True
+        self.status = status
+        close = not self.request.keep or not self.body_done
+        if self.door is not None:
+            self.door.closing = self.door.closing or close
+            self.door.write(
+                problem(
+                    status, why, route=f"Route/{self.rule.key}", target=self.rule.config.target, close=close,
+                    head=self.request.method == "HEAD", headers=headers or (),
+                )
+            )  # fmt: skip
+        self._done()
+
+    def _done(self) -> None:
+        if self.ended:
+            return
+        self.ended = True
+        self._release(False)
+        self.rule.active[0] -= 1
+        self.gate.finished(self)
+        if self.door is not None:
+            self.door.finished()

@@ -1,0 +1,319 @@
+"""The embedded engine: listeners, the table of rules, the cache and the targets' connections of one node's gateway.
+
+A new configuration is made whole beside the present one (``provision``: what cannot be understood or bound raises, and
+nothing has changed) and then takes its place at once (``commit``). Requests in progress end by the rules they began
+with, connections stay. Nothing here waits for the agent or the hub.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from edgeward.core import clock
+from edgeward.core.errors import EdgewardError
+from edgeward.core.invocation import Invoker
+from edgeward.gateway import rules
+from edgeward.gateway.accesslog import AccessLog
+from edgeward.gateway.balance import Endpoint
+from edgeward.gateway.cache import Stored
+from edgeward.gateway.calling import FunctionExchange
+from edgeward.gateway.door import Door
+from edgeward.gateway.exchange import Exchange
+from edgeward.gateway.explain import explain, purge_args
+from edgeward.gateway.http1 import Bad, Request, parse_request
+from edgeward.gateway.match import Table, clean
+from edgeward.gateway.rules import GatewayConfig, Listen, Rule
+from edgeward.gateway.shelf import Key, Shelf, key_of
+from edgeward.gateway.stats import metrics
+from edgeward.gateway.upstream import Pool
+
+log = logging.getLogger("edgeward.gateway")
+
+#: Connections of clients at once, for all listeners together.
+CONNECTIONS = 4096
+#: Heads that are remembered with what they meant, and the longest of them.
+REMEMBERED = 1024
+REMEMBERED_BYTES = 2048
+#: Seconds between two looks at deadlines while there are connections.
+SWEEP = 0.25
+_SECRET = frozenset({"authorization", "cookie", "proxy-authorization"})
+
+
+class Voice(Protocol):
+    """By which a room in the plane tells the agent what it has to say."""
+
+    def report(self, kind: str, namespace: str, name: str, status: dict[str, Any] | None) -> None: ...
+    def event(self, type: str, reason: str, message: str, namespace: str, name: str, kind: str) -> None: ...
+
+
+class Prepared(NamedTuple):
+    config: GatewayConfig
+    table: Table[Rule]
+    #: Listeners that are new, already bound; they accept when the configuration is taken.
+    opened: dict[Listen, asyncio.Server]
+
+
+class Gate:
+    def __init__(self, *, node: str, log_file: Path, voice: Voice, invoker: Invoker | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.node = node
+        self.voice, self.invoker = voice, invoker
+        self.config = GatewayConfig()
+        self.table: Table[Rule] = Table([])
+        self.pool = Pool()
+        self.shelf = Shelf(self.config.memory)
+        self.access = AccessLog(log_file)
+        self.via_name = f"edgeward-{node}"
+        self.via = f"1.1 {self.via_name}"
+        self.authority = node
+        #: Answers that are being fetched, for those who want the same.
+        self.fetching: dict[Key, Exchange] = {}
+        self.exchanges: set[Exchange] = set()
+        self.doors: set[Door] = set()
+        self.refusals: dict[int, int] = {}
+        #: What was written for requests that are remembered: (rule, client, head).
+        self.wires: dict[Request, tuple[Rule, str, bytes]] = {}
+        self._memo: dict[bytes, tuple[Request, Rule | None]] = {}
+        self._servers: dict[Listen, asyncio.Server] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._busy = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._said: set[str] = set()
+        self.verbs = {"gateway.explain": self._explain, "gateway.purge": self._purge, "gateway.stats": self._stats}
+
+    # -- configuration -------------------------------------------------------------------------------------------------
+
+    async def provision(self, section: dict[str, Any]) -> Prepared:
+        """Raises ``EdgewardError``; then nothing has changed."""
+        config = rules.decode(section)
+        table = rules.table(config, self.table)
+        opened: dict[Listen, asyncio.Server] = {}
+        try:
+            for listen in config.listen:
+                if listen not in self._servers and listen not in opened:
+                    opened[listen] = await self.loop.create_server(
+                        lambda: Door(self), listen.host, listen.port, backlog=1024, start_serving=False
+                    )
+        except OSError as e:
+            for server in opened.values():
+                server.close()
+            taken = "is in use" if e.errno == errno.EADDRINUSE else (e.strerror or str(e))
+            raise EdgewardError(
+                f"the gateway cannot listen: {listen.host}:{listen.port} {taken}",
+                field="$.gateway.listen",
+                remedy="name another address in node.json: gateway: {listen: ADDRESS:PORT}",
+            ) from None
+        return Prepared(config, table, opened)
+
+    def commit(self, prepared: Prepared) -> None:
+        """From here on requests go by the new rules."""
+        config = prepared.config
+        self._memo.clear()
+        self.wires.clear()
+        gone = [s for listen, s in self._servers.items() if listen not in config.listen]
+        self._servers = {k: s for k, s in self._servers.items() if k in config.listen} | prepared.opened
+        for server in gone:
+            server.close()  # its open connections stay
+        for server in prepared.opened.values():
+            self._run(server.start_serving())
+        self.config, self.table = config, prepared.table
+        self.shelf.limit = config.memory
+        self._report()
+
+    def _report(self) -> None:
+        shadowed = self.table.shadowed()
+        told: set[str] = set()
+        for rule in self.table.rules:
+            namespace, _, name = rule.key.partition("/")
+            ready = rule.config.to == "function" or bool(rule.config.endpoints)
+            status: dict[str, Any] = {"phase": "Ready" if ready else "NoEndpoints", "target": rule.config.target}
+            if rule.config.to != "function":
+                status["endpoints"] = len(rule.config.endpoints)
+            if not ready:
+                status["message"] = f"{rule.config.target} has no running endpoint at this site: requests get 503"
+            if rule.key in shadowed:
+                status |= {
+                    "phase": "Shadowed",
+                    "message": f"Route/{shadowed[rule.key]} matches the same and comes first",
+                }
+            self.voice.report("Route", namespace, name, status)
+            told.add(rule.key)
+        for key in self._said - told:
+            namespace, _, name = key.partition("/")
+            self.voice.report("Route", namespace, name, None)
+        self._said = told
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Looks after deadlines until cancelled, then closes all."""
+        try:
+            while True:
+                if not self.doors and not self.exchanges:
+                    self.access.flush()
+                    self.pool.close()
+                    self._busy.clear()
+                    await self._busy.wait()
+                await asyncio.sleep(SWEEP)
+                self._sweep(self.loop.time())
+        finally:
+            self.close()
+
+    def _sweep(self, now: float) -> None:
+        for door in tuple(self.doors):
+            door.check(now)
+        for exchange in tuple(self.exchanges):
+            exchange.check(now)
+        self.pool.sweep(now)
+        self.access.flush()
+
+    def close(self) -> None:
+        for server in self._servers.values():
+            server.close()
+        self._servers.clear()
+        for door in tuple(self.doors):
+            door.drop()
+        for task in tuple(self._tasks):
+            task.cancel()
+        self.pool.close()
+        self.access.flush()
+
+    async def drain(self, patience: float) -> None:
+        """Takes no new connections and lets requests in progress end, ``patience`` seconds at most."""
+        for server in self._servers.values():
+            server.close()
+        self._drained = asyncio.Event()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                if self.exchanges:
+                    await self._drained.wait()
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def spawn(self, exchange: Exchange, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that belongs to an exchange; one that fails fails the exchange."""
+        task = self._run(work)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("a request of %s failed", exchange.rule, exc_info=error)
+                if not exchange.ended:
+                    exchange.on_fail(500, "the gateway failed at this request")
+
+        task.add_done_callback(ended)
+        return task
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def entered(self, door: Door) -> bool:
+        if len(self.doors) >= CONNECTIONS:
+            return False
+        self.doors.add(door)
+        self._busy.set()
+        return True
+
+    def left(self, door: Door) -> None:
+        self.doors.discard(door)
+
+    def read(self, head: bytes) -> tuple[Request, Rule | None]:
+        """The request of a head and its rule (None: no rule takes it). Raises ``Bad``.
+
+        Clients say the same again and again: what a head meant is remembered until the rules change, unless there is
+        a secret in it.
+        """
+        known = self._memo.get(head)
+        if known is not None:
+            return known
+        request = parse_request(head)
+        request.path, request.query = clean(request.target)
+        rule: Rule | None
+        try:
+            rule = self.table.find(request)
+        except Bad:
+            rule = None
+        if len(head) <= REMEMBERED_BYTES and not _SECRET & request.fields.keys():
+            if len(self._memo) >= REMEMBERED:
+                self._memo.clear()
+                self.wires.clear()
+            request.known = True
+            self._memo[head] = request, rule
+        return request, rule
+
+    def exchange(self, door: Door | None, request: Request, rule: Rule, client: str, **more: Any) -> Exchange:
+        kind = FunctionExchange if rule.config.to == "function" else Exchange
+        return kind(self, door, request, rule, client, **more)
+
+    def renew(self, request: Request, rule: Rule, client: str, key: Key, stored: Stored) -> None:
+        """Asks again for what was just given stale; nobody waits for it."""
+        exchange = self.exchange(None, request, rule, client, key=key, stored=stored, fwd="stale")
+        self.exchanges.add(exchange)
+        self._busy.set()
+        self.fetching.setdefault(key, exchange)
+        exchange.attempt()
+
+    def forget(self, request: Request) -> None:
+        """RFC 9111, section 4.4: an unsafe request that succeeded makes what is kept of its target unsure."""
+        self.shelf.drop(key_of(request))
+
+    def hit(self, client: str, request: Request, rule: Rule, stored: Stored, status: int, size: int, word: str) -> None:
+        stored.hits += 1
+        rule.counters.count(status, 0.0, size, word)
+        if self.config.access_log == "all":
+            self.access.add(
+                (clock.now(), client, request.method, request.authority, request.path + request.query, status, size,
+                 0.0, rule.key, rule.config.target, word)
+            )  # fmt: skip
+
+    def finished(self, exchange: Exchange) -> None:
+        self.exchanges.discard(exchange)
+        if not self.exchanges:
+            self._drained.set()
+        rule, request = exchange.rule, exchange.request
+        took = clock.monotonic() - exchange.started
+        status = exchange.status or 499
+        rule.counters.count(status, took, exchange.size, exchange.cache_word)
+        if self.config.access_log == "all" or (self.config.access_log == "errors" and status >= 400):
+            target = str(exchange.endpoint) if exchange.endpoint is not None else rule.config.target
+            self.access.add(
+                (clock.now(), exchange.client, request.method, request.authority, request.path + request.query, status,
+                 exchange.size, took, rule.key, target, exchange.cache_word)
+            )  # fmt: skip
+
+    def refused(self, client: str, request: Request | None, status: int) -> None:
+        self.refusals[status] = self.refusals.get(status, 0) + 1
+        if self.config.access_log != "off":
+            said = (request.method, request.authority, request.path + request.query) if request else ("", "", "")
+            self.access.add((clock.now(), client, *said, status, 0, 0.0, "", "", ""))
+
+    def opened(self, rule: Rule, endpoint: Endpoint, why: str) -> None:
+        """An endpoint failed so often that it is left alone for a while."""
+        namespace, _, name = rule.key.partition("/")
+        text = f"{rule.config.target} at {endpoint} is left alone for {rule.config.pause:g} s: {why}"
+        self.voice.event("Warning", "CircuitOpen", text, namespace, name, "Route")
+
+    # -- verbs of the control socket ---------------------------------------------------------------------------------
+
+    async def _explain(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        yield explain(self.table, self.shelf, args, self.loop.time(), clock.now())
+
+    async def _purge(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        yield {"purged": self.shelf.purge(**purge_args(args))}
+
+    async def _stats(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        yield {
+            "metrics": metrics(self.table, self.shelf, self.pool, self.refusals, len(self.doors), self.access.dropped)
+        }
+
+    @property
+    def addresses(self) -> list[str]:
+        return [f"{listen.host}:{listen.port}" for listen in self._servers]

@@ -1,0 +1,129 @@
+"""What the agent tells the gateway, and what the gateway makes of it.
+
+In: the section of ``plane.json``; out: a table of rules. Pure. A rule keeps its counters, its breakers and its budget
+over a change of the others; a section that cannot be understood is refused whole, and the old table goes on.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from edgeward.core.errors import Invalid
+from edgeward.gateway.balance import Balance, Budget, Endpoint
+from edgeward.gateway.match import Table
+
+#: Upper bounds of the latency histogram, in seconds.
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+
+class CacheConfig(msgspec.Struct, frozen=True):
+    object: int = 1024**2
+    stale_if_error: float = 0.0
+    stale_while_revalidate: float = 0.0
+
+
+class RouteConfig(msgspec.Struct, frozen=True):
+    #: ``namespace/name`` of the Route.
+    key: str
+    to: Literal["function", "service", "upstream"]
+    #: What the target is called in answers and logs: ``Service/web``.
+    target: str
+    host: str = ""
+    path: str = "/"
+    methods: tuple[str, ...] = ()
+    headers: tuple[tuple[str, str], ...] = ()
+    endpoints: tuple[Endpoint, ...] = ()
+    #: The Host that an upstream is asked by; empty: the client's.
+    send_host: str = ""
+    function: str = ""
+    version: str | None = None
+    connect: float = 2.0
+    answer: float = 30.0
+    idle: float = 60.0
+    attempts: int = 2
+    budget: float = 0.2
+    failures: int = 5
+    pause: float = 5.0
+    body: int = 64 * 1024**2
+    requests: int = 1024
+    cache: CacheConfig | None = None
+
+
+class Listen(msgspec.Struct, frozen=True):
+    host: str
+    port: int
+
+
+class GatewayConfig(msgspec.Struct, frozen=True):
+    """The section ``gateway`` of ``plane.json``."""
+
+    node: str = ""
+    listen: tuple[Listen, ...] = ()
+    routes: tuple[RouteConfig, ...] = ()
+    #: Bytes of the cache's memory.
+    memory: int = 32 * 1024**2
+    access_log: Literal["all", "errors", "off"] = "all"
+
+
+class Counters:
+    """What happened at one route since the plane started."""
+
+    __slots__ = ("buckets", "bytes", "cache", "retries", "seconds", "statuses")
+
+    def __init__(self) -> None:
+        self.statuses: dict[int, int] = {}
+        self.buckets = [0] * (len(BUCKETS) + 1)
+        self.seconds = 0.0
+        self.bytes = 0
+        self.retries = 0
+        self.cache: dict[str, int] = {}
+
+    def count(self, status: int, seconds: float, size: int, cache: str) -> None:
+        self.statuses[status] = self.statuses.get(status, 0) + 1
+        self.buckets[bisect_left(BUCKETS, seconds)] += 1
+        self.seconds += seconds
+        self.bytes += size
+        if cache:
+            self.cache[cache] = self.cache.get(cache, 0) + 1
+
+
+class Rule:
+    """A route at work. It is what ``match.Table`` finds."""
+
+    __slots__ = (
+        "active", "balance", "budget", "cache", "config", "counters", "host", "key", "match_headers", "methods",
+        "owner", "path",
+    )  # fmt: skip
+
+    def __init__(self, config: RouteConfig, old: Rule | None) -> None:
+        self.config = config
+        self.key, self.host, self.path = config.key, config.host, config.path
+        self.methods, self.match_headers = config.methods, config.headers
+        self.cache = config.cache
+        self.owner = f"{config.key} {config.target} {config.send_host}"
+        self.balance: Balance = Balance(config.endpoints, config.failures, config.pause, old.balance if old else None)
+        same = old is not None and old.config.budget == config.budget
+        self.budget: Budget = old.budget if old is not None and same else Budget(config.budget)
+        self.counters: Counters = old.counters if old is not None else Counters()
+        #: Requests in progress.
+        self.active: list[int] = old.active if old is not None else [0]
+
+    def __repr__(self) -> str:
+        return f"<Rule {self.key}>"
+
+
+def decode(section: Mapping[str, Any]) -> GatewayConfig:
+    """Raises ``Invalid``."""
+    try:
+        return msgspec.convert(section, GatewayConfig)
+    except msgspec.ValidationError as e:
+        raise Invalid(str(e), field="$.gateway") from None
+
+
+def table(config: GatewayConfig, old: Table[Rule] | None = None) -> Table[Rule]:
+    known = {r.key: r for r in old.rules} if old is not None else {}
+    return Table([Rule(c, known.get(c.key)) for c in config.routes])

@@ -1,0 +1,65 @@
+"""What is written for a request: the head that goes to a target, and the answer that is made of a stored one. Pure."""
+
+from __future__ import annotations
+
+from edgeward.gateway.cache import Stored, not_modified, part_of
+from edgeward.gateway.http1 import CLAIMS, CONDITIONS, Headers, Request, end_to_end, write_response
+from edgeward.gateway.rules import Rule
+from edgeward.gateway.shelf import NAME
+
+#: Of a stored answer, in a 304 (RFC 9110, section 15.4.5).
+_IN_304 = frozenset({"cache-control", "content-location", "date", "etag", "expires", "vary", "last-modified"})
+_DROPPED = CLAIMS | frozenset({"host", "content-length", "expect"})
+
+
+def forwarded(
+    request: Request, rule: Rule, authority: str, client: str, via: str, *, validators: Headers | None = None
+) -> Headers:
+    """The fields of the request as the target gets them. ``validators``: the gateway asks for itself, in place of the
+    client's conditions."""
+    mine = _DROPPED if validators is None else _DROPPED | CONDITIONS
+    passed = [h for h in end_to_end(request.headers) if h[0] not in mine and h[0] != "via"]
+    told = request.fields.get("via")
+    host = rule.config.send_host or request.authority or authority
+    headers: Headers = [
+        ("host", host),
+        *passed,
+        *(validators or []),
+        ("x-forwarded-for", client),
+        ("x-forwarded-host", request.authority or authority),
+        ("x-forwarded-proto", "http"),
+        ("via", f"{told}, {via}" if told else via),
+    ]
+    if request.upgrade:
+        headers += [("connection", "upgrade"), ("upgrade", request.upgrade)]
+    return headers
+
+
+def from_store(
+    request: Request, stored: Stored, now: float, detail: str = "", fwd: str = ""
+) -> tuple[int, bytes, bytes]:
+    """``(status, head, body)`` for what the client asked of a stored answer: whole, part, 304 or 416.
+
+    ``fwd``: the answer was just fetched or validated (RFC 9211), so it is no hit.
+    """
+    said = f"{NAME}; {fwd or 'hit'}; ttl={int(stored.ttl(now))}" + (f"; detail={detail}" if detail else "")
+    more: Headers = [("age", str(int(stored.age(now)))), ("cache-status", said)]
+    if not request.keep:
+        more.append(("connection", "close"))
+    elif request.minor == 0:
+        more.append(("connection", "keep-alive"))
+    if not_modified(request, stored):
+        kept = [h for h in stored.headers if h[0] in _IN_304]
+        return 304, write_response(304, [*kept, *more]), b""
+    part = part_of(request, stored)
+    size = len(stored.body)
+    if part == "unsatisfiable":
+        fields = [("content-range", f"bytes */{size}"), ("content-length", "0"), *more]
+        return 416, write_response(416, fields), b""
+    if part is not None:
+        start, end = part
+        fields = [("content-range", f"bytes {start}-{end - 1}/{size}"), ("content-length", str(end - start)), *more]
+        return 206, write_response(206, [*stored.headers, *fields]), stored.body[start:end]
+    length = [] if stored.status in (204, 304) else [("content-length", str(size))]
+    head = write_response(stored.status, [*stored.headers, *length, *more], stored.reason)
+    return stored.status, head, b"" if request.method == "HEAD" else stored.body

@@ -1,0 +1,249 @@
+"""Kind Route: which requests that reach a node's gateway are answered by what. Pure.
+
+A Route names a host, a path, methods and header fields, and one target: a function, a Service of the namespace, or an
+upstream anywhere. What is left out matches everything. The rules of precedence are in ``match.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta
+
+from edgeward.core.errors import Invalid
+from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
+from edgeward.core.registry import Column, Kind, Ref, kinds
+from edgeward.core.resource import NAME_PATTERN, Resource
+from edgeward.gateway.http1 import CLAIMS, HOP, Bad
+from edgeward.gateway.match import clean
+
+Duration = Annotated[str, Meta(pattern=DURATION_PATTERN)] | float | int
+Size = Annotated[str, Meta(pattern=BYTES_PATTERN)] | int
+Method = Literal["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+_HOST = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*|\[[0-9a-f:.]+\]")
+_FIELD = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
+_TAG_FIELD = "cache-tag"
+
+
+class _Struct(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    pass
+
+
+class RoutePlacement(_Struct):
+    site: Annotated[str, Meta(description="Only at this site")] = ""
+    nodeSelector: Annotated[dict[str, str], Meta(description="Only on nodes with these labels")] = {}
+
+
+class RouteTarget(_Struct):
+    """What answers. Exactly one."""
+
+    function: Annotated[str, Meta(description="A Function of the namespace, or one of its aliases: name@alias")] = ""
+    service: Annotated[str, Meta(description="A Service of the namespace: its endpoints at this site")] = ""
+    upstream: Annotated[
+        str, Meta(description="http://host:port or https://host: the request's path goes on as it is", max_length=1024)
+    ] = ""
+
+
+class RouteTimeouts(_Struct):
+    connect: Annotated[Duration, Meta(description="To open a connection to the target; then the next is tried")] = "2s"
+    answer: Annotated[Duration, Meta(description="To the head of the answer; a function's own limit holds as well")] = (
+        "30s"
+    )
+    idle: Annotated[Duration, Meta(description="Between two pieces of a body, or of a WebSocket's traffic")] = "60s"
+
+
+class Retries(_Struct):
+    """A request is sent again only where that cannot do it twice: none of it was sent, or it is idempotent."""
+
+    attempts: Annotated[int, Meta(description="How often it is sent at most", ge=1, le=5)] = 2
+    budget: Annotated[
+        float, Meta(description="Repeats for each request of the last time; a down target is not flooded", ge=0, le=1)
+    ] = 0.2
+
+
+class Breaker(_Struct):
+    """An endpoint that fails again and again is left alone for a while; then one request tries it."""
+
+    failures: Annotated[int, Meta(description="Failures in a row that open it; 0: never", ge=0, le=1000)] = 5
+    pause: Annotated[Duration, Meta(description="How long it is left alone")] = "5s"
+
+
+class RouteLimits(_Struct):
+    body: Annotated[Size, Meta(description="A request's body; a function's is at most 6Mi")] = "64Mi"
+    requests: Annotated[int, Meta(description="In progress at once on a node; more are refused (503)", ge=1)] = 1024
+
+
+class Cache(_Struct):
+    """A shared cache as RFC 9111 asks; what is left out is what the RFC says, and nothing else."""
+
+    object: Annotated[Size, Meta(description="Larger answers are passed on and not kept")] = "1Mi"
+    staleIfError: Annotated[
+        Duration, Meta(description="Keep answering from the cache so long when the target fails, unless it forbids it")
+    ] = 0
+    staleWhileRevalidate: Annotated[
+        Duration, Meta(description="Answer from the cache so long while it is renewed, unless the target forbids it")
+    ] = 0
+
+
+class RouteSpec(_Struct):
+    """Requests that reach the gateway of a node, and what answers them there."""
+
+    to: Annotated[RouteTarget, Meta(description="What answers")]
+    path: Annotated[
+        str, Meta(description="Exactly this path; one that ends in / matches all below it", max_length=1024)
+    ] = "/"
+    host: Annotated[str, Meta(description="The host asked for, or *.example.org; empty: any", max_length=253)] = ""
+    methods: Annotated[list[Method], Meta(description="Only these; GET includes HEAD; empty: all")] = []
+    headers: Annotated[dict[str, str], Meta(description="Only requests with these fields and values")] = {}
+    timeouts: Annotated[RouteTimeouts, Meta(description="How long is waited")] = msgspec.field(
+        default_factory=RouteTimeouts
+    )
+    retries: Annotated[Retries, Meta(description="When a target fails")] = msgspec.field(default_factory=Retries)
+    breaker: Annotated[Breaker, Meta(description="When an endpoint goes on failing")] = msgspec.field(
+        default_factory=Breaker
+    )
+    limits: Annotated[RouteLimits, Meta(description="What a request may be")] = msgspec.field(
+        default_factory=RouteLimits
+    )
+    cache: Annotated[Cache | None, Meta(description="Keep answers; {} is RFC 9111 and nothing else")] = None
+    placement: Annotated[RoutePlacement, Meta(description="Which nodes serve it; empty: all")] = msgspec.field(
+        default_factory=RoutePlacement
+    )
+
+
+def split_function(name: str) -> tuple[str, str | None]:
+    """``hello@canary`` -> (function, alias)."""
+    function, at, alias = name.partition("@")
+    return function, alias if at else None
+
+
+def origin_of(upstream: str) -> tuple[str, str, int]:
+    """``(scheme, host, port)`` of an upstream's URL. Raises ``Invalid``."""
+    where = "$.spec.to.upstream"
+    try:
+        url = urlsplit(upstream)
+        port = url.port
+    except ValueError:
+        raise Invalid(f"{upstream[:80]!r} is no URL", field=where, remedy="write http://host:port") from None
+    if url.scheme not in ("http", "https") or not url.hostname or url.username is not None or url.password is not None:
+        raise Invalid(f"{upstream[:80]!r} is no http URL", field=where, remedy="write http://host:port")
+    if (
+        url.path not in ("", "/")
+        or url.query
+        or url.fragment
+        or not upstream.isascii()
+        or any(c <= " " for c in upstream)
+    ):
+        raise Invalid("an upstream has no path", field=where, remedy="the request's own path is passed on: remove it")
+    return url.scheme, url.hostname, port or (443 if url.scheme == "https" else 80)
+
+
+def _check_target(to: RouteTarget) -> None:
+    given = [n for n in ("function", "service", "upstream") if getattr(to, n)]
+    if len(given) != 1:
+        what = f"more than one target: {', '.join(given)}" if given else "no target"
+        raise Invalid(what, field="$.spec.to", remedy="name exactly one of function, service, upstream")
+    if to.upstream:
+        origin_of(to.upstream)
+    for name in filter(None, (to.service, *split_function(to.function))):
+        if not re.fullmatch(NAME_PATTERN, name):
+            raise Invalid(f"{name[:63]!r} is no name", field=f"$.spec.to.{given[0]}")
+    if to.function.endswith("@"):
+        raise Invalid("an empty alias", field="$.spec.to.function", remedy="write name or name@alias")
+
+
+def _check_durations(spec: RouteSpec) -> None:
+    found = [(f"timeouts.{n}", getattr(spec.timeouts, n), 0.01) for n in ("connect", "answer", "idle")]
+    found.append(("breaker.pause", spec.breaker.pause, 0.1))
+    if spec.cache is not None:
+        found += [(f"cache.{n}", getattr(spec.cache, n), 0.0) for n in ("staleIfError", "staleWhileRevalidate")]
+    for name, value, least in found:
+        try:
+            seconds = parse_duration(value)
+        except ValueError as e:
+            raise Invalid(str(e), field=f"$.spec.{name}") from None
+        if not least <= seconds <= 366 * 86400:
+            raise Invalid(f"{value} is out of range", field=f"$.spec.{name}", remedy=f"from {least:g}s to 366d")
+
+
+def _check(r: Resource) -> None:
+    spec: RouteSpec = r.spec
+    _check_target(spec.to)
+    try:
+        path, query = clean(spec.path)
+    except Bad as e:
+        raise Invalid(e.why, field="$.spec.path", remedy="write e.g. /hello or /news/") from None
+    if path != spec.path or query or "?" in spec.path:
+        remedy = f"write {path}" if path != spec.path else "a path has no query"
+        raise Invalid(f"{spec.path[:80]!r} is not in its plain form", field="$.spec.path", remedy=remedy)
+    if spec.host and not _HOST.fullmatch(spec.host):
+        raise Invalid(
+            f"{spec.host[:80]!r} is no host",
+            field="$.spec.host",
+            remedy="lower case, no port: example.org, *.example.org",
+        )
+    for name, value in spec.headers.items():
+        where = f"$.spec.headers.{name[:64]}"
+        if not _FIELD.fullmatch(name) or len(value) > 1024 or not value.isascii() or not value.isprintable():
+            raise Invalid("is no header field that can be compared", field=where, remedy="a name and a plain value")
+        if name.lower() in HOP | CLAIMS | {"host", "content-length"} or value != value.strip():
+            raise Invalid("cannot be matched", field=where, remedy="use host for Host; the gateway drops such fields")
+    if len(spec.headers) > 16:
+        raise Invalid("more than 16 header fields", field="$.spec.headers")
+    if len(set(spec.methods)) != len(spec.methods):
+        raise Invalid("a method is given twice", field="$.spec.methods", remedy="remove one")
+    _check_durations(spec)
+    sizes = [("limits.body", spec.limits.body)] + ([("cache.object", spec.cache.object)] if spec.cache else [])
+    for name, size in sizes:
+        try:
+            parse_bytes(size)
+        except ValueError as e:
+            raise Invalid(str(e), field=f"$.spec.{name}") from None
+    if spec.cache is not None and parse_bytes(spec.cache.object) > 16 * 1024**2:
+        raise Invalid("larger than 16Mi", field="$.spec.cache.object", remedy="the cache is in memory: up to 16Mi")
+
+
+def _refs(r: Resource) -> list[Ref]:
+    spec: RouteSpec = r.spec
+    refs = []
+    if spec.to.service:
+        refs.append(Ref("Service", r.metadata.namespace, spec.to.service, "$.spec.to.service"))
+    if spec.to.function:
+        function, _ = split_function(spec.to.function)
+        refs.append(Ref("Function", r.metadata.namespace, function, "$.spec.to.function"))
+    if spec.placement.site:
+        refs.append(Ref("Site", "_", spec.placement.site, "$.spec.placement.site"))
+    return refs
+
+
+def _target(d: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in d["spec"].get("to", {}).items())
+
+
+kinds.add(
+    Kind(
+        "Route",
+        "routes",
+        RouteSpec,
+        reported=True,
+        doc="Requests at a node's gateway, and what answers them.",
+        scope="placed",
+        level=2,
+        check=_check,
+        refs=_refs,
+        columns=(
+            Column("HOST", lambda d: d["spec"].get("host", "") or "*"),
+            Column("PATH", lambda d: d["spec"].get("path", "/")),
+            Column("TO", _target),
+            Column("PHASE", lambda d: d.get("status", {}).get("phase", "Pending")),
+            Column("MESSAGE", lambda d: d.get("status", {}).get("message", ""), wide=True),
+        ),
+        example=(
+            "apiVersion: edgeward/v1\nkind: Route\nmetadata: {name: news}\n"
+            'spec: {path: /news/, to: {upstream: "http://127.0.0.1:18080"}, cache: {}}\n'
+        ),
+    )
+)

@@ -1,0 +1,60 @@
+"""The gateway's numbers in Prometheus' names. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from edgeward.gateway.match import Table
+from edgeward.gateway.rules import BUCKETS, Rule
+from edgeward.gateway.shelf import Shelf
+from edgeward.gateway.upstream import Pool
+
+HELP = {
+    "edgeward_gateway_requests_total": "Requests answered, by route and status.",
+    "edgeward_gateway_refused_total": "Requests that no route took, or that were malformed, by status.",
+    "edgeward_gateway_seconds_total": "Time that answers took, by route.",
+    "edgeward_gateway_latency_total": "Answers that took at most `le` seconds, by route.",
+    "edgeward_gateway_bytes_total": "Bytes of answers' bodies, by route.",
+    "edgeward_gateway_retries_total": "Requests that were sent again, by route.",
+    "edgeward_gateway_cache_total": "What the cache did, by route.",
+    "edgeward_gateway_active": "Requests in progress, by route.",
+    "edgeward_gateway_connections": "Connections of clients.",
+    "edgeward_gateway_cache_bytes": "Bytes of stored answers.",
+    "edgeward_gateway_cache_entries": "Keys of stored answers.",
+    "edgeward_gateway_cache_evicted_total": "Keys that went because the memory was full.",
+    "edgeward_gateway_upstream_opened_total": "Connections opened to targets.",
+    "edgeward_gateway_upstream_reused_total": "Requests that went by a connection that was open.",
+    "edgeward_gateway_log_dropped_total": "Lines that the access log did not keep.",
+}
+
+
+def metrics(
+    table: Table[Rule], shelf: Shelf, pool: Pool, refusals: Mapping[int, int], connections: int, dropped: int
+) -> dict[str, float]:
+    p = "edgeward_gateway_"
+    values: dict[str, float] = {
+        f"{p}connections": float(connections),
+        f"{p}cache_bytes": float(shelf.used),
+        f"{p}cache_entries": float(len(shelf)),
+        f"{p}cache_evicted_total": float(shelf.evicted),
+        f"{p}upstream_opened_total": float(pool.opened),
+        f"{p}upstream_reused_total": float(pool.reused),
+        f"{p}log_dropped_total": float(dropped),
+    }
+    for status, n in refusals.items():
+        values[f'{p}refused_total{{status="{status}"}}'] = float(n)
+    for rule in table.rules:
+        c, route = rule.counters, f'route="{rule.key}"'
+        for status, n in c.statuses.items():
+            values[f'{p}requests_total{{{route},status="{status}"}}'] = float(n)
+        for word, n in c.cache.items():
+            values[f'{p}cache_total{{{route},result="{word}"}}'] = float(n)
+        total = 0
+        for bound, n in zip((*map(str, BUCKETS), "+Inf"), c.buckets, strict=True):
+            total += n
+            values[f'{p}latency_total{{{route},le="{bound}"}}'] = float(total)
+        values[f"{p}seconds_total{{{route}}}"] = c.seconds
+        values[f"{p}bytes_total{{{route}}}"] = float(c.bytes)
+        values[f"{p}retries_total{{{route}}}"] = float(c.retries)
+        values[f"{p}active{{{route}}}"] = float(rule.active[0])
+    return values
