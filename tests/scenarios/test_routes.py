@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -86,6 +87,38 @@ def test_every_route_declares_its_action(what: str, tmp_path: Path) -> None:
                 assert (action.how == "signed") == (path in SIGNED), f"{path}: say in this test why all may see it"
                 if action.how not in ("open", "signed"):
                     assert action.verbs and set(action.verbs) <= set(VERBS), path
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("what", ["hub", "agent"])
+def test_every_route_is_in_the_document_and_all_of_the_document_is_served(what: str, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with running(system(what, tmp_path / what)) as which:
+            served: set[tuple[str, str]] = set()
+            for path, method, _ in walk(which.app):
+                for kind in kinds if "{plural}" in path else [None]:
+                    if method == "HEAD" or (kind is not None and "{ns}" in path and not kind.namespaced):
+                        continue
+                    real = path.replace("{plural}", kind.plural if kind else "").replace("{ns}", "{namespace}")
+                    short = kind is not None and kind.namespaced and not real.startswith("/api/v1/namespaces/")
+                    if short and ("{name}" in real or method == "POST"):
+                        continue  # `default` may be left out of a path; the document says the whole one
+                    served.add((real, method.lower()))
+            transport = httpx.ASGITransport(which.app, client=("127.0.0.1", 1))
+            token = which.identity.admin_token() if what == "hub" else None
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            async with httpx.AsyncClient(transport=transport, base_url="http://edgeward", headers=headers) as http:
+                doc = (await http.get("/openapi.json")).json()
+            said = {(p, m) for p, item in doc["paths"].items() for m in item if m != "parameters"}
+            assert served - said == set(), "put @described of core/describe.py at the handler"
+            assert said - served == set(), "not served"
+            ids = [item[m]["operationId"] for item in doc["paths"].values() for m in item if m != "parameters"]
+            assert len(ids) == len(set(ids))
+            refs = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(doc)))
+            assert refs <= set(doc["components"]["schemas"])
+            opened = {p for p, item in doc["paths"].items() for m in item.values() if m == {} or "security" in m}
+            assert opened == OPEN & {p for p, _ in said}
 
     asyncio.run(body())
 

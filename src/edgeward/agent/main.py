@@ -37,6 +37,7 @@ from edgeward.core.audit import Audit
 from edgeward.core.authz import Principal, administrator
 from edgeward.core.bus import Bus
 from edgeward.core.chain import Head
+from edgeward.core.describe import LOGS, described
 from edgeward.core.errors import EdgewardError, NotFound, Unreachable
 from edgeward.core.files import read_json
 from edgeward.core.identity import NodeIdentity, inbox_prefix
@@ -506,6 +507,7 @@ class Agent:
             *record_routes(self.records),
         ]
 
+    @described("What an app wrote, on this node", query=LOGS, media="text/plain")
     async def _logs_route(self, request: Request) -> Response:
         args = {
             "namespace": request.path_params["ns"],
@@ -531,6 +533,7 @@ class Agent:
         async for piece in pieces:
             yield piece
 
+    @described("What this node and its apps use now")
     async def _top_route(self, request: Request) -> Response:
         node_seen, app_seen = top_sift(request)
         use = self._use()

@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from edgeward.core import clock
 from edgeward.core.authz import ANY, HUB, VERBS, Ask, Principal, Rule, beyond, perhaps
+from edgeward.core.describe import FOLLOW, RECORDS, about_of, described
 from edgeward.core.errors import Invalid, Unauthorized
 from edgeward.core.records import KEEP, Records
 from edgeward.core.registry import HIDDEN, Kind, kinds
@@ -55,6 +56,7 @@ def declare(handler: Handler, action: Action) -> Handler:
         return await handler(request)
 
     guarded.action = action  # type: ignore[attr-defined]
+    guarded.about = about_of(handler)  # type: ignore[attr-defined]
     return guarded
 
 
@@ -181,7 +183,8 @@ def record_key(record: Mapping[str, Any]) -> Key | None:
 def record_routes(records: Records) -> list[Route]:
     """``/api/v1/events`` and ``/api/v1/journal``: lists, or followed with ``?follow=true``."""
 
-    def route(name: str) -> Route:
+    def route(name: str, summary: str) -> Route:
+        @described(summary, query={**RECORDS, **FOLLOW})
         async def get(request: Request) -> Response:
             seen = sift_records(request, name)
             since = number(request, "since", 0)
@@ -196,7 +199,7 @@ def record_routes(records: Records) -> list[Route]:
 
         return Route(f"/api/v1/{name}", declare(get, Action("own", (name,))), methods=["GET"])
 
-    return [route("events"), route("journal")]
+    return [route("events", "What happened"), route("journal", "How changes of both sides were decided")]
 
 
 # -- what is written ------------------------------------------------------------------------------------------------
@@ -312,6 +315,7 @@ def access_routes(resources: Resources, *, issue: bool) -> list[Route]:
     return routes
 
 
+@described("Who the caller is, and what their rules allow")
 async def _whoami(request: Request) -> Response:
     who = principal(request)
     return json(
@@ -325,6 +329,15 @@ async def _whoami(request: Request) -> Response:
     )
 
 
+@described(
+    "Whether the caller may do something",
+    query={
+        "verb": ("string", "A verb, e.g. delete"),
+        "kind": ("string", "A kind, e.g. App; or Hub"),
+        "namespace": ("string", "In this namespace; everywhere if left out"),
+        "name": ("string", "With this very object"),
+    },
+)
 async def _can(request: Request) -> Response:
     """``?verb=&kind=&namespace=&name=`` -> ``{allowed, some}``; ``some``: not all of that kind, but perhaps some."""
     q, who = request.query_params, principal(request)
@@ -345,10 +358,21 @@ async def _can(request: Request) -> Response:
     return json({"allowed": allowed, "some": some, "who": who.name, "role": who.role})
 
 
+class AccessTokenAsk(msgspec.Struct):
+    """What an access token is asked for with."""
+
+    role: str
+    ttl: str = DEFAULT_TTL
+    name: str = ""
+    sites: list[str] = []
+    description: str = ""
+
+
 class _Issue:
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
 
+    @described("Make an access token; its text is shown here only", body=AccessTokenAsk, code=201)
     async def token(self, request: Request) -> Response:
         """``{role, ttl, name, sites, description}`` -> ``{token, name, expires}``; the token is shown here only."""
         from edgeward.core.api import actor_of, parse_body, read_body
@@ -360,9 +384,10 @@ class _Issue:
         doc = parse_body(await read_body(request, 64 * 1024), request.headers.get("content-type", "application/json"))
         if not isinstance(doc, dict):
             raise Invalid("expected an object", field="$", remedy='send {"role": "viewer", "ttl": "24h"}')
-        unknown = sorted(set(doc) - {"role", "ttl", "name", "sites", "description"})
+        known = AccessTokenAsk.__struct_fields__
+        unknown = sorted(set(doc) - set(known))
         if unknown:
-            raise Invalid("unknown field", field=f"$.{unknown[0]}", remedy="role, ttl, name, sites, description")
+            raise Invalid("unknown field", field=f"$.{unknown[0]}", remedy=", ".join(known))
         role = _text(doc, "role")
         name = check_name(_text(doc, "name", f"{role[:40]}-{clock.new_id(6)}"), "$.name", "AccessToken")
         who.require(Ask("issue", "AccessToken", CLUSTER, name, {}))

@@ -48,6 +48,7 @@ from edgeward.core.audit_routes import audit_routes
 from edgeward.core.authz import Ask, Principal, Rule, perhaps
 from edgeward.core.chain import Head
 from edgeward.core.context import correlation
+from edgeward.core.describe import described
 from edgeward.core.errors import (
     EdgewardError,
     Forbidden,
@@ -640,23 +641,28 @@ def build_app(
     """The whole API as an ASGI app. ``audit_head``: the audit's head as it is kept elsewhere."""
     api = Api(resources, store)
 
+    @described("Whether the process lives")
     async def healthz(_: Request) -> Response:
         return json({"state": "alive"})
 
+    @described("Whether it does its work", more={"503": "Not ready"})
     async def readyz(_: Request) -> Response:
         ok, doc = health()
         return json(doc, 200 if ok else 503)
 
+    @described("Prometheus metrics; open on loopback", media="text/plain")
     async def metric(_: Request) -> Response:
         return PlainTextResponse(metrics(), media_type="text/plain; version=0.0.4")
 
+    @described("Role and version")
     async def version(_: Request) -> Response:
         return json(info)
 
+    @described("This document")
     async def openapi(_: Request) -> Response:
         from edgeward.core.openapi import document
 
-        return json(document(str(info.get("version", ""))))
+        return json(document(str(info.get("version", "")), routes))
 
     async def namespace_status(request: Request) -> Response:
         """Else ``namespaces/x/status`` would be the list of a kind called status."""

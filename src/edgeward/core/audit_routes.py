@@ -17,21 +17,27 @@ from starlette.routing import Route
 from edgeward.core.access import Action, declare, needs, sift_records
 from edgeward.core.audit import Audit
 from edgeward.core.authz import ANY, HUB
-from edgeward.core.chain import FORMAT, Head
+from edgeward.core.chain import FORMAT, Head, Verdict
+from edgeward.core.describe import RECORDS, described
 from edgeward.core.streaming import json, ndjson, number
 
 
 def audit_routes(audit: Audit, anchored: Callable[[], Head | None]) -> list[Route]:
     """``anchored``: the head that is kept elsewhere."""
 
+    @described("Who wrote what, and every call that was refused", query=RECORDS)
     async def items(request: Request) -> Response:
         seen = sift_records(request, "audit")
         limit = number(request, "limit", 500, low=1, high=10_000)
         return json({"items": audit.items(since=number(request, "since", 0), limit=limit, seen=seen)})
 
+    @described("Whether the audit is as it was written", answer=Verdict)
     async def verify(request: Request) -> Response:
         return json(audit.verify(anchored()))
 
+    @described(
+        "The audit's chain, a JSON object a line", query={"since": RECORDS["since"]}, media="application/x-ndjson"
+    )
     async def export(request: Request) -> Response:
         since = number(request, "since", 0)
 

@@ -1,11 +1,20 @@
-"""The OpenAPI 3.1 document of the API, made from the registry and nothing else."""
+"""The OpenAPI 3.1 document of the API: kinds from the registry, other routes from what stands at their handlers.
+
+In: the routes that are served, each with its ``@described`` (``describe.py``) and its action (``access.py``). Out: a
+plain document. What is served and not described is not in it; a test says that there is no such route.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
+from starlette.routing import Route
 
+from edgeward.core.access import action_of
+from edgeward.core.describe import JSON, About, about_of
 from edgeward.core.registry import Kind, kinds
 from edgeward.core.resource import API_VERSION, Metadata
 
@@ -54,40 +63,56 @@ _WRITE = [
     _parameter("If-Match", "header", "The revision it must have; another gives 409"),
 ]
 _STATUS = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
-_RECORDS = [
-    _parameter("since", "query", "Only records behind this number", {"type": "integer", "minimum": 0}),
-    _parameter("limit", "query", "At most the last so many", {"type": "integer", "minimum": 1, "maximum": 10_000}),
-]
-_FOLLOW = _parameter("follow", "query", "Go on with what comes, by server-sent events", {"type": "boolean"})
 
 
-def _fixed() -> dict[str, Any]:
-    """What hub and agent have beside the kinds."""
+def _described(routes: Iterable[Route]) -> Iterator[tuple[str, str, Route, About]]:
+    """Path as the document has it, method, route and description."""
+    for route in routes:
+        about = about_of(route.endpoint)
+        if about is not None:
+            for method in sorted(set(route.methods or ()) - {"HEAD"}):
+                yield route.path.replace("{ns}", "{namespace}"), method.lower(), route, about
 
-    def get(summary: str, name: str, parameters: list[dict[str, Any]], media: str = "application/json") -> Any:
-        done = {
-            "description": "Done",
-            "content": {media: {"schema": {"type": "string" if "text" in media else "object"}}},
-        }
-        answers = {"200": done, "default": _answers(_REF.format(name="Problem"))["default"]}
-        return {"get": {"tags": ["System"], "summary": summary, "operationId": name, "parameters": parameters,
-                        "responses": answers}}  # fmt: skip
 
-    health = {"503": {"description": "Not ready"}}
-    paths = {
-        "/healthz": get("Whether the process lives", "healthz", []),
-        "/readyz": get("Whether it does its work", "readyz", []),
-        "/metrics": get("Prometheus metrics; open on loopback", "metrics", [], "text/plain"),
-        "/openapi.json": get("This document", "openapi", []),
-        "/api/v1/version": get("Role and version", "version", []),
-        "/api/v1/audit": get("Who wrote what, refused writes too", "audit", _RECORDS),
-        "/api/v1/events": get("What happened", "events", [*_RECORDS, _FOLLOW]),
-        "/api/v1/journal": get("How changes of both sides were decided", "journal", [*_RECORDS, _FOLLOW]),
+def _operation_id(path: str, method: str) -> str:
+    """``appsLogs``, ``postCaRotate``, ``streamsName``: of the path, without what all have in common."""
+    words = re.findall(r"[a-z]+", path.removeprefix("/api/v1").replace("/namespaces/{namespace}", ""), re.I)
+    words = words if path.endswith("}") else [w for w in words if f"{{{w}}}" not in path]
+    first, *rest = ([method] if method != "get" else []) + words
+    return str(first) + "".join(w.capitalize() for w in rest)
+
+
+def _operation(path: str, method: str, route: Route, about: About) -> dict[str, Any]:
+    def schema(form: Any) -> dict[str, Any]:
+        return {"$ref": _REF.format(name=form.__name__)} if form is not None else {"type": "object"}
+
+    answer = schema(about.answer) if "json" in about.media and "nd" not in about.media else {"type": "string"}
+    action = action_of(route)
+    operation: dict[str, Any] = {
+        "tags": ["System"],
+        "summary": about.summary,
+        "operationId": _operation_id(path, method),
+        "parameters": [
+            *(_parameter(n, "path", f"The {n}" if n == "namespace" else "The name") for n in _names(path)),
+            *(_parameter(n, "query", text, {"type": form}) for n, (form, text) in about.query.items()),
+        ],
+        "responses": {
+            str(about.code): {"description": "Done", "content": {about.media: {"schema": answer}}},
+            **{code: {"description": text} for code, text in about.more.items()},
+            "default": _answers(_REF.format(name="Problem"))["default"],
+        },
     }
-    for path in ("/healthz", "/readyz"):
-        paths[path]["get"]["security"] = []
-    paths["/readyz"]["get"]["responses"] |= health
-    return paths
+    if about.body is not None:
+        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schema(about.body)}}}
+    if action is not None and action.how == "open":
+        operation["security"] = []
+    elif action is not None and action.verbs:
+        operation["description"] = f"Needs {', '.join(action.verbs)}" + (f" of {action.kind}" if action.kind else "")
+    return operation
+
+
+def _names(path: str) -> list[str]:
+    return re.findall(r"{(\w+)}", path)
 
 
 def _body(ref: str) -> dict[str, Any]:
@@ -152,12 +177,16 @@ def _paths(kind: Kind) -> dict[str, Any]:
     return paths
 
 
-def document(version: str) -> dict[str, Any]:
+def document(version: str, routes: Iterable[Route] = ()) -> dict[str, Any]:
     """OpenAPI 3.1 as a plain document."""
-    types = [Metadata, *(k.spec for k in kinds)]
+    more = list(_described(routes))
+    said = dict.fromkeys(form for *_, about in more for form in (about.body, about.answer) if form is not None)
+    types = [Metadata, *(k.spec for k in kinds), *said]
     _, components = msgspec.json.schema_components(types, ref_template=_REF)
     schemas: dict[str, Any] = {**components, "Problem": _PROBLEM}
-    paths: dict[str, Any] = _fixed()
+    paths: dict[str, Any] = {}
+    for path, method, route, about in more:
+        paths.setdefault(path, {})[method] = _operation(path, method, route, about)
     for kind in kinds:
         schemas[kind.name] = {
             "type": "object",

@@ -33,6 +33,7 @@ from starlette.routing import Route
 from edgeward import __version__
 from edgeward.core import clock
 from edgeward.core.access import needs
+from edgeward.core.describe import described
 from edgeward.core.errors import EdgewardError, Refused, Unreachable
 from edgeward.core.files import ensure_dir, read_json, write_atomic, write_json
 from edgeward.core.jsread import Message, read_batch
@@ -267,6 +268,11 @@ def backup_routes(client: Client, data: Path, key: SealingKey, vault: Vault) -> 
     """``GET /api/v1/backup``: a whole sealed file; ``?readings=true`` with what sites delivered."""
     busy = asyncio.Lock()
 
+    @described(
+        "The hub's state as one sealed file",
+        query={"readings": ("boolean", "With what sites delivered")},
+        media="application/octet-stream",
+    )
     async def backup(request: Request) -> Response:
         if busy.locked():
             raise Refused("a backup is being made", remedy="wait until it is done")

@@ -21,7 +21,8 @@ from starlette.routing import Route
 from edgeward.core import clock
 from edgeward.core.access import needs, opened, principal
 from edgeward.core.api import parse_body, read_body
-from edgeward.core.certs import fingerprint
+from edgeward.core.certs import Trust, fingerprint
+from edgeward.core.describe import described
 from edgeward.core.errors import Conflict, EdgewardError, Invalid, TooMany, Unreachable
 from edgeward.core.identity import HubIdentity
 from edgeward.core.misfit import invalid_from
@@ -100,18 +101,23 @@ class EnrolRoutes:
 
     # -- open to strangers -------------------------------------------------------------------------------------------
 
+    @described("The certificate authorities to trust, and who vouches for them", answer=Trust)
     async def ca(self, request: Request) -> Response:
         return json(self._identity.authority.trust())
 
+    @described("A number for a box to sign, good for two minutes")
     async def nonce(self, request: Request) -> Response:
         return json({"nonce": self._enrolment.nonce()})
 
+    @described("A box joins by its token", body=EnrolAsk, answer=Answer)
     async def enrol(self, request: Request) -> Response:
         return await self._ask(request, EnrolAsk, self._enrolment.enrol)
 
+    @described("A node asks for new credentials with its device key", body=RenewAsk, answer=Answer)
     async def renew(self, request: Request) -> Response:
         return await self._ask(request, RenewAsk, self._enrolment.renew)
 
+    @described("A node goes for good", body=LeaveAsk, answer=Answer)
     async def leave(self, request: Request) -> Response:
         return await self._ask(request, LeaveAsk, self._enrolment.leave)
 
@@ -139,18 +145,21 @@ class EnrolRoutes:
 
     # -- the CA ----------------------------------------------------------------------------------------------------
 
+    @described("Make the next certificate authority, and have the nodes trust it")
     async def rotate(self, request: Request) -> Response:
         """Makes the next CA; nodes that are online are told at once, the others when they are back."""
         self._identity.authority.rotate()
         self._tell_nodes()
         return await self.state(request)
 
+    @described("Sign with the next certificate authority from now on")
     async def activate(self, request: Request) -> Response:
         """The next CA signs from now on, the listener's certificate first."""
         self._identity.authority.activate()
         self._new_ca()
         return await self.state(request)
 
+    @described("End the trust in all authorities but the one that signs")
     async def retire(self, request: Request) -> Response:
         if self._identity.authority.next is not None:
             raise Conflict("a next CA waits", remedy="activate it first")
@@ -158,6 +167,7 @@ class EnrolRoutes:
         self._tell_nodes()
         return await self.state(request)
 
+    @described("Which authority signs, and which nodes have not heard of it")
     async def state(self, request: Request) -> Response:
         authority = self._identity.authority
         waiting = self._enrolment.waiting()
@@ -187,6 +197,7 @@ class EnrolRoutes:
 
     # -- an operator's -----------------------------------------------------------------------------------------------
 
+    @described("Make a join token for one node; its text is shown here only", body=IssueAsk, code=201)
     async def issue(self, request: Request) -> Response:
         data = parse_body(await read_body(request), request.headers.get("content-type", "application/json"))
         try:
@@ -203,6 +214,7 @@ class EnrolRoutes:
         )
         return json({"token": token, "name": name, "expires": expires}, 201)
 
+    @described("Cut a node off, for good")
     async def revoke(self, request: Request) -> Response:
         name = check_name(request.path_params["name"], "name", "Node")
         await self._enrolment.revoke(name, principal(request).name, _from(request))

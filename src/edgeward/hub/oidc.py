@@ -23,6 +23,7 @@ from starlette.routing import Route
 from edgeward.core import clock
 from edgeward.core.access import opened, principal, signed_in
 from edgeward.core.api import parse_body, read_body
+from edgeward.core.describe import described
 from edgeward.core.errors import Conflict, EdgewardError, Invalid, NotFound, Refused, TooMany, Unauthorized, Unreachable
 from edgeward.core.fetch import WAIT, fetch
 from edgeward.core.registry import kinds
@@ -39,6 +40,10 @@ _KEEP, _AGAIN = 3600.0, 30.0
 #: Sign-ins of one person that are good at a time.
 _AT_ONCE = 8
 LABEL = "signed-in-as"
+
+
+class LoginAsk(msgspec.Struct):
+    idToken: str
 
 
 def mark(token: str) -> str:
@@ -86,6 +91,7 @@ class SignIn:
             )
         return self._settings
 
+    @described("Where and as which client people sign in")
     async def about(self, _: Request) -> Response:
         """Where and as which client to sign in."""
         settings = self._on()
@@ -102,6 +108,7 @@ class SignIn:
             }
         )
 
+    @described("An ID token of the issuer for an access token of the hub", body=LoginAsk, code=201)
     async def login(self, request: Request) -> Response:
         """``{idToken}`` -> an AccessToken, as ``issue/accesstoken`` gives it."""
         settings = self._on()
@@ -135,6 +142,7 @@ class SignIn:
             raise _brought_before() from None
         return json({"token": text, "name": name, "role": role, "expires": spec.expires, "who": claims.name}, 201)
 
+    @described("End the access token that this call is made with")
     async def logout(self, request: Request) -> Response:
         """Ends the token that this call was made with."""
         who = principal(request)

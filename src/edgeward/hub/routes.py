@@ -24,6 +24,7 @@ from edgeward.core.access import (
     top_sift,
 )
 from edgeward.core.authz import Ask
+from edgeward.core.describe import FOLLOW, LOGS, described
 from edgeward.core.errors import EdgewardError, NotFound, Unreachable
 from edgeward.core.records import Records
 from edgeward.core.registry import kinds
@@ -76,6 +77,7 @@ class HubRoutes:
             *record_routes(self._records),
         ]
 
+    @described("Make a site's override everybody's")
     async def promote(self, request: Request) -> Response:
         """Makes a site's override everybody's: the patch goes into the target, the override goes away."""
         key = Key("Override", request.path_params["ns"], request.path_params["name"])
@@ -109,6 +111,11 @@ class HubRoutes:
             )
         return [wanted] if wanted else nodes
 
+    @described(
+        "What an app wrote, on all its nodes",
+        query={"node": ("string", "Of the instances on this node only"), **LOGS},
+        media="text/plain",
+    )
     async def logs(self, request: Request) -> Response:
         app = self._store.get(Key("App", request.path_params["ns"], request.path_params["name"]))
         nodes = self._nodes_of(app, request.query_params.get("node", ""))
@@ -158,6 +165,7 @@ class HubRoutes:
                 for task in tasks:
                     task.cancel()
 
+    @described("What nodes and apps use now")
     async def top(self, request: Request) -> Response:
         """Present use of processor and memory, asked of every node that is there."""
         node_seen, app_seen = top_sift(request)
@@ -181,6 +189,7 @@ class HubRoutes:
 
     # -- streams ------------------------------------------------------------------------------------------
 
+    @described("The streams that exports filled")
     async def streams(self, request: Request) -> Response:
         items = await self._streams.list()
         return json({"items": [i for i in items if self._may_read(request, str(i["name"]))]})
@@ -195,6 +204,15 @@ class HubRoutes:
             return who.may(Ask("streams", "Export"))
         return all(who.may(ask_of("streams", e)) for e in filling)
 
+    @described(
+        "The readings of a stream, a JSON object a line",
+        query={
+            "from": ("integer", "From this number on; 0: from the oldest"),
+            "limit": ("integer", "At most so many; 0: all"),
+            **FOLLOW,
+        },
+        media="application/x-ndjson",
+    )
     async def stream(self, request: Request) -> Response:
         name = request.path_params["name"]
         if not self._may_read(request, name):
