@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from edgeward.cli.wait import app_state
+from edgeward.cli.wait import app_state, function_state
 
 
 def instance(phase: str = "Running", version: str = "v2", **more: Any) -> dict[str, Any]:
@@ -37,3 +37,20 @@ def instance(phase: str = "Running", version: str = "v2", **more: Any) -> dict[s
 )
 def test_verdicts(status: dict[str, Any], fresh: bool, state: str) -> None:
     assert app_state({"status": status}, 2, fresh=fresh)[0] == state
+
+
+@pytest.mark.parametrize(
+    ("status", "state"),
+    [
+        ({}, "waiting"),
+        ({"phase": "Running", "observedGeneration": 1}, "waiting"),
+        ({"phase": "Starting", "observedGeneration": 2}, "waiting"),
+        ({"phase": "Updating", "observedGeneration": 2}, "waiting"),
+        ({"phase": "Running", "observedGeneration": 2, "instances": 0}, "done"),
+        ({"phase": "Degraded", "observedGeneration": 2, "message": "why"}, "failed"),
+        ({"phase": "Failed", "observedGeneration": 2}, "failed"),
+        ({"phase": "Refused", "observedGeneration": 2}, "failed"),
+    ],
+)
+def test_a_function_is_waited_for_until_its_nodes_answer_with_it(status: dict[str, object], state: str) -> None:
+    assert function_state({"status": status}, 2)[0] == state

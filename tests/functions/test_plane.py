@@ -18,9 +18,10 @@ from edgeward.core.errors import EdgewardError, TooLarge
 from edgeward.core.resource import Resource, decode
 from edgeward.core.vault import Vault
 from edgeward.functions.cloud import fold
-from edgeward.functions.edge import Sections, call_args, read_logs
+from edgeward.functions.edge import Sections, read_logs
 from edgeward.functions.logs import Line, wanted
 from edgeward.functions.plane import FunctionsPart
+from edgeward.functions.relay import call_args
 
 
 def resource(name: str, code: str = HELLO, **spec: Any) -> Resource:
@@ -59,7 +60,7 @@ async def take(part: FunctionsPart, section: dict[str, Any]) -> None:
 
 
 async def invoke(part: FunctionsPart, name: str, data: bytes = b"") -> tuple[dict[str, Any], bytes]:
-    args = {"name": name, "data": base64.b64encode(data).decode(), "timeout": 20}
+    args = {"name": name, "data": base64.b64encode(data).decode(), "within": 20}
     docs = [d async for d in part.verbs["invoke"](args)]
     return docs[0]["head"], b"".join(base64.b64decode(d["data"]) for d in docs[1:])
 
@@ -199,7 +200,7 @@ def handler(event, context):
 
 def test_arguments_from_outside_are_bounded() -> None:
     args = call_args("default", "f", b"x", {"timeout": "2.5"}, {"content-type": "text/plain"})
-    assert (args["timeout"], args["type"], args["datacontenttype"]) == (2.5, "edgeward.invoke", "text/plain")
+    assert (args["within"], args["type"], args["datacontenttype"]) == (2.5, "edgeward.invoke", "text/plain")
     for query in ({"timeout": "soon"}, {"timeout": "0"}, {"timeout": "1e9"}, {"timeout": "nan"}, {"key": "x" * 257}):
         with pytest.raises(EdgewardError):
             call_args("default", "f", b"", query, {})

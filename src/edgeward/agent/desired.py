@@ -62,6 +62,23 @@ class Desired:
         quota = found.spec.quota if found is not None else None
         return float(quota.messages or 0) if quota is not None else 0.0
 
+    def functions(self) -> list[Resource]:
+        """The Functions that are to be called on this node."""
+        me = self._replica.find(Key("Node", CLUSTER, self._node))
+        # a node that its replica does not know yet is itself all the same
+        labels = me.metadata.labels if me is not None else {}
+        view = NodeView(self._node, self._site, (labels,))
+        return [
+            f
+            for f in self._replica.items("Function")
+            if not f.metadata.deletionTimestamp and matches(f.spec.placement, view)
+        ]
+
+    def values(self, kind: str, namespace: str, name: str) -> tuple[dict[str, str], str] | None:
+        """A Config's or Secret's data and revision."""
+        found = self._replica.find(Key(kind, namespace, name))
+        return (dict(found.spec.data), found.metadata.resourceVersion) if found else None
+
     def routes(self) -> list[Resource]:
         """The Routes that this node's gateway serves."""
         labels = self._replica.find(Key("Node", CLUSTER, self._node))

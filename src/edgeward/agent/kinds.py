@@ -9,6 +9,7 @@ _ROOMS = (
     "edgeward.nodes.spec",
     "edgeward.workloads.spec",
     "edgeward.streams.spec",
+    "edgeward.functions.spec",
     "edgeward.gateway.spec",
     "edgeward.workloads.process",
 )

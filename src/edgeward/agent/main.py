@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,7 +33,7 @@ from edgeward.agent.listen import Listener, address_of, needs_token
 from edgeward.agent.replica import Replica
 from edgeward.core import clock, daemon
 from edgeward.core.access import Action, declare, needs, record_routes, top_sift
-from edgeward.core.api import Auth, Gate, build_app
+from edgeward.core.api import Auth, Gate, build_app, read_body
 from edgeward.core.audit import Audit
 from edgeward.core.authz import Principal, administrator
 from edgeward.core.bus import Bus
@@ -41,6 +42,7 @@ from edgeward.core.describe import LOGS, described
 from edgeward.core.errors import EdgewardError, NotFound, Unreachable
 from edgeward.core.files import read_json
 from edgeward.core.identity import NodeIdentity, inbox_prefix
+from edgeward.core.invocation import MAX_BODY
 from edgeward.core.natsserver import AGENT_USER, NatsServer, NodeSpec, free_port
 from edgeward.core.outbox import Outbox
 from edgeward.core.records import SqliteRecords
@@ -51,9 +53,12 @@ from edgeward.core.store import Change
 from edgeward.core.streaming import flag, json, number
 from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
+from edgeward.functions.edge import Sections, read_logs
+from edgeward.functions.relay import INVOKE, LONGEST, SILENCE, answer, call_args, log_args, pieces_of, to_plane
+from edgeward.functions.relay import LOGS as FUNCTION_LOGS
 from edgeward.gateway import edge as gateway
 from edgeward.gateway.rules import Listen
-from edgeward.nodes.calls import CallServer
+from edgeward.nodes.calls import CallServer, Handler
 from edgeward.nodes.door import Door
 from edgeward.nodes.edge import NodeEdge
 from edgeward.nodes.enrol_edge import Renewer, doors_of
@@ -140,6 +145,8 @@ class Agent:
         listen = address_of(config.get("api"))
         self.listener = Listener(self.identity, listen, self._say) if listen else None
         self.gateway = dict(config.get("gateway") or {})
+        values = self.desired.values
+        self.functions = Sections(partial(values, "Config"), partial(values, "Secret"), self.vault)
         self.plane = Keeper(
             data,
             sections=self._sections,
@@ -223,7 +230,7 @@ class Agent:
             event=self._event,
         )
         self._exports = exports
-        calls = CallServer(self.node, {"logs": self._logs, "usage": self._usage, "renew": self._renew})
+        calls = CallServer(self.node, self._calls())
         if self.replica.hub_revision:  # an empty replica knows nothing: what waits in the queues stays
             await exports.prune(self.desired.exports())
         await exports.apply(self.desired.exports())
@@ -353,7 +360,8 @@ class Agent:
         routes = gateway.section(
             self.node, self.desired.routes(), self.desired.endpoints, self.gateway, self._gateway_listens()
         )
-        return {"node": self.node, "site": self.site, "gateway": routes}
+        functions = self.functions.section(self.desired.functions())
+        return {"node": self.node, "site": self.site, "functions": functions, "gateway": routes}
 
     def _gateway_listens(self) -> list[Listen]:
         """Where the gateway listens: as ``node.json`` says, else on a port of its own that is kept."""
@@ -399,9 +407,9 @@ class Agent:
             self.link.wake_push()
         if change.status_only and key.kind not in ("Service",):
             return
-        if key.kind in ("Route", "Service", "App", "Node"):
+        if key.kind in ("Route", "Service", "App", "Node", "Function", "Config", "Secret"):
             self.plane.poke()
-        if key.kind == "Route" and change.resource is None:
+        if key.kind in ("Route", "Function") and change.resource is None:
             self.link.report(key, None)
         if key.kind == "Export":
             if self.outbox is not None and self._ready:
@@ -503,9 +511,53 @@ class Agent:
                 needs("logs", "App", "object")(self._logs_route),
                 methods=["GET"],
             ),
+            Route(
+                "/api/v1/namespaces/{ns}/functions/{name}/logs",
+                needs("logs", "Function", "object")(self._function_logs_route),
+                methods=["GET"],
+            ),
+            Route(
+                "/api/v1/namespaces/{ns}/functions/{name}/invoke",
+                needs("invoke", "Function", "object")(self._invoke_route),
+                methods=["POST"],
+            ),
             Route("/api/v1/top", declare(self._top_route, Action("own", ("top",), "Node")), methods=["GET"]),
             *record_routes(self.records),
         ]
+
+    def _calls(self) -> dict[str, Handler]:
+        """What the hub may ask this node."""
+        return {
+            "logs": self._logs,
+            "usage": self._usage,
+            "renew": self._renew,
+            "invoke": self._invoke,
+            "function-logs": lambda args: read_logs(self.data / "functions", args),
+        }
+
+    def _function_known(self, request: Request) -> tuple[str, str]:
+        namespace, name = request.path_params["ns"], request.path_params["name"]
+        if self.replica.find(Key("Function", namespace, name)) is None:
+            raise NotFound("not found", resource=f"Function/{name}")
+        return namespace, name
+
+    @described(
+        "Call a function on this node: the body is the event's data, the answer is the function's own",
+        query=INVOKE,
+        media="*/*",
+    )
+    async def _invoke_route(self, request: Request) -> Response:
+        namespace, name = self._function_known(request)
+        data = await read_body(request, MAX_BODY)
+        return await answer(self._invoke(call_args(namespace, name, data, request.query_params, request.headers)))
+
+    def _invoke(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
+        return pieces_of(self.plane.ask("invoke", timeout=LONGEST + SILENCE, **to_plane(args)))
+
+    @described("What a function wrote, on this node", query=FUNCTION_LOGS, media="text/plain")
+    async def _function_logs_route(self, request: Request) -> Response:
+        args = log_args(*self._function_known(request), request)
+        return StreamingResponse(read_logs(self.data / "functions", args), media_type="text/plain; charset=utf-8")
 
     @described("What an app wrote, on this node", query=LOGS, media="text/plain")
     async def _logs_route(self, request: Request) -> Response:

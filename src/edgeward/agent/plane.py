@@ -32,7 +32,7 @@ from edgeward import __version__
 from edgeward.core import daemon
 from edgeward.core.errors import EdgewardError, Invalid, NotFound
 from edgeward.core.files import read_json
-from edgeward.core.invocation import Invoker
+from edgeward.functions.plane import FunctionsPart
 from edgeward.gateway.gate import Gate
 
 log = logging.getLogger("edgeward.plane")
@@ -238,11 +238,9 @@ class Plane:
 
 def parts(data: Path, node: str, site: str, voice: Voice) -> tuple[dict[str, Part], Gate]:
     """The rooms' shares of this plane; the gateway last: it calls the others."""
-    invoker: Invoker | None = None
-    found: dict[str, Part] = {}
-    gate = Gate(node=node, log_file=data / "access.log", voice=voice, invoker=invoker)
-    found["gateway"] = gate
-    return found, gate
+    functions = FunctionsPart(data=data, node=node, site=site, voice=voice)
+    gate = Gate(node=node, log_file=data / "access.log", voice=voice, invoker=functions)
+    return {"functions": functions, "gateway": gate}, gate
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from edgeward.core.registry import Kind
 
 CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 60.0
+#: A function may take 15 minutes.
+CALL_TIMEOUT = 930.0
 PAGE = 500
 #: sun_path holds 108 bytes on Linux, 104 on macOS, with the closing zero.
 _SOCKET_PATH_MAX = 100
@@ -160,15 +162,19 @@ class Api:
         headers: Mapping[str, str] | None = None,
         timeout: float | None = READ_TIMEOUT,
         fresh: bool = False,
+        data: bytes | None = None,
+        ok: bool = False,
     ) -> http.client.HTTPResponse:
-        """The response, its status checked, its body not yet read. ``fresh``: on a connection of its own."""
+        """The response, its status checked (unless ``ok``: whatever it is), its body not yet read.
+
+        ``fresh``: on a connection of its own. ``data``: a body that is no document."""
         target = path + ("?" + urlencode(query) if query else "")
         all_headers = {"Accept": "application/json", "User-Agent": "edgeward-cli", **(headers or {})}
         if self._token:
             all_headers["Authorization"] = f"Bearer {self._token}"
-        data = None
         if body is not None:
             data = json.dumps(body, ensure_ascii=False).encode()
+        if data is not None and content_type:
             all_headers["Content-Type"] = content_type
         reused = self._connection is not None and not fresh
         connection = self._open() if fresh or self._connection is None else self._connection
@@ -191,14 +197,16 @@ class Api:
             raise
         if not fresh:
             self._connection = connection
-        if response.status >= 400:
+        if response.status >= 400 and not ok:
             error = self._error(response)
             if fresh:
                 connection.close()
             raise error
         return response
 
-    def _error(self, response: http.client.HTTPResponse) -> EdgewardError:
+    def _error(
+        self, response: http.client.HTTPResponse, special: Callable[[Doc], EdgewardError | None] = lambda _: None
+    ) -> EdgewardError:
         try:
             data = response.read()
         except (OSError, http.client.HTTPException):
@@ -207,6 +215,8 @@ class Api:
         with contextlib.suppress(ValueError):
             doc = json.loads(data)
         problem = doc if isinstance(doc, dict) else {}
+        if (known := special(problem)) is not None:
+            return known
         error = from_problem(problem, response.status)
         if isinstance(error, Unreachable):
             error.message = f"{self.who} at {self.url} answers, but: {error.message}"
@@ -245,12 +255,31 @@ class Api:
             raise self._unreachable("what answers there does not speak the Edgeward API") from None
         return doc if isinstance(doc, dict) else {"items": doc}
 
+    def call(
+        self, path: str, data: bytes, *, query: Mapping[str, str] | None = None, content_type: str = ""
+    ) -> tuple[int, Sequence[tuple[str, str]], Iterator[bytes]]:
+        """Calls a function: status, headers and body of its own answer, whatever the status. Raises what is not its
+        answer: no such function, no such right, a limit that was met."""
+        from edgeward.core.invocation import failed_of
+
+        response = self._send(
+            "POST", path, query=query, data=data, content_type=content_type, timeout=CALL_TIMEOUT, fresh=True, ok=True
+        )
+        kind = response.headers.get_content_type()
+        if response.status >= 400 and (kind == "application/problem+json" or "ew-invocation" not in response.headers):
+            raise self._error(response, failed_of)
+        return response.status, response.getheaders(), self._chunks(response)
+
     def stream(
         self, path: str, *, query: Mapping[str, str] | None = None, accept: str = "*/*", follow: bool = False
     ) -> Iterator[bytes]:
         """The body as it comes, in chunks. With ``follow`` the server may be silent for as long as it likes."""
         timeout = None if follow else READ_TIMEOUT
-        response = self._send("GET", path, query=query, headers={"Accept": accept}, timeout=timeout, fresh=True)
+        yield from self._chunks(
+            self._send("GET", path, query=query, headers={"Accept": accept}, timeout=timeout, fresh=True)
+        )
+
+    def _chunks(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
         try:
             while chunk := response.read1(65536):
                 yield chunk

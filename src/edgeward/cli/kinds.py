@@ -17,6 +17,7 @@ KIND_MODULES = (
     "edgeward.nodes.spec",
     "edgeward.workloads.spec",
     "edgeward.streams.spec",
+    "edgeward.functions.spec",
     "edgeward.gateway.spec",
 )
 

@@ -59,6 +59,19 @@ def app_state(doc: Mapping[str, Any], generation: int, *, fresh: bool) -> tuple[
     return ("done" if phase == "Running" else "waiting"), shown
 
 
+def function_state(doc: Mapping[str, Any], generation: int) -> tuple[str, str]:
+    """As :func:`app_state`, of a function: it is done when every node that was heard of answers with it. Pure."""
+    status = doc.get("status") or {}
+    phase = str(status.get("phase") or "Pending")
+    message = str(status.get("message") or "")
+    if int(status.get("observedGeneration") or 0) < generation or phase == "Pending":
+        return "waiting", "waits for its nodes to take it over" + (f": {message}" if message else "")
+    shown = phase + (f": {message}" if message else "")
+    if phase in ("Failed", "Refused", "Degraded"):
+        return "failed", shown
+    return ("done" if phase == "Running" else "waiting"), shown
+
+
 def _versions(instances: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
     """The versions that each node runs; what it is about to end does not count."""
     found: dict[str, set[str]] = {}
@@ -101,7 +114,7 @@ class Progress:
 def wait_ready(
     api: Api, written: Sequence[tuple[Kind, str | None, Doc, str]], patience: float
 ) -> Iterator[EdgewardError]:
-    """Waits until all apps run; yields the error of each that does not. Other kinds have nothing to wait for.
+    """Waits until all apps and functions run; yields the error of each that does not. Other kinds need no wait.
 
     The last of each tuple is what apply did: created, configured, unchanged.
     """
@@ -109,8 +122,9 @@ def wait_ready(
     deadline = began + patience
     with Progress() as progress:
         for kind, namespace, doc, verb in written:
-            if kind.name != "App":
+            if kind.name not in ("App", "Function"):
                 continue
+            logs = "logs" if kind.name == "App" else "functions logs"
             name = doc["metadata"]["name"]
             generation = int(doc["metadata"].get("generation") or 0)
 
@@ -118,14 +132,24 @@ def wait_ready(
             settled = began + (_SETTLE if verb == "configured" else 0.0)
 
             def judge(
-                now: Doc | None, name: str = label, generation: int = generation, settled: float = settled
+                now: Doc | None,
+                name: str = label,
+                generation: int = generation,
+                settled: float = settled,
+                kind: Kind = kind,
+                logs: str = logs,
             ) -> EdgewardError | bool:
                 if now is None:
                     return NotFound("was deleted while waited for", resource=name)
-                state, text = app_state(now, generation, fresh=time.monotonic() >= settled)
+                if kind.name == "App":
+                    state, text = app_state(now, generation, fresh=time.monotonic() >= settled)
+                else:
+                    state, text = function_state(now, generation)
                 progress.show(name, text)
                 if state == "failed":
-                    return EdgewardError(f"is {text}", resource=name, remedy=f"see: edgeward logs {name[4:]}")
+                    return EdgewardError(
+                        f"is {text}", resource=name, remedy=f"see: edgeward {logs} {name.partition('/')[2]}"
+                    )
                 return state == "done"
 
             since = str(doc["metadata"].get("resourceVersion") or "")

@@ -31,7 +31,8 @@ VERBS: Mapping[str, str] = {
     "delete": "delete an object",
     "status": "write an object's status: for controllers",
     "reveal": "see the values of secret fields",
-    "logs": "read what an app wrote",
+    "logs": "read what an app or a function wrote",
+    "invoke": "call a function",
     "events": "read events about objects",
     "journal": "read how conflicting changes were decided",
     "top": "see what nodes and apps use",
@@ -175,7 +176,7 @@ BUILT_IN: Mapping[str, tuple[Rule, ...]] = {
     "admin": (Rule(verbs=[ANY], kinds=[ANY]),),
     "operator": (
         Rule(
-            verbs=[*_READ, "create", "update", "patch", "delete", "audit", "promote", "exec"],
+            verbs=[*_READ, "create", "update", "patch", "delete", "audit", "promote", "exec", "invoke"],
             kinds=[WORK],
         ),
         Rule(verbs=["get", "list", "watch", "update", "patch", "events", "journal", "top"], kinds=["Node"]),

@@ -152,7 +152,7 @@ class CallFailed(EdgewardError):
         self.exit_code = 5 if kind == "unknown" else 6 if self.status == 503 else 1  # type: ignore[misc]
 
     def problem(self) -> dict[str, Any]:
-        doc = {"type": f"urn:edgeward:problem:function-{self.kind}", **super().problem(), "title": _TITLE[self.kind]}
+        doc = {"type": _KIND + self.kind, **super().problem(), "title": _TITLE[self.kind]}
         doc |= {"status": self.status, "function": self.function, "kind": self.kind}
         if self.limit:
             doc["limit"] = self.limit
@@ -169,6 +169,28 @@ class CallFailed(EdgewardError):
         if self.retry_after:
             found.append(("retry-after", str(max(1, round(self.retry_after)))))
         return found
+
+
+_KIND = "urn:edgeward:problem:function-"
+
+
+def failed_of(doc: dict[str, Any]) -> CallFailed | None:
+    """The failure that a problem document stands for; None when it is of something else."""
+    kind = str(doc.get("type", "")).removeprefix(_KIND)
+    if not str(doc.get("type", "")).startswith(_KIND) or kind not in STATUS:
+        return None
+    error = CallFailed(
+        kind,  # type: ignore[arg-type]
+        str(doc.get("detail", "")),
+        function=str(doc.get("function", "")),
+        limit=dict(doc.get("limit") or {}),
+        invocation=str(doc.get("invocation", "")),
+        version=str(doc.get("version", "")),
+        retry_after=float(doc.get("retryAfter") or 0.0),
+        status=int(doc.get("status") or 0),
+    )
+    error.remedy = str(doc.get("remedy", ""))
+    return error
 
 
 # -- frames of the worker protocol -------------------------------------------------------------------------------------

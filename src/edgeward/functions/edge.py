@@ -14,8 +14,7 @@ from typing import Any, Protocol
 import msgspec
 
 from edgeward.core import clock
-from edgeward.core.errors import EdgewardError, Invalid, NotFound, TooLarge
-from edgeward.core.invocation import MAX_BODY
+from edgeward.core.errors import Invalid, NotFound
 from edgeward.core.quantity import parse_duration
 from edgeward.core.resource import Resource, check_name
 from edgeward.functions import logs
@@ -79,33 +78,6 @@ class Sections:
         return entry
 
 
-def call_args(namespace: str, name: str, data: bytes, query: Any, headers: Any) -> dict[str, Any]:
-    """The arguments of the plane's verb ``invoke`` from a request to the API. Raises ``Invalid``, ``TooLarge``."""
-    if len(data) > MAX_BODY:
-        raise TooLarge(f"the event has {len(data)} bytes", remedy=f"at most {MAX_BODY} bytes")
-    timeout = 0.0
-    if text := query.get("timeout", ""):
-        try:
-            timeout = float(text)
-        except ValueError:
-            raise Invalid(f"{text[:40]!r} is no number of seconds", field="?timeout") from None
-        if not 0 < timeout <= LONGEST:
-            raise Invalid("is out of range", field="?timeout", remedy=f"more than 0, at most {LONGEST:g} seconds")
-    for word in ("type", "version", "key"):
-        if len(query.get(word, "")) > 256:
-            raise Invalid("is too long", field=f"?{word}", remedy="at most 256 characters")
-    return {
-        "namespace": namespace,
-        "name": name,
-        "data": data,
-        "datacontenttype": str(headers.get("content-type", ""))[:256],
-        "type": query.get("type", "") or "edgeward.invoke",
-        "version": query.get("version", ""),
-        "key": query.get("key", ""),
-        "timeout": timeout,
-    }
-
-
 def read_logs(folder: Path, args: dict[str, Any]) -> AsyncIterator[bytes]:
     """The log of the function that ``args`` name, below the node's ``functions/``. Raises ``Invalid``, ``NotFound``."""
     name = str(args["name"])
@@ -129,42 +101,3 @@ def read_logs(folder: Path, args: dict[str, Any]) -> AsyncIterator[bytes]:
         file, wanted, tail, follow=bool(args.get("follow")), as_json=bool(args.get("json"))
     )
     return pieces
-
-
-class Head(msgspec.Struct):
-    """The first piece of an answer that travels from a plane to a caller; the body follows in pieces."""
-
-    status: int
-    headers: list[tuple[str, str]]
-    version: str = ""
-    invocation: str = ""
-    node: str = ""
-    duration: float = 0.0
-    cold: bool = False
-
-    def http(self) -> list[tuple[bytes, bytes]]:
-        """Its headers for an HTTP answer; those that are the connection's business are left out."""
-        own = [("ew-invocation", self.invocation), ("ew-version", self.version), ("ew-node", self.node)]
-        own.append(("ew-duration", f"{self.duration:.6f}"))
-        found = []
-        for name, value in [*self.headers, *own]:
-            if value and name.lower() not in _CONNECTION and not set(name + value) & set("\r\n\0"):
-                found.append((name.lower().encode("latin-1", "replace"), value.encode("latin-1", "replace")))
-        return found
-
-
-_CONNECTION = {
-    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding",
-    "upgrade", "content-length",
-}  # fmt: skip
-
-
-def encode_head(head: Head) -> bytes:
-    """A head as the one piece that a message carries."""
-    data = msgspec.json.encode(head)
-    if len(data) > 60_000:
-        raise EdgewardError(f"the answer's headers have {len(data)} bytes", remedy="at most 60000")
-    return data
-
-
-decode_head = msgspec.json.Decoder(Head).decode

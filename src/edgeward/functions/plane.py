@@ -21,7 +21,8 @@ from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.files import read_json, write_atomic
 from edgeward.core.invocation import Call, CallFailed, Event, Reply
 from edgeward.functions.dispatcher import Dispatcher
-from edgeward.functions.edge import Head, place
+from edgeward.functions.edge import place
+from edgeward.functions.relay import Head
 from edgeward.functions.versions import Config
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class FunctionsPart:
     async def _invoke(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """``{head}``, then ``{data}`` (base64) as often as need be. A call that failed is an answer too."""
         now = asyncio.get_running_loop().time()
-        timeout = float(args.get("timeout") or 0.0)
+        timeout = float(args.get("within") or 0.0)
         self._serial += 1
         event = Event(
             id=f"{self._node}-{int(clock.now() * 1000):x}-{self._serial:x}",

@@ -14,6 +14,7 @@ _ROOMS = (
     "edgeward.nodes.spec",
     "edgeward.workloads.spec",
     "edgeward.streams.spec",
+    "edgeward.functions.spec",
     "edgeward.gateway.spec",
 )
 
@@ -23,12 +24,14 @@ def load() -> None:
         importlib.import_module(module)
     if "App" not in extensions.names("fold"):
         from edgeward.core.roles import fold_token
+        from edgeward.functions.cloud import fold as fold_function
         from edgeward.gateway.cloud import fold_route
         from edgeward.streams.cloud import fold_export
         from edgeward.workloads.cloud import fold, fold_service
 
         extensions.add("fold", "App", fold)
         extensions.add("fold", "Service", fold_service)
+        extensions.add("fold", "Function", fold_function)
         extensions.add("fold", "Export", fold_export)
         extensions.add("fold", "AccessToken", fold_token)
         extensions.add("fold", "Route", fold_route)

@@ -23,14 +23,19 @@ from edgeward.core.access import (
     record_routes,
     top_sift,
 )
+from edgeward.core.api import read_body
 from edgeward.core.authz import Ask
 from edgeward.core.describe import FOLLOW, LOGS, described
 from edgeward.core.errors import EdgewardError, NotFound, Unreachable
+from edgeward.core.invocation import MAX_BODY
 from edgeward.core.records import Records
 from edgeward.core.registry import kinds
 from edgeward.core.resource import CLUSTER, Key, Resource, from_stored, merge_patch, to_stored
 from edgeward.core.store import Store
 from edgeward.core.streaming import flag, json, ndjson, number
+from edgeward.functions.cloud import takes
+from edgeward.functions.relay import INVOKE, SILENCE, answer, call_args, log_args
+from edgeward.functions.relay import LOGS as FUNCTION_LOGS
 from edgeward.nodes.calls import call
 from edgeward.nodes.cloud import NodesCloud
 from edgeward.streams.cloud import StreamsCloud
@@ -61,6 +66,16 @@ class HubRoutes:
                 f"{base}/namespaces/{{ns}}/apps/{{name}}/logs",
                 needs("logs", "App", "object")(self.logs),
                 methods=["GET"],
+            ),
+            Route(
+                f"{base}/namespaces/{{ns}}/functions/{{name}}/logs",
+                needs("logs", "Function", "object")(self.function_logs),
+                methods=["GET"],
+            ),
+            Route(
+                f"{base}/namespaces/{{ns}}/functions/{{name}}/invoke",
+                needs("invoke", "Function", "object")(self.invoke),
+                methods=["POST"],
             ),
             Route(
                 f"{base}/namespaces/{{ns}}/overrides/{{name}}/promote",
@@ -133,7 +148,51 @@ class HubRoutes:
             )
         return StreamingResponse(self._merge(nodes, args), media_type="text/plain; charset=utf-8")
 
-    async def _merge(self, nodes: list[str], args: dict[str, Any]) -> AsyncIterator[bytes]:
+    # -- functions -------------------------------------------------------------------------------------------------
+
+    def _placed(self, function: Resource, wanted: str) -> list[str]:
+        """The nodes that have the function, those that are there first."""
+        nodes = [n for n in self._store.items("Node") if takes(function, n)]
+        names = sorted((n.metadata.name for n in nodes), key=lambda n: (not self._nodes.is_online(n), n))
+        if wanted and wanted not in names:
+            raise NotFound(
+                f"is not on node {wanted!r}",
+                resource=str(function.key),
+                remedy=f"its placement takes: {', '.join(names) or 'no node'}",
+            )
+        if not names:
+            raise NotFound("its placement takes no node", resource=str(function.key), remedy="see: edgeward get nodes")
+        return [wanted] if wanted else names
+
+    @described(
+        "Call a function: the body is the event's data, the answer is the function's own",
+        query={"node": ("string", "On this node"), **INVOKE},
+        media="*/*",
+    )
+    async def invoke(self, request: Request) -> Response:
+        """Calls the function on a node that has it, or on ``?node=``."""
+        function = self._store.get(Key("Function", request.path_params["ns"], request.path_params["name"]))
+        data = await read_body(request, MAX_BODY)
+        args = call_args(
+            function.metadata.namespace, function.metadata.name, data, request.query_params, request.headers
+        )
+        node = self._placed(function, request.query_params.get("node", ""))[0]
+        if not self._nodes.is_online(node):
+            raise Unreachable(f"node {node} is not connected", resource=str(function.key), remedy="call it at the site")
+        return await answer(call(self._nc, node, "invoke", args, timeout=SILENCE))
+
+    @described(
+        "What a function wrote, on all its nodes",
+        query={"node": ("string", "On this node only"), **FUNCTION_LOGS},
+        media="text/plain",
+    )
+    async def function_logs(self, request: Request) -> Response:
+        function = self._store.get(Key("Function", request.path_params["ns"], request.path_params["name"]))
+        nodes = self._placed(function, request.query_params.get("node", ""))
+        args = log_args(function.metadata.namespace, function.metadata.name, request)
+        return StreamingResponse(self._merge(nodes, args, "function-logs"), media_type="text/plain; charset=utf-8")
+
+    async def _merge(self, nodes: list[str], args: dict[str, Any], verb: str = "logs") -> AsyncIterator[bytes]:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(64)
         several = len(nodes) > 1
 
@@ -142,7 +201,7 @@ class HubRoutes:
             try:
                 if not self._nodes.is_online(node):
                     raise Unreachable(f"node {node} is not connected; its logs are on it")
-                async for piece in call(self._nc, node, "logs", args):
+                async for piece in call(self._nc, node, verb, args):
                     if data := marked.feed(piece):
                         await queue.put(data)
             except EdgewardError as e:

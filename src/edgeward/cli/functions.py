@@ -1,0 +1,117 @@
+"""`invoke` and `functions logs`: call a function, and read what it wrote.
+
+A function's answer goes to standard output byte by byte as it comes, so that it can be piped; what failed goes to
+standard error with the function and the limit that was met.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeward.cli.observe import Follow, count, harmless
+from edgeward.cli.output import write
+from edgeward.cli.session import Session, UsageError, command
+from edgeward.cli.write import seconds
+from edgeward.core.errors import EdgewardError
+from edgeward.core.resource import check_name
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="What functions wrote.")
+
+Name = Annotated[str, typer.Argument(metavar="FUNCTION", help="The function's name.", show_default=False)]
+
+
+def _data(text: str) -> bytes:
+    """What -d says: text, @FILE, or - for standard input."""
+    if text == "-":
+        return sys.stdin.buffer.read()
+    if text.startswith("@"):
+        try:
+            return Path(text[1:]).read_bytes()
+        except OSError as e:
+            raise EdgewardError(e.strerror or str(e), file=text[1:], remedy="name a file that can be read") from None
+    return text.encode()
+
+
+def invoke(
+    session: Session,
+    name: Name,
+    data: Annotated[str, typer.Option("-d", "--data", metavar="DATA|@FILE|-", help="The event's data.")] = "",
+    content_type: Annotated[str, typer.Option("--content-type", metavar="TYPE", help="Of the data.")] = "",
+    event_type: Annotated[str, typer.Option("--type", metavar="TYPE", help="The event's type (CloudEvents).")] = "",
+    node: Annotated[str, typer.Option("--node", metavar="NODE", help="Call it on this node.")] = "",
+    version: Annotated[str, typer.Option("--version", metavar="DIGEST", help="Only this version may answer.")] = "",
+    timeout: Annotated[str, typer.Option("--timeout", metavar="DURATION", help="Give up earlier, e.g. 2s.")] = "",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print status and headers to stderr.")] = False,
+) -> None:
+    """Call a function and print its answer.
+
+    At the hub a node that has the function is asked; with --at NODE the node itself. The exit code is 0 for an answer
+    with a status below 400.
+    """
+    from edgeward.cli.kinds import find_kind
+
+    session.output(allowed=("table",))
+    kind = find_kind("function")
+    function = check_name(name.removeprefix("function/"), "FUNCTION", "")
+    query = {"node": node, "type": event_type, "version": version}
+    if timeout:
+        query["timeout"] = f"{seconds(timeout, '--timeout'):g}"
+    with session.api() as api:
+        path = api.path(kind, session.one(kind), function) + "/invoke"
+        status, headers, chunks = api.call(
+            path, _data(data), query={k: v for k, v in query.items() if v}, content_type=content_type
+        )
+        if verbose:
+            print(f"status: {status}", *(f"{k}: {v}" for k, v in headers), sep="\n", file=sys.stderr)
+        for chunk in chunks:
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+    if sys.stdout.isatty():
+        print()
+    if status >= 400:
+        raise EdgewardError(f"answered with status {status}", resource=f"Function/{function}")
+
+
+def logs(
+    session: Session,
+    name: Name,
+    follow: Follow = False,
+    tail: Annotated[str, typer.Option("--tail", metavar="N", help="Begin with the last N lines.")] = "",
+    since: Annotated[str, typer.Option("--since", metavar="DURATION", help="Only what is younger, e.g. 10m.")] = "",
+    level: Annotated[
+        str, typer.Option("--level", metavar="LEVEL", help="debug, info, warning or error, and above.")
+    ] = "",
+    grep: Annotated[str, typer.Option("--grep", metavar="TEXT", help="Only lines with this text.")] = "",
+    invocation: Annotated[str, typer.Option("--invocation", metavar="ID", help="Only of this call.")] = "",
+    node: Annotated[str, typer.Option("--node", metavar="NODE", help="Only of this node.")] = "",
+) -> None:
+    """Print what a function wrote, chosen on its nodes; with -o json one record a line."""
+    from edgeward.cli.kinds import find_kind
+
+    output = session.output(allowed=("table", "json"))
+    kind = find_kind("function")
+    function = check_name(name.removeprefix("function/"), "FUNCTION", "")
+    query = {"node": node, "level": level, "grep": grep, "invocation": invocation}
+    if tail:
+        query["tail"] = count(tail, "--tail")
+    if since:
+        seconds(since, "--since")
+        query["since"] = f"{since}s" if since.isdigit() else since
+    if follow:
+        query["follow"] = "true"
+    if output == "json":
+        query["json"] = "true"
+    if level and level not in ("debug", "info", "warning", "error"):
+        raise UsageError(f"--level {level}: debug, info, warning or error")
+    with session.api() as api:
+        path = api.path(kind, session.one(kind), function) + "/logs"
+        for line in api.lines(path, query={k: v for k, v in query.items() if v}, accept="text/plain", follow=follow):
+            write(harmless(line) if sys.stdout.isatty() else line)
+            sys.stdout.flush()
+
+
+app.command("logs")(command(logs))

@@ -1,0 +1,150 @@
+"""How a call from outside reaches a function: arguments of the API's request in, a head and pieces of the body out.
+
+The same pieces travel from the plane to the agent, from a node to its hub and on to the caller: first a
+:class:`Head`, then the body as it comes. A call that failed is an answer too, whose body is the problem document.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from edgeward.core.describe import FOLLOW, Form
+from edgeward.core.errors import EdgewardError, Invalid, TooLarge, Unreachable
+from edgeward.core.invocation import MAX_BODY
+from edgeward.core.streaming import flag, number
+
+#: Seconds that an invocation from outside may take at most; a function's own limit is at most this.
+LONGEST = 900.0
+#: Seconds without a word after which the one that is asked is taken for gone; a node that waits gives marks.
+SILENCE = 45.0
+
+
+#: What may be asked beside the data; the hub's API has ``node`` beside.
+INVOKE: Mapping[str, tuple[Form, str]] = {
+    "type": ("string", "The event's type (CloudEvents); edgeward.invoke where left out"),
+    "version": ("string", "Only the version with this digest may answer"),
+    "key": ("string", "Calls with the same key go to the same alias"),
+    "timeout": ("string", "Seconds until the call is given up, at most 900"),
+}
+LOGS: Mapping[str, tuple[Form, str]] = {
+    "tail": ("integer", "So many last lines"),
+    "since": ("string", "Only what is younger, e.g. 10m"),
+    "level": ("string", "debug, info, warning or error: of this weight, or more"),
+    "grep": ("string", "Only lines with this text"),
+    "invocation": ("string", "Only of this call"),
+    "json": ("boolean", "One JSON object a line"),
+    **FOLLOW,
+}
+
+
+def call_args(
+    namespace: str, name: str, data: bytes, query: Mapping[str, str], headers: Mapping[str, str]
+) -> dict[str, Any]:
+    """The arguments of the plane's verb ``invoke`` from a request to the API. Raises ``Invalid``, ``TooLarge``."""
+    if len(data) > MAX_BODY:
+        raise TooLarge(f"the event has {len(data)} bytes", remedy=f"at most {MAX_BODY} bytes")
+    timeout = 0.0
+    if text := query.get("timeout", ""):
+        try:
+            timeout = float(text)
+        except ValueError:
+            raise Invalid(f"{text[:40]!r} is no number of seconds", field="?timeout") from None
+        if not 0 < timeout <= LONGEST:
+            raise Invalid("is out of range", field="?timeout", remedy=f"more than 0, at most {LONGEST:g} seconds")
+    for word in ("type", "version", "key"):
+        if len(query.get(word, "")) > 256:
+            raise Invalid("is too long", field=f"?{word}", remedy="at most 256 characters")
+    return {
+        "namespace": namespace,
+        "name": name,
+        "data": data,
+        "datacontenttype": str(headers.get("content-type", ""))[:256],
+        "type": query.get("type", "") or "edgeward.invoke",
+        "version": query.get("version", ""),
+        "key": query.get("key", ""),
+        "within": timeout,
+    }
+
+
+def log_args(namespace: str, name: str, request: Request) -> dict[str, Any]:
+    """What is asked of a function's log."""
+    return {
+        "namespace": namespace,
+        "name": name,
+        "tail": number(request, "tail", 200, high=100_000),
+        "follow": flag(request, "follow"),
+        "json": flag(request, "json"),
+        **{word: request.query_params.get(word, "")[:256] for word in ("since", "level", "grep", "invocation")},
+    }
+
+
+class Head(msgspec.Struct):
+    """The first piece of an answer that travels from a plane to a caller; the body follows in pieces."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    version: str = ""
+    invocation: str = ""
+    node: str = ""
+    duration: float = 0.0
+    cold: bool = False
+
+    def http(self) -> list[tuple[bytes, bytes]]:
+        """Its headers for an HTTP answer; those that are the connection's business are left out."""
+        own = [("ew-invocation", self.invocation), ("ew-version", self.version), ("ew-node", self.node)]
+        own.append(("ew-duration", f"{self.duration:.6f}"))
+        found = []
+        for name, value in [*self.headers, *own]:
+            if value and name.lower() not in _CONNECTION and not set(name + value) & set("\r\n\0"):
+                found.append((name.lower().encode("latin-1", "replace"), value.encode("latin-1", "replace")))
+        return found
+
+
+_CONNECTION = {
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding",
+    "upgrade", "content-length",
+}  # fmt: skip
+
+
+def encode_head(head: Head) -> bytes:
+    """A head as the one piece that a message carries."""
+    data = msgspec.json.encode(head)
+    if len(data) > 60_000:
+        raise EdgewardError(f"the answer's headers have {len(data)} bytes", remedy="at most 60000")
+    return data
+
+
+decode_head = msgspec.json.Decoder(Head).decode
+
+
+async def pieces_of(docs: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """What the plane's verb ``invoke`` says, as pieces."""
+    async for doc in docs:
+        if "head" in doc:
+            yield encode_head(msgspec.convert(doc["head"], Head))
+        elif data := base64.b64decode(str(doc.get("data", ""))):
+            yield data
+
+
+def to_plane(args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as they go over the plane's control socket, which speaks JSON."""
+    return {**args, "data": base64.b64encode(args["data"]).decode()}
+
+
+async def answer(pieces: AsyncIterator[bytes]) -> Response:
+    """The HTTP answer that pieces are, streamed. Raises what the pieces raise before the head is there."""
+    try:
+        head = decode_head(await anext(pieces))
+    except StopAsyncIteration:
+        raise Unreachable("the node ended the call without an answer") from None
+    except msgspec.DecodeError:
+        raise EdgewardError("the node's answer is not understood", remedy="upgrade the node's agent") from None
+    response = StreamingResponse(pieces, head.status)
+    response.raw_headers = head.http()
+    return response
