@@ -328,9 +328,9 @@ async def _kill(cloud: Cloud, kind: str, rng: random.Random) -> tuple[float, lis
     return at, [hub] if hub else []
 
 
-async def _ours(root: Path, count: int) -> tuple[list[tuple[str, float]], list[float], int]:
-    """Per round its kind and the slowest writer's gap; the readings' gaps; how much of all that was acknowledged
-    is lost or there twice."""
+async def _ours(root: Path, count: int) -> tuple[list[tuple[str, float]], list[float], float]:
+    """Per round its kind and the slowest writer's gap; the readings' gaps; how many percent of all that was
+    acknowledged is there, and once."""
     cloud, arrived, rng = Cloud(root), Arrived(), random.Random(11)
     gaps: list[tuple[str, float]] = []
     flows: list[float] = []
@@ -368,7 +368,7 @@ async def _ours(root: Path, count: int) -> tuple[list[tuple[str, float]], list[f
         lost = sum([len(acked - await cloud.configs(way)) for way in range(2)])
         lost += len(sent - set(arrived.ids)) + len(arrived.ids) - len(set(arrived.ids))
         _say(f"{len(acked)} writes and {len(sent)} readings acknowledged, {lost} lost or twice")
-        return gaps, flows, lost
+        return gaps, flows, 100 * (1 - lost / (len(acked) + len(sent)))
     finally:
         for task in tasks:
             task.cancel()
@@ -450,8 +450,8 @@ class Bare:
             process.wait()
 
 
-async def _bare(root: Path, count: int) -> tuple[list[float], int]:
-    """The slowest writer's gap of each round, in turn without its leader and without another server; what was lost."""
+async def _bare(root: Path, count: int) -> tuple[list[float], float]:
+    """The slowest writer's gap of each round, in turn without the leader and without another server; percent kept."""
     bare, rng, gaps = Bare(root), random.Random(13), list[float]()
     tasks: list[asyncio.Task[None]] = []
     try:
@@ -473,7 +473,8 @@ async def _bare(root: Path, count: int) -> tuple[list[float], int]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        return gaps, len({name for w in writers for name in w.acked} - await bare.keys())
+        acked = {name for w in writers for name in w.acked}
+        return gaps, 100 * len(acked & await bare.keys()) / len(acked)
     finally:
         for task in tasks:
             task.cancel()
@@ -485,9 +486,9 @@ def cluster() -> list[Row]:
     """Rows: worst and p50 of writes, worst of readings, and what was lost."""
     count = int(os.environ.get("EDGEWARD_BENCH_KILLS", "15"))
     with tempfile.TemporaryDirectory(prefix="edgeward-bench-") as folder:
-        gaps, flows, lost = asyncio.run(_ours(Path(folder), count))
+        gaps, flows, kept = asyncio.run(_ours(Path(folder), count))
     with tempfile.TemporaryDirectory(prefix="edgeward-bench-") as folder:
-        bare, bare_lost = asyncio.run(_bare(Path(folder), max(4, count * 2 // 5)))
+        bare, bare_kept = asyncio.run(_bare(Path(folder), max(4, count * 2 // 5)))
     writes = [took for _, took in gaps]
     what = "one of three servers, one of two hubs or one of each killed under load"
     n, of = len(gaps), len(bare)
@@ -498,6 +499,6 @@ def cluster() -> list[Row]:
             base=(f"bare KV puts, one of three servers killed, p50 of {of}", percentile(bare, 50))),
         row(f"{what}: a node's readings arrive again, worst of {n}", max(flows), "s", BAR,
             base=(f"bare KV puts, one of three servers killed, worst of {of}", max(bare))),
-        row(f"{what}: acknowledged writes lost, readings lost or twice, of {n} kills", lost, "", 0,
-            base=(f"bare KV puts lost, of {of} kills", bare_lost)),
+        row(f"{what}: acknowledged writes and readings that are there, and once, all of {n}", kept, "%", 100,
+            less=False, base=(f"bare KV puts, one of three servers killed, all of {of}", bare_kept)),
     ]  # fmt: skip

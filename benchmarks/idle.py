@@ -90,5 +90,11 @@ def idle() -> list[Row]:
     pinged = ("a bare leaf pinged every 5 s, no TLS", (end - base) * 8 / span / 1000)
     return [
         row("an idle node's link, both ways, with TLS and TCP", up + down, "kbit/s", 0.25, base=pinged),
-        row("an idle node's link, up, with TLS and TCP", up, "kbit/s", 0.25, base=(pinged[0], pinged[1] / 2)),
+        row(
+            "an idle node's link, up, with TLS and TCP",
+            up,
+            "kbit/s",
+            0.25,
+            base=(f"half of {pinged[0]}", pinged[1] / 2),
+        ),
     ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -111,6 +114,50 @@ def test_a_nodes_own_changes_are_decided_once(tmp_path: Path) -> None:
             assert f.store.find(key) is None
             await until(lambda: len(f.journal()) == 4)
             assert f.journal() == [("App/mine", "accept")] * 4
+
+    asyncio.run(body())
+
+
+def test_a_store_that_goes_silent_costs_no_local_change(tmp_path: Path) -> None:
+    """The server stands still while a change is taken over, for longer than the hub waits: the node sends it again."""
+
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            key = Key("App", "default", "mine")
+            write, pid = f.nodes._write, f.server.pid or 0
+
+            async def silent(*args: Any) -> None:
+                os.kill(pid, signal.SIGSTOP)
+                try:
+                    await write(*args)
+                finally:
+                    os.kill(pid, signal.SIGCONT)
+
+            async def push(*changes: LocalChange) -> list[str]:
+                """As a node does: again while the hub has no word on them."""
+                async with asyncio.timeout(120):
+                    while (answer := await f.ask("plant-1", "push", PushAsk("r", list(changes)), PushAnswer)).error:
+                        f.nodes._write = write
+                return [d.outcome for d in answer.decided]
+
+            def change(seq: int, replicas: int, first: int) -> LocalChange:
+                stored = to_stored(app("mine", "plant", replicas=replicas))
+                return LocalChange(seq, *_parts(key), "put", 0, 1.0, "ann", stored, first)
+
+            f.nodes._write = silent
+            # the same change again, be it that its first try came through or that it did not
+            assert await push(change(1, 2, 1)) in (["accept"], ["same"])
+            assert f.store.get(key).spec.replicas == 2
+            # and one that replaces a change whose write did happen, unknown to anybody, is no conflict with that
+            f.nodes._write = silent
+            assert (await f.ask("plant-1", "push", PushAsk("r", [change(2, 3, 1)]), PushAnswer)).error
+            f.nodes._write = write
+            await until(lambda: f.store.get(key).spec.replicas == 3)
+            assert await push(change(3, 4, 1)) == ["accept"]
+            assert f.store.get(key).spec.replicas == 4
+            # each in the journal, once
+            await until(lambda: len(f.journal()) == 3)
+            assert f.journal() == [("App/mine", "accept")] * 3
 
     asyncio.run(body())
 

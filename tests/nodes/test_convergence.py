@@ -270,6 +270,8 @@ async def play(hub: Loop, rule: str, script: list[tuple[Any, ...]], clocks: dict
         await world.f.store.remove(world.key)
 
 
+# 1,200 take 35 s on a quiet machine and five minutes on a loaded one; what hangs is noticed by the limits within
+@pytest.mark.timeout(max(300, 2 * EXAMPLES))
 @settings(
     max_examples=EXAMPLES,
     # the same ones each time for a run of all tests; the benchmark's bar draws anew

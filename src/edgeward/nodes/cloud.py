@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
 from nats.aio.msg import Msg
@@ -88,6 +88,14 @@ _BEHIND = 2.0
 Fold = Callable[[Resource, list[Resource], Mapping[str, dict[str, Any]]], dict[str, Any]]
 
 
+class _Doubt(NamedTuple):
+    """A change that was being taken over when the store went silent, and what the journal is to say of it."""
+
+    change: LocalChange
+    wanted: Resource | None
+    journal: dict[str, Any]
+
+
 class NodesCloud:
     """Serves the fleet of one hub process."""
 
@@ -121,6 +129,8 @@ class NodesCloud:
         self._gathered: set[tuple[str, str]] = set()
         self._flipped_events: dict[str, list[dict[str, Any]]] = {}
         self._pushing: dict[str, asyncio.Lock] = {}
+        #: Changes whose write or record may have happened; the nodes send them again.
+        self._in_doubt: dict[tuple[str, Key], _Doubt] = {}
         #: The stores that this one was restored from.
         self._line: list[Ancestor] = []
         self._views = Views(store.entry)
@@ -465,6 +475,7 @@ class NodesCloud:
         heard = (self._live, self._reports, self._node_reports, self._event_seq, self._runs, self._told)
         for known in (*heard, self._levels, self._untold):
             known.pop(node, None)
+        self._in_doubt = {k: doubt for k, doubt in self._in_doubt.items() if k[0] != node}
         for key in self._views.of(site, self._store.revision).entries:
             if self._folds(key.kind):
                 self._fold.add(key)
@@ -498,6 +509,8 @@ class NodesCloud:
                     # decided before, only the answer was lost
                     decided.append(Decided(change.seq, "same", "taken over before", self._now(node, change)))
                     continue
+                if (before := await self._settled(node, change)) is not None:
+                    mine[change.key] = before, self._revision(change.key), self._store.find(change.key) is not None
                 theirs = {k for k, (_, at, _) in mine.items() if at == self._revision(k)}
                 seq, after, there = mine.pop(change.key, (0, 0, False))
                 seen = change.base
@@ -506,7 +519,7 @@ class NodesCloud:
                     seen = self._base_of(change.key) if now else after if there else 0
                 decided.append(await self._decide(node, site, msgspec.structs.replace(change, base=seen), theirs))
                 done = change.seq
-                if decided[-1].outcome == "accept":
+                if decided[-1].outcome == "accept" or (before is not None and decided[-1].outcome == "same"):
                     is_there = self._store.find(change.key) is not None
                     mine[change.key] = change.seq, self._revision(change.key), is_there
                 kept = [[k.kind, k.namespace, k.name, *v] for k, v in list(mine.items())[-_REMEMBERED:]]
@@ -598,12 +611,18 @@ class NodesCloud:
             if lost is not None:
                 journal["lost"] = lost.document(show_secrets=False)
             if merged.outcome == "accept":
+                while len(self._in_doubt) >= _REMEMBERED:
+                    del self._in_doubt[next(iter(self._in_doubt))]
+                self._in_doubt[node, key] = _Doubt(change, local, journal)
                 await self._write(local, key, entry.revision if entry else 0, f"site:{site}/{change.actor}")
             elif merged.outcome == "override" and hub is not None and local is not None:
                 await self._override(key, site, hub, local, change)
         except Conflict:
             raise  # the hub's object moved under our hands: the node sends the change again
         except EdgewardError as e:
+            if e.status >= 500:
+                raise  # no word on the change, and the write may have happened: the node sends it again
+            self._in_doubt.pop((node, key), None)
             merged_why = f"refused by the hub: {e}"
             journal |= {"outcome": "invalid", "loser": "edge", "why": merged_why}
             if change.stored is not None:
@@ -613,7 +632,22 @@ class NodesCloud:
             return Decided(change.seq, "invalid", merged_why, self._now(node, change), journal)
         if merged.outcome != "same":
             await self._journal(journal, node, change)
+        self._in_doubt.pop((node, key), None)
         return Decided(change.seq, merged.outcome, merged.why, self._now(node, change), journal)
+
+    async def _settled(self, node: str, change: LocalChange) -> int | None:
+        """The number of this change, or of one that it replaces, if what nobody confirmed of it did happen."""
+        doubt = self._in_doubt.get((node, change.key))
+        if doubt is None or not (change.first or change.seq) <= doubt.change.seq <= change.seq:
+            return None
+        hub = self._store.find(change.key)
+        if not (same_desired(hub, doubt.wanted) if hub and doubt.wanted else hub is doubt.wanted):
+            return (
+                None  # not, or not in this cache yet: then a write on top of it is refused, and it is looked at again
+            )
+        await self._journal(doubt.journal, node, doubt.change)
+        del self._in_doubt[node, change.key]
+        return doubt.change.seq
 
     async def _journal(self, journal: dict[str, Any], node: str, change: LocalChange) -> None:
         await self._records.append("journal", journal, unique=f"j-{node}-{change.seq}-{int(change.time * 1000)}")
