@@ -72,3 +72,27 @@ def test_which_node(tmp_path: Path) -> None:
         got.node("c")
     with pytest.raises(Invalid, match="2 nodes"):
         got.node("local")
+
+
+def test_the_folder_of_a_hub_or_a_node_is_a_context_too(tmp_path: Path) -> None:
+    with pytest.raises(Unreachable, match="no hub's and no node's"):
+        context.load_context(str(tmp_path))
+    hub = tmp_path / "hub"
+    (hub / "identity").mkdir(parents=True)
+    (hub / "hub.json").write_text("{}")
+    with pytest.raises(Unreachable, match="cannot be read"):  # it never ran: there is no token yet
+        context.load_context(str(hub))
+    (hub / "identity" / "admin.token").write_text("secret\n")
+    (hub / "run.json").write_text('{"url": "https://hub:443"}')
+    found = context.load_context(str(hub))
+    assert (found.hub_url, found.token) == ("https://hub:443", "secret")
+    assert found.ca_file == str(hub / "identity" / "ca.crt")
+    assert "secret" not in repr(found)
+    node = tmp_path / "node"
+    node.mkdir()
+    (node / "node.json").write_text('{"node": "plant-1", "site": "plant"}')
+    (node / "run.json").write_text('{"api": "/x/api.sock"}')
+    found = context.load_context(str(node))
+    assert (found.node("local").name, found.node("plant-1").api, found.hub_url) == ("plant-1", "/x/api.sock", None)
+    (tmp_path / "context.json").write_text('{"hub_url": "https://up"}')  # what `up --data` keeps
+    assert context.load_context(str(tmp_path)).hub_url == "https://up"

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from edgeward.cli.service import Wanted, hub_config, quoted, unit
-from edgeward.core.errors import Invalid
+from edgeward.cli.service import Wanted, await_ready, hub_config, quoted, unit
+from edgeward.core import proc
+from edgeward.core.errors import EdgewardError, Invalid
 
 ANALYZE = shutil.which("systemd-analyze")
 needs_analyze = pytest.mark.skipif(ANALYZE is None, reason="no systemd-analyze here")
@@ -76,14 +77,58 @@ def test_what_the_roles_need() -> None:
         assert values(text, "User") == ["edge"]
         assert values(text, "NoNewPrivileges") == ["yes"]
         assert values(text, "ProtectSystem") == ["strict"]
-        assert values(text, "ReadWritePaths") == ['"/var/lib/edgeward"']
-    # a deep folder's socket is in /tmp, which others must see
-    assert values(unit(wanted("hub", "/" + "x" * 95)), "PrivateTmp") == []
+        assert values(text, "ReadWritePaths")[0] == '"/var/lib/edgeward"'
+    assert values(hub, "ReadWritePaths")[1:] == []
     mine = unit(wanted("agent", system=False))
     assert "User=" not in mine and "Capability" not in mine
     assert values(mine, "WantedBy") == ["default.target"]
     credential = unit(wanted("hub", credential="/etc/key"))
     assert values(credential, "LoadCredential") == ["edgeward-vault:/etc/key"]
+
+
+def test_what_outlives_the_agent_keeps_what_it_has() -> None:
+    """A private /tmp and the user's IPC objects are taken away when a unit ends; the agent's apps go on."""
+    for user in ("", "edge"):
+        text = unit(wanted("agent", user=user))
+        assert values(text, "PrivateTmp") == values(text, "RemoveIPC") == []
+        # nothing else would let them write there, nor a node whose folder's name is too long have its socket
+        assert {"-/tmp", "-/var/tmp"} <= set(values(text, "ReadWritePaths"))
+    assert values(unit(wanted("hub")), "PrivateTmp") == ["yes"]
+
+
+@pytest.mark.parametrize("data", ["/tmp/hub", "/var/tmp/x/hub"])
+def test_a_hubs_folder_in_tmp_is_not_hidden_from_it(data: str) -> None:
+    assert values(unit(wanted("hub", data)), "PrivateTmp") == []
+
+
+def test_an_agent_without_root_limits_its_apps_in_its_units_group() -> None:
+    for mine in (unit(wanted("agent", user="edge")), unit(wanted("agent", system=False))):
+        assert values(mine, "Delegate") == ["yes"]
+        assert values(mine, "Environment") == ["EDGEWARD_DELEGATED=1"]
+        # without it systemd could start no second agent: the group governs others, and takes no process then
+        assert values(mine, "ExecStopPost") == [f'-"{sys.executable}" -m edgeward.core.cgroup']
+    assert "-/sys/fs/cgroup" in values(unit(wanted("agent", user="edge")), "ReadWritePaths")
+    assert "EDGEWARD_DELEGATED" not in unit(wanted("agent")) + unit(wanted("hub", user="edge"))
+
+
+def test_a_node_that_left_is_not_started_again() -> None:
+    """`leave` ends the agent; systemd starts it anew, and finds nothing to start it for."""
+    assert values(unit(wanted("agent", "/srv/a b%h")), "ConditionPathExists") == ["/srv/a b%%h/identity/node.creds"]
+    assert values(unit(wanted("hub")), "ConditionPathExists") == []
+
+
+def test_running_means_ready(tmp_path: Path) -> None:
+    """That systemd executed a program says nothing of whether it can work: its port may be taken."""
+    me = proc.identify(os.getpid())
+    assert me is not None
+    with pytest.raises(EdgewardError, match="port 443 is in use"):
+        await_ready(tmp_path, lambda late: "port 443 is in use")
+    for run in ({"pid": me.pid, "start": me.start}, {"ready": True, "pid": me.pid, "start": "1.other"}):
+        (tmp_path / "run.json").write_text(json.dumps(run))
+        with pytest.raises(EdgewardError, match="not ready"):
+            await_ready(tmp_path, lambda late: "", patience=0.0)
+    (tmp_path / "run.json").write_text(json.dumps({"ready": True, "pid": me.pid, "start": me.start}))
+    await_ready(tmp_path, lambda late: "")
 
 
 def run(home: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -128,6 +173,9 @@ def test_an_agent_needs_a_node(tmp_path: Path) -> None:
     done = run(tmp_path, "agent", "--user", "--data", str(tmp_path))
     assert done.returncode == 5 and "edgeward join" in done.stderr
     (tmp_path / "node.json").write_text('{"node": "n", "site": "s"}')
+    assert run(tmp_path, "agent", "--user", "--data", str(tmp_path)).returncode == 5  # it left its fleet
+    (tmp_path / "identity").mkdir()
+    (tmp_path / "identity" / "node.creds").write_text("x")
     assert run(tmp_path, "agent", "--user", "--data", str(tmp_path)).returncode == 0
     assert run(tmp_path, "pilot", "--user", "--data", str(tmp_path)).returncode == 2
     assert run(tmp_path, "agent", "--user", "--data", str(tmp_path), "--name", "../x").returncode == 2

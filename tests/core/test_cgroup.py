@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -127,3 +129,62 @@ def test_a_group_that_somebody_else_made_is_not_ours() -> None:
             (root / controller / "edgeward").mkdir(parents=True)
         done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True)
         assert done.stdout.strip() == "[] cannot make a cgroup: Permission denied (needs root)", done.stderr
+
+
+_DIVIDE = """
+import json, os, sys
+from pathlib import Path
+from edgeward.core import cgroup
+cgroup._ROOT, cgroup._own_path = Path(sys.argv[1]), lambda _: "/" + sys.argv[2]
+group = Path(sys.argv[1], sys.argv[2])
+(group / "cgroup.procs").write_text(str(os.getpid()))
+found = cgroup._probe_own()
+held = {p.parent.name: p.read_text().split() for p in group.rglob("cgroup.procs")}
+cgroup.host = lambda: found
+limit = group / "instance-i1" / "pids.max"
+verdict, seen = None, []
+look = lambda: seen.append(limit.read_text().strip() if limit.exists() else "")
+if found.roots:
+    verdict = cgroup.prepare("n", "i1", cgroup.Limits(memory=64 << 20, cpu=0.5, pids=9))
+    look()
+cgroup.release()
+(group / "cgroup.procs").write_text(str(os.getpid()))  # as systemd does with the next agent
+if found.roots:
+    look()
+    cgroup._probe_own()
+    look()
+    cgroup.release()
+assert cgroup.leftovers("n", "i") == (["i1"] if found.roots else [])
+cgroup.remove("n", "i1")
+print(json.dumps([os.getpid(), found.own, sorted(found.roots), found.why, held, verdict, seen]))
+"""
+
+
+def test_a_units_own_group_is_divided_and_can_be_entered_again() -> None:
+    """With a real group of v2 in the place of systemd's; without controllers (a hybrid host) all but the limits."""
+    tree = next((p for p in (cgroup._ROOT, cgroup._ROOT / "unified") if (p / "cgroup.controllers").exists()), None)
+    name = f"edgeward-test-{os.getpid()}"
+    try:
+        if tree is None:
+            raise FileNotFoundError(2, "no cgroup v2 here")
+        (tree / name).mkdir()
+    except OSError as e:
+        pytest.skip(f"no group of one's own: {e.strerror}")
+    try:
+        with contextlib.suppress(OSError):
+            (tree / "cgroup.subtree_control").write_text("+memory +cpu +pids")
+        done = subprocess.run([sys.executable, "-c", _DIVIDE, str(tree), name], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        pid, own, roots, why, held, verdict, seen = json.loads(done.stdout)
+        assert own
+        assert held["agent"] == [str(pid)] and held[name] == []
+        if roots:
+            assert roots == ["cpu", "memory", "pids"]
+            assert verdict == [["memory", "cpu", "pids"], {}]
+            assert seen == ["9", "", "9"]
+        else:
+            assert why == "the service was given no cgroup controllers"
+    finally:
+        for group in (tree / name / "agent", tree / name):
+            if group.is_dir():
+                group.rmdir()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
+import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,37 @@ def test_the_script_is_one(tmp_path: Path) -> None:
     done = subprocess.run(["sh", str(tmp_path / "install.sh")], capture_output=True, text=True)
     assert done.returncode != 0
     assert "usage: sh install.sh DIR" in done.stderr
+
+
+def test_the_script_installs_without_a_network_and_joins(tmp_path: Path) -> None:
+    """With a wheel that is a program in edgeward's place and says what it was asked."""
+    said = tmp_path / "said"
+    code = f"import sys, pathlib\ndef main(): pathlib.Path({str(said)!r}).write_text(' '.join(sys.argv[1:]))\n"
+    wheel = tmp_path / "edgeward-9-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as whl:
+        whl.writestr("fake.py", code)
+        whl.writestr("edgeward-9.dist-info/METADATA", "Metadata-Version: 2.1\nName: edgeward\nVersion: 9\n")
+        whl.writestr("edgeward-9.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        whl.writestr("edgeward-9.dist-info/entry_points.txt", "[console_scripts]\nedgeward = fake:main\n")
+        whl.writestr("edgeward-9.dist-info/RECORD", "")
+    box = tmp_path / "a box"
+    box.mkdir()
+    write(box / "box.tar", Bundle(TOKEN, node="box", site="plant"), [wheel])
+    subprocess.run(["tar", "xf", "box.tar"], cwd=box, check=True)
+    argv = ["sh", str(box / "install.sh"), "no de", "--enrol-only"]
+    env = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode == 0, done.stderr
+    assert said.read_text() == f"join --bundle {box}/join.json --data no de --enrol-only"
+    assert (tmp_path / "no de").stat().st_mode & 0o777 == 0o700
+    # a Python that is too old is named, before anything is made
+    old = tmp_path / "old"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o700)
+    argv[2] = "other"
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env={**env, "PYTHON": str(old)})
+    assert done.returncode == 1 and "is not Python 3.11 or newer" in done.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_is_no_bundle_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

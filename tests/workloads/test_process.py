@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from tests.core.pair import until
 
-from edgeward.core import proc
+from edgeward.core import cgroup, proc
 from edgeward.core.errors import EdgewardError
 from edgeward.workloads.process import MARK, ProcessRuntime
 from edgeward.workloads.spec import AppSpec
@@ -187,3 +187,39 @@ def test_another_user_owns_its_folder_and_sees_nothing_else(runtime: ProcessRunt
     assert out[:4] == ["nobody", "F", "G", "x"]
     assert len(out) == 6
     assert all("ermission denied" in line for line in out[4:])
+
+
+def test_an_app_is_not_spared_when_memory_runs_out(runtime: ProcessRuntime) -> None:
+    """The agent's unit has the kernel end it among the last; who inherits that would have others ended in its place."""
+    mine = Path("/proc/self/oom_score_adj")
+    before = mine.read_text()
+    try:
+        mine.write_text("-500")
+    except OSError as e:
+        pytest.skip(f"cannot protect myself: {e.strerror}")
+    try:
+        started = runtime.start(row(), snapshot(["sleep", "60"]), {})
+        assert Path(f"/proc/{started.process.pid}/oom_score_adj").read_text().strip() == "0"
+    finally:
+        mine.write_text(before)
+
+
+def test_an_adopted_instance_is_limited_again(runtime: ProcessRuntime) -> None:
+    if not {"memory", "pids"} <= set(cgroup.available()):
+        pytest.skip(f"no limits here: {cgroup.host().why}")
+    s = snapshot(["sleep", "60"], limits={"pids": 7})
+    spec = msgspec.convert(s.spec, AppSpec)
+    r = row()
+    started = runtime.start(r, s, {})
+    assert started.enforced == ["pids"]
+    group = cgroup._group(cgroup.host().roots["pids"], "plant-1", r.id)
+    (group / "pids.max").write_text("max")  # as when a unit's group was released for its next agent
+    r.enforced, r.not_enforced = ["user"], [{"what": "pids", "why": "gone"}]
+    runtime.resume(r, spec, started.process)
+    assert (group / "pids.max").read_text().strip() == "7"
+    assert (r.enforced, r.not_enforced) == (["pids", "user"], [])
+    r.process = str(started.process)
+    proc.kill_group(started.process, 9)
+    assert proc.wait_exit_blocking(started.process, 30)
+    runtime.clean(r)
+    group.parent.rmdir()

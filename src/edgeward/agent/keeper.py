@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from edgeward.agent.plane import LINE_BYTES, code
-from edgeward.core import daemon, proc
+from edgeward.core import cgroup, daemon, proc
 from edgeward.core.errors import EdgewardError, Unreachable, from_problem
 from edgeward.core.files import read_json, write_atomic
 
@@ -201,6 +201,8 @@ class Keeper:
 
     def _spawn(self) -> None:
         env = {k: os.environ[k] for k in _INHERIT if k in os.environ}
+        if cgroup.DELEGATED_ENV in os.environ:
+            env[cgroup.DELEGATED_ENV] = os.environ[cgroup.DELEGATED_ENV]
         env |= {"EDGEWARD_DATA": str(self.data), MARK: str(self.data)}
         file = self.data / "plane.log"
         if file.exists() and file.stat().st_size > _LOG_BYTES:

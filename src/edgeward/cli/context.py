@@ -1,8 +1,9 @@
 """Where the command line finds its hub and nodes: the context file.
 
 `edgeward up`, `lab up` and `demo --keep` write one when they are ready; every other command reads it. In comes a path
-(`--context`, `EDGEWARD_CONTEXT`, or the default that `up` uses), out goes a typed :class:`Context`. Nothing here talks
-to the network; that is the next file, `client.py`.
+(`--context`, `EDGEWARD_CONTEXT`, or the default that `up` uses), out goes a typed :class:`Context`. A path may also be
+the folder of a hub or a node, as `install-service` runs them: who may read it may administer it. Nothing here talks to
+the network; that is the next file, `client.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeward.core.errors import Invalid, NotFound, Unreachable
+from edgeward.core.files import read_json
 
 CONTEXT_ENV = "EDGEWARD_CONTEXT"
 AGENT_SOCKET_ENV = "EDGEWARD_AGENT_SOCKET"
@@ -124,9 +126,32 @@ def parse_context(doc: object, path: Path) -> Context:
     )
 
 
+def folder_context(path: Path) -> Context:
+    """The hub or the node whose folder this is, or the system that `edgeward up --data` keeps there."""
+    if (path / "context.json").exists():
+        return load_context(str(path / "context.json"))
+    try:
+        hub, node = read_json(path / "hub.json", None), read_json(path / "node.json", None)
+        run = read_json(path / "run.json", {})
+        if node is not None:
+            entry = NodeEntry(str(node.get("node", "")), str(node.get("site", "")), api=_text(run, "api", path))
+            return Context(path, nodes=(entry,))
+        if hub is not None:
+            identity = path / "identity"
+            token = (identity / "admin.token").read_text(encoding="ascii").strip()
+            return Context(path, hub_url=_text(run, "url", path), ca_file=str(identity / "ca.crt"), token=token)
+    except OSError as e:
+        raise Unreachable(
+            f"the folder {path} cannot be read: {e.strerror or e}", remedy="run as its owner; has it been started yet?"
+        ) from None
+    raise Unreachable(f"the folder {path} is no hub's and no node's", remedy="name the one with hub.json or node.json")
+
+
 def load_context(given: str | None = None) -> Context:
     """Reads the context file. Raises ``Unreachable`` when there is none: there is nothing to talk to."""
     path = context_path(given)
+    if path.is_dir():
+        return folder_context(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -306,6 +306,10 @@ def _listeners(place: Place) -> list[Check]:
     if place.role == "node" and number.isdigit() and int(number):
         wanted.append((f"{place.path.name}: api", host.strip("[]") or "127.0.0.1", int(number)))
     ports = read_json(place.path / "nats" / "ports.json", {})
+    server = str(read_json(place.path / "nats" / "server.json", {}).get("proc", ""))
+    # a node's nats-server outlives its agent
+    served = "/" in server and proc.alive(proc.ProcId.parse(server))
+    own = {f"{place.path.name}: {name}" for name in ports} if served else set()
     wanted += [
         (f"{place.path.name}: {name}", bind if name == "mqtt" else "127.0.0.1", int(port))
         for name, port in sorted(ports.items())
@@ -313,7 +317,9 @@ def _listeners(place: Place) -> list[Check]:
     checks: list[Check] = []
     for what, host, port in wanted:
         free, privileged = _free(host, port)
-        checks += diagnose.listener(what, host, port, free=free, ours=ours and not free, privileged=privileged)
+        checks += diagnose.listener(
+            what, host, port, free=free, ours=(ours or what in own) and not free, privileged=privileged
+        )
     return checks
 
 

@@ -39,7 +39,10 @@ def login(
         made = api.request("POST", "/api/v1/oidc/login", body={"idToken": id_token})
     from edgeward.core.files import write_json
 
-    doc = json.loads(known.path.read_text(encoding="utf-8"))
+    if known.path.is_dir():  # a hub's folder
+        doc = {"hub_url": known.hub_url, "ca_file": known.ca_file}
+    else:
+        doc = json.loads(known.path.read_text(encoding="utf-8"))
     write_json(path, {**doc, "token": made["token"]})
     write(f"signed in as {made['who']} (role {made['role']}) until {made['expires']}; the token is in {path}")
 

@@ -13,6 +13,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,13 +23,19 @@ import typer
 
 from edgeward.cli.output import emit, write
 from edgeward.cli.session import Session, UsageError
+from edgeward.core import proc
+from edgeward.core.cgroup import DELEGATED_ENV
 from edgeward.core.errors import EdgewardError, Invalid, NotFound, Refused
 from edgeward.core.files import ensure_dir, read_json, write_json
 
 ROLES = ("hub", "agent")
+#: Of a node that is in a fleet, in its ``identity/``.
+CREDENTIALS = "node.creds"
 _MARK = "# Written by `edgeward install-service`; changes belong into a drop-in: systemctl edit"
-#: A longer folder puts the API's socket into /tmp (core/daemon.py), which a private /tmp would hide.
-_SOCKET_ROOM = 90
+#: So often has a service ended before it is called broken.
+_TRIES = 2
+#: What a private /tmp would hide.
+_TEMPORARY = ("/tmp", "/var/tmp")  # noqa: S108 - compared, nothing is made there
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,9 @@ def unit(w: Wanted) -> str:
         "Documentation=man:systemd.exec(5)",
         "StartLimitIntervalSec=0",
     ]
+    if not hub:
+        # a node that left its fleet has nothing to come back for
+        lines.append(f"ConditionPathExists={w.data.replace('%', '%%')}/identity/{CREDENTIALS}")
     if w.system:
         lines += ["Wants=network-online.target", "After=network-online.target time-sync.target"]
     lines += [
@@ -91,8 +102,22 @@ def unit(w: Wanted) -> str:
     ]
     if w.system:
         lines += _system_lines(w, hub)
+    if not hub:
+        lines += _group_lines(w)
     lines += ["", "[Install]", f"WantedBy={'multi-user' if w.system else 'default'}.target", ""]
     return "\n".join(line for i, line in enumerate(lines) if line or (i and lines[i - 1] != ""))
+
+
+def _group_lines(w: Wanted) -> list[str]:
+    """The control group, in which an agent without root limits its apps (core/cgroup.py)."""
+    lines = ["Delegate=yes"]
+    if not w.system or w.user not in ("", "root"):
+        lines += [
+            f"Environment={DELEGATED_ENV}=1",
+            # whoever is started next is started in the unit's group, which must not govern others at that moment
+            f"ExecStopPost=-{quoted(w.python)} -m edgeward.core.cgroup",
+        ]
+    return lines
 
 
 def _system_lines(w: Wanted, hub: bool) -> list[str]:
@@ -108,13 +133,13 @@ def _system_lines(w: Wanted, hub: bool) -> list[str]:
         "ProtectKernelLogs=yes",
         "ProtectKernelModules=yes",
         "ProtectKernelTunables=yes",
-        "ProtectProc=invisible" if hub else "",
-        "RemoveIPC=yes" if not root else "",
-        "PrivateTmp=yes" if len(w.data) < _SOCKET_ROOM else "",
         "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK",
     ]
     if hub:
         lines += [
+            "ProtectProc=invisible",
+            "RemoveIPC=yes" if not root else "",
+            "PrivateTmp=yes" if not any(Path(w.data).is_relative_to(t) for t in _TEMPORARY) else "",
             f"CapabilityBoundingSet={rights}",
             f"AmbientCapabilities={rights}" if rights and not root else "",
             "PrivateDevices=yes",
@@ -126,18 +151,18 @@ def _system_lines(w: Wanted, hub: bool) -> list[str]:
             "SystemCallErrorNumber=EPERM",
         ]
     else:
-        # it starts apps as other users, in cgroups and namespaces of their own, and reads devices
         lines += [
-            "Delegate=yes",
+            # Neither a private /tmp nor RemoveIPC=: systemd empties both when the agent ends, and apps live on in them.
+            *(f"ReadWritePaths=-{folder}" for folder in _TEMPORARY),
+            # the cgroup file system is what limits are written to
+            "ReadWritePaths=-/sys/fs/cgroup",
+            # it starts apps as other users, in cgroups and namespaces of their own, and reads devices
             "CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER CAP_KILL CAP_NET_BIND_SERVICE CAP_SETGID "
             "CAP_SETUID CAP_SYS_RESOURCE CAP_SYS_ADMIN CAP_SYS_PTRACE"
             if root
             else f"CapabilityBoundingSet={rights}",
-            "AmbientCapabilities=CAP_NET_BIND_SERVICE" if rights and not root else "",
+            f"AmbientCapabilities={rights}" if rights and not root else "",
         ]
-        if root:
-            # the cgroup file system is what limits are written to
-            lines += ["ReadWritePaths=-/sys/fs/cgroup"]
     return [line for line in lines if line]
 
 
@@ -174,7 +199,12 @@ def install_service(
     path = _unit_folder(system) / unit_name
     if remove:
         _remove(path, system)
-        _say(output, {"removed": str(path)}, [f"{path} is gone; its folder is as it was"])
+        said = [f"{path} is gone; its folder is as it was"]
+        if role == "agent":
+            said.append(
+                "its apps and its nats-server go on; they end with the machine, or are adopted by the next agent"
+            )
+        _say(output, {"removed": str(path)}, said)
         return
     if not data:
         raise UsageError("--data DIR is missing: the folder of the hub or the node")
@@ -189,21 +219,25 @@ def install_service(
         system=system,
         user=owner.pw_name if owner else "",
         group=_group(owner.pw_gid) if owner else "",
-        low_port=role == "hub" and 0 < int(config.get("port", 0)) < 1024,
+        low_port=0 < _port(role, config) < 1024,
         credential=str(Path(credential).absolute()) if credential else "",
     )
     text = unit(wanted)
     if show:
         sys.stdout.write(text)
         return
-    _write(path, text)
-    done, following = [f"{path} is written"], _next(unit_name, system, no_start)
+    changed = _write(path, text)
+    done, following = [f"{path} is written"], _next(unit_name, system, no_start, changed)
     if role == "hub" and owner is not None and owner.pw_uid == 0:
         done.append("it runs as root, with no right that it does not need; a user of its own is better: --run-as USER")
     if not following:
+        await_ready(folder, lambda late: _trouble(unit_name, system, late))
         done.append(f"{unit_name} is enabled and running")
     else:
         done += ["next:", *(f"  {line}" for line in following)]
+    done.append(
+        f"to talk to it: edgeward --context {folder}" + (" get nodes" if role == "hub" else " --at local get apps")
+    )
     _say(output, {"unit": str(path), "name": unit_name, "next": following}, done)
 
 
@@ -248,8 +282,12 @@ def hub_config(
 
 def _node_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "node.json", None)
-    if config is None:
-        raise NotFound("is no node's folder", resource=str(folder), remedy=f"edgeward join TOKEN --data {folder}")
+    if config is None or not (folder / "identity" / CREDENTIALS).exists():
+        raise NotFound(
+            "is not the folder of a node that has joined",
+            resource=str(folder),
+            remedy=f"edgeward join TOKEN --data {folder}",
+        )
     return dict(config)
 
 
@@ -282,14 +320,26 @@ def _group(gid: int) -> str:
         return str(gid)
 
 
-def _write(path: Path, text: str) -> None:
-    if path.exists() and _MARK not in path.read_text(errors="replace"):
+def _port(role: str, config: dict[str, Any]) -> int:
+    """The port that it listens on for others; 0 for none."""
+    if role == "hub":
+        return int(config.get("port", 0))
+    api = config.get("api")
+    number = str(api.get("listen", "") if isinstance(api, dict) else "").rpartition(":")[2]
+    return int(number) if number.isdigit() else 0
+
+
+def _write(path: Path, text: str) -> bool:
+    """Whether that changed anything."""
+    before = path.read_text(errors="replace") if path.exists() else ""
+    if path.exists() and _MARK not in before:
         raise Refused("was not written by this command", file=str(path), remedy="choose another --name, or delete it")
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
     scratch.write_text(text)
     scratch.chmod(0o644)
     scratch.replace(path)
+    return text != before
 
 
 def _systemctl(system: bool, *args: str) -> None:
@@ -313,16 +363,55 @@ def _runs(system: bool) -> bool:
     return bool(runtime) and (Path(runtime) / "systemd" / "private").exists()
 
 
-def _next(name: str, system: bool, no_start: bool) -> list[str]:
-    """Starts it; or what is left for the user to do."""
+def _next(name: str, system: bool, no_start: bool, changed: bool) -> list[str]:
+    """Starts it, anew when its unit changed; or what is left for the user to do."""
     if not no_start and _runs(system):
         _systemctl(system, "daemon-reload")
-        _systemctl(system, "enable", "--now", name)
+        _systemctl(system, "enable", name)
+        _systemctl(system, "restart" if changed else "start", name)
         return []
     control = "systemctl" if system else "systemctl --user"
     lines = [f"{control} daemon-reload", f"{control} enable --now {name}"]
     # without this a user's units end with the last session
     return lines if system else [*lines, "loginctl enable-linger"]
+
+
+def await_ready(folder: Path, trouble: Callable[[bool], str], patience: float = 60.0) -> None:
+    """Returns when what runs in the folder says that it is ready; raises ``EdgewardError`` with what ``trouble`` tells.
+
+    systemd calls a service started when its program was executed, which says nothing of whether it can do its work.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        run = read_json(folder / "run.json", {})
+        if run.get("ready") and proc.alive(proc.ProcId(int(run.get("pid", 0)), str(run.get("start", "")))):
+            return
+        late = time.monotonic() > deadline
+        why = trouble(late)
+        if why or late:
+            remedy = "look at its journal (journalctl), mend it, and it comes up by itself; or --remove"
+            raise EdgewardError(
+                f"does not come up: {why or 'it is not ready yet'}", resource=str(folder), remedy=remedy
+            )
+        time.sleep(0.2)  # another user's file, which only its folder's owner can watch
+
+
+def _trouble(name: str, system: bool, late: bool) -> str:
+    """The last words of a service that has ended again and again since it was started, or at all when it is late; ''
+    while it may come up."""
+    user = [] if system else ["--user"]
+    asked = ["systemctl", *user, "show", "--value", "--property=NRestarts", name]
+    log = ["journalctl", *user, "--no-pager", "-q", "-o", "cat", "-n", "20", "-u", name]
+    try:
+        count = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False).stdout.strip()
+        if not count.isdigit() or int(count) < (1 if late else _TRIES):
+            return ""
+        said = subprocess.run(log, capture_output=True, text=True, timeout=30, check=False).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    # systemd's own lines begin with the unit's name, and a traceback's last line is what says it
+    own = [line for line in said if line.strip() and not line.startswith((name, "Start", "Stop"))]
+    return (own or said or ["it ends again and again"])[-1][:500]
 
 
 def _remove(path: Path, system: bool) -> None:

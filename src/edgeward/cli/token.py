@@ -114,14 +114,14 @@ def _bundle(
     ca = load_ca(Path(proxy_ca)) if proxy_ca else ""
     found = sorted(Path(wheels).glob("*.whl")) if wheels else []
     if wheels and not found:
-        raise Invalid("there are no wheels", file=wheels, remedy="pip wheel -w DIR edgeward")
+        raise Invalid("there are no wheels", file=wheels, remedy="in a checkout: pip wheel -w DIR .")
     with session.api() as api:
         doc = issue(api, node, site, ttl)
     count = pack(file, Bundle(doc["token"], node=node, site=site, proxyCa=ca, **way), found)
     write(f"{file}: node {node} of site {site}, {count} wheels, good once until {doc['expires']}")
     typer.echo(f"on the box: edgeward join --bundle {file.name} --data DIR", err=True)
     if count:
-        typer.echo(f"or, where nothing is installed: tar xf {file.name} && sh install.sh DIR", err=True)
+        typer.echo(f"or, where nothing is installed: tar xf {file.name} && sh install.sh DIR --enrol-only", err=True)
 
 
 def issue(api: Api, node: str, site: str, ttl: str, *, replace: bool = False) -> dict[str, Any]:

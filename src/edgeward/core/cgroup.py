@@ -1,21 +1,36 @@
 """Limits by cgroups, v1 and v2, set and read back: what is reported as enforced was verified.
 
-Every instance has a group of its own below ``edgeward/<node>``. On hosts where groups cannot be made (no root, no
-cgroups, another system) nothing is enforced, and the reason is told.
+Every instance has a group of its own below ``edgeward/<node>``; where only a systemd unit's own group is ours (v2, no
+root: ``Delegate=yes``), right below that one. On hosts where groups cannot be made (no root, no cgroups, another
+system) nothing is enforced, and the reason is told.
+
+A group that governs groups below it holds no processes itself (v2's rule), and systemd starts a unit's process in the
+unit's group. So the agent moves to the group ``agent`` in it, and before systemd starts the next one the unit runs
+:func:`release`; the limits are off from then until that agent begins.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+#: Set by our own units only: another program's group, which may be ours to write to, is not ours to divide.
+DELEGATED_ENV = "EDGEWARD_DELEGATED"
+
 _ROOT = Path("/sys/fs/cgroup")
 _PERIOD = 100_000
+#: Below a unit's own group: the agent, its nats-server, and apps without limits.
+_LEAF = "agent"
+_INSTANCE = "instance-"
+#: Limits that :func:`release` takes off for a moment.
+_KEPT = ("memory.max", "memory.swap.max", "cpu.max", "pids.max")
+_ATTRIBUTE = "user.edgeward.limits"
 
 
 class Limits(NamedTuple):
@@ -35,6 +50,8 @@ class _Host(NamedTuple):
     #: controller -> directory under which groups are made
     roots: dict[str, Path]
     why: str
+    #: ``roots`` is the group of our own service.
+    own: bool = False
 
 
 def _own_path(controller: str) -> str:
@@ -85,17 +102,75 @@ def _probe_v2() -> _Host:
     try:
         base.mkdir(exist_ok=True)
         _try_group(base)
-        have = (_ROOT / "cgroup.controllers").read_text().split()
-        wanted: list[str] = [c for c in ("memory", "cpu", "pids") if c in have]
         for group in (_ROOT, base):
-            for c in wanted:
-                with contextlib.suppress(OSError):
-                    (group / "cgroup.subtree_control").write_text(f"+{c}")
-        enabled = (base / "cgroup.subtree_control").read_text().split()
-        roots = {c: base for c in wanted if c in enabled}
-        return _Host(2, roots, "" if roots else "the cgroup v2 controllers cannot be delegated here")
+            _govern(group)
     except OSError as e:
-        return _Host(2, {}, f"cannot make a cgroup: {e.strerror} (needs root)")
+        if os.environ.get(DELEGATED_ENV) == "1":
+            return _probe_own()
+        return _Host(2, {}, f"cannot make a cgroup: {e.strerror} (needs root, or a unit of install-service)")
+    roots = dict.fromkeys(_governed(base), base)
+    return _Host(2, roots, "" if roots else "the cgroup v2 controllers cannot be delegated here")
+
+
+def _probe_own() -> _Host:
+    """The group that systemd gave to this service, made ready for groups below it."""
+    try:
+        base = _own_group()
+        (base / _LEAF).mkdir(exist_ok=True)
+        for _ in range(100):  # what starts meanwhile starts there too
+            pids = (base / "cgroup.procs").read_text().split()
+            if not pids:
+                break
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    (base / _LEAF / "cgroup.procs").write_text(pid)
+        _govern(base)
+        _restore(base)
+        roots = dict.fromkeys(_governed(base), base)
+    except OSError as e:
+        return _Host(2, {}, f"the service's cgroup cannot be divided: {e.strerror} (needs Delegate=yes)", own=True)
+    return _Host(2, roots, "" if roots else "the service was given no cgroup controllers", own=True)
+
+
+def _own_group() -> Path:
+    """The unit's group: ours, or the one above when we are in a part of it."""
+    own = _ROOT / _own_path("").lstrip("/")
+    return own.parent if own.name in (_LEAF, ".control") else own
+
+
+def _govern(group: Path) -> None:
+    """Lets ``group`` set limits for the groups below it, as far as the kernel agrees."""
+    for c in (group / "cgroup.controllers").read_text().split():
+        if c in ("memory", "cpu", "pids"):
+            with contextlib.suppress(OSError):
+                (group / "cgroup.subtree_control").write_text(f"+{c}")
+
+
+def _governed(group: Path) -> list[str]:
+    enabled = (group / "cgroup.subtree_control").read_text().split()
+    return [c for c in ("memory", "cpu", "pids") if c in enabled]
+
+
+def release() -> None:
+    """Makes the unit's group one that systemd can start a process in. The limits below it are off until the next agent
+    comes: each group keeps its own, in an attribute, for :func:`_restore`."""
+    base = _own_group()
+    for group in base.glob(f"{_INSTANCE}*"):
+        kept = {name: (group / name).read_text().strip() for name in _KEPT if (group / name).exists()}
+        if kept:
+            os.setxattr(group, _ATTRIBUTE, json.dumps(kept).encode())
+    for c in (base / "cgroup.subtree_control").read_text().split():
+        (base / "cgroup.subtree_control").write_text(f"-{c}")
+
+
+def _restore(base: Path) -> None:
+    for group in base.glob(f"{_INSTANCE}*"):
+        with contextlib.suppress(OSError, ValueError):
+            kept = json.loads(os.getxattr(group, _ATTRIBUTE))
+            for name in _KEPT:
+                if name in kept:
+                    (group / name).write_text(kept[name])
+            os.removexattr(group, _ATTRIBUTE)
 
 
 def available() -> list[str]:
@@ -103,8 +178,12 @@ def available() -> list[str]:
     return sorted(host().roots)
 
 
+def _group(root: Path, node: str, instance: str) -> Path:
+    return root / f"{_INSTANCE}{instance}" if host().own else root / node / instance
+
+
 def _dirs(node: str, instance: str) -> set[Path]:
-    return {root / node / instance for root in host().roots.values()}
+    return {_group(root, node, instance) for root in host().roots.values()}
 
 
 def _settings(limits: Limits) -> dict[str, list[tuple[str, str]]]:
@@ -139,10 +218,10 @@ def prepare(node: str, instance: str, limits: Limits) -> Verdict:
         if root is None:
             refused[controller] = host().why or f"the {controller} controller is not there"
             continue
-        group = root / node / instance
+        group = _group(root, node, instance)
         try:
             group.mkdir(parents=True, exist_ok=True)
-            if host().version == 2:
+            if host().version == 2 and group.parent != root:
                 with contextlib.suppress(OSError):
                     (root / node / "cgroup.subtree_control").write_text(f"+{controller}")
             for n, (name, value) in enumerate(files):
@@ -200,7 +279,7 @@ def out_of_memory(node: str, instance: str) -> int:
         return 0
     name = "memory.events" if host().version == 2 else "memory.oom_control"
     with contextlib.suppress(OSError, ValueError):
-        for line in (root / node / instance / name).read_text().splitlines():
+        for line in (_group(root, node, instance) / name).read_text().splitlines():
             what, _, count = line.partition(" ")
             if what == "oom_kill":
                 return int(count)
@@ -212,5 +291,11 @@ def leftovers(node: str, prefix: str) -> list[str]:
     found = set()
     for root in set(host().roots.values()):
         with contextlib.suppress(OSError):
-            found |= {p.name for p in (root / node).iterdir() if p.is_dir() and p.name.startswith(prefix)}
+            above = _group(root, node, prefix)
+            skip = len(above.name) - len(prefix)
+            found |= {p.name[skip:] for p in above.parent.iterdir() if p.is_dir() and p.name.startswith(above.name)}
     return sorted(found)
+
+
+if __name__ == "__main__":  # ExecStopPost= of the units that cli/service.py writes
+    release()

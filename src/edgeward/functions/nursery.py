@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from edgeward.core import cgroup
 from edgeward.core.errors import Unreachable
 from edgeward.functions import zygote
 from edgeward.functions.sandbox import Cage
@@ -29,7 +30,16 @@ _AT_ONCE = 8
 _START = 20.0
 #: Seconds that a closing zygote has to end its workers and take their things away.
 _CLOSE = 10.0
-_PASSED_ON = ("PATH", "PYTHONPATH", "PYTHONHOME", "EDGEWARD_DATA", "EDGEWARD_PLANE", "LD_LIBRARY_PATH", "TZ")
+_PASSED_ON = (
+    "PATH",
+    "PYTHONPATH",
+    "PYTHONHOME",
+    "EDGEWARD_DATA",
+    "EDGEWARD_PLANE",
+    "LD_LIBRARY_PATH",
+    "TZ",
+    cgroup.DELEGATED_ENV,
+)
 
 
 class Child:

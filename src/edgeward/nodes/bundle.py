@@ -28,14 +28,21 @@ _CONFIG, _SCRIPT, _WHEELS = "join.json", "install.sh", "wheels/"
 INSTALL = """\
 #!/bin/sh
 # Installs Edgeward from the wheels beside this file, without a network, and joins the hub: sh install.sh DIR
+# What follows DIR goes to `edgeward join`: with --enrol-only it ends when the box has joined, and runs no agent.
 set -eu
-dir=${1:?usage: sh install.sh DIR}
+dir=${1:?usage: sh install.sh DIR [OPTION...]}
+shift
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
-mkdir -p "$dir"
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "$python is not Python 3.11 or newer; name one that is: PYTHON=... sh install.sh $dir" >&2
+    exit 1
+fi
+(umask 077 && mkdir -p "$dir")
 "$python" -m venv "$dir/venv"
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 "$dir/venv/bin/python" -m pip install --quiet --no-index --find-links "$here/wheels" edgeward
-exec "$dir/venv/bin/edgeward" join --bundle "$here/join.json" --data "$dir"
+exec "$dir/venv/bin/edgeward" join --bundle "$here/join.json" --data "$dir" "$@"
 """
 
 

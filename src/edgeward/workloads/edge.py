@@ -262,6 +262,11 @@ class AppsEdge:
         if process is not None and not row.process:
             row.process = str(process)
             self._db.save_instance(row)
+        if live.alive and process is not None:
+            before = (row.enforced, row.not_enforced)
+            self._runtime.resume(row, spec, process)
+            if (row.enforced, row.not_enforced) != before:
+                self._db.save_instance(row)
         self._live.setdefault((row.namespace, row.name), {})[row.id] = live
 
     # -- the loop ------------------------------------------------------------------------------------------

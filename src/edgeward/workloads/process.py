@@ -1,8 +1,8 @@
 """The process runtime: a version's snapshot becomes a process of the node, in its own session, folder and limits.
 
 A runtime is an extension (``runtime/process``); container, wasm and Kubernetes join by the same face: ``start`` starts
-an instance, ``stop`` ends it, ``find`` finds one again, ``clean`` leaves nothing of it behind but its log, and
-``forget``, once the app is gone, not even that.
+an instance, ``stop`` ends it, ``find`` finds one again and ``resume`` limits it again, ``clean`` leaves nothing of it
+behind but its log, and ``forget``, once the app is gone, not even that.
 """
 
 from __future__ import annotations
@@ -42,8 +42,23 @@ class Runtime(Protocol):
     def start(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> Started: ...
     async def stop(self, row: InstanceRow, spec: AppSpec) -> bool: ...
     def find(self, row: InstanceRow) -> proc.ProcId | None: ...
+    def resume(self, row: InstanceRow, spec: AppSpec, process: proc.ProcId) -> None: ...
     def clean(self, row: InstanceRow) -> None: ...
     def forget(self, namespace: str, name: str) -> None: ...
+
+
+def _limits(spec: AppSpec) -> cgroup.Limits:
+    memory = parse_bytes(spec.limits.memory) if spec.limits.memory is not None else None
+    return cgroup.Limits(memory, spec.limits.cpu, spec.limits.pids)
+
+
+def _even_chance(process: proc.ProcId) -> None:
+    """The agent is among the last that a machine out of memory ends; its apps, who inherit that, are not."""
+    for pid in proc.group_pids(process):
+        score = Path(f"/proc/{pid}/oom_score_adj")
+        with contextlib.suppress(OSError, ValueError):
+            if int(score.read_text()) < 0:
+                score.write_text("0")
 
 
 class ProcessRuntime:
@@ -112,12 +127,7 @@ class ProcessRuntime:
         self._open_to(folder, uid)
         log_file = self.log_file(row)
         ensure_dir(log_file.parent)
-        limits = cgroup.Limits(
-            parse_bytes(spec.limits.memory) if spec.limits.memory is not None else None,
-            spec.limits.cpu,
-            spec.limits.pids,
-        )
-        verdict = cgroup.prepare(self.node, row.id, limits)
+        verdict = cgroup.prepare(self.node, row.id, _limits(spec))
         try:
             process, popen = proc.spawn_detached(
                 argv, env, folder, log_file, user=uid, group=gid, extra_groups=groups, umask=0o077
@@ -131,19 +141,36 @@ class ProcessRuntime:
                 remedy="check the program's name, the files and the user",
             ) from None
         self._children[process.pid] = popen
-        refused = {**verdict.refused, **refused}
-        enforced = list(verdict.enforced)
-        if enforced:
-            try:
-                for pid in proc.group_pids(process):
-                    cgroup.enter(self.node, row.id, pid)
-            except OSError as e:
-                if proc.alive(process):
-                    refused |= dict.fromkeys(enforced, f"the process cannot be moved into its group: {e.strerror}")
-                    enforced = []
+        _even_chance(process)
+        enforced, missed = self._enter(row, process, verdict)
+        refused = {**missed, **refused}
         if uid is not None:
             enforced.append("user")
         return Started(process, enforced, [{"what": k, "why": v} for k, v in refused.items()])
+
+    def _enter(
+        self, row: InstanceRow, process: proc.ProcId, verdict: cgroup.Verdict
+    ) -> tuple[list[str], dict[str, str]]:
+        """Moves the instance below its limits; what holds, and what does not and why."""
+        if not verdict.enforced:
+            return [], dict(verdict.refused)
+        try:
+            for pid in proc.group_pids(process):
+                cgroup.enter(self.node, row.id, pid)
+        except OSError as e:
+            if proc.alive(process):
+                why = f"the process cannot be moved into its group: {e.strerror}"
+                return [], verdict.refused | dict.fromkeys(verdict.enforced, why)
+        return list(verdict.enforced), dict(verdict.refused)
+
+    def resume(self, row: InstanceRow, spec: AppSpec, process: proc.ProcId) -> None:
+        """Sets the limits of an adopted instance again, and says in ``row`` which of them hold now."""
+        verdict = cgroup.prepare(self.node, row.id, _limits(spec))
+        enforced, refused = self._enter(row, process, verdict)
+        own = {*verdict.enforced, *verdict.refused}
+        row.enforced = [*enforced, *(what for what in row.enforced if what not in own)]
+        others = [one for one in row.not_enforced if one["what"] not in own]
+        row.not_enforced = [*({"what": k, "why": v} for k, v in refused.items()), *others]
 
     def check(
         self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]
