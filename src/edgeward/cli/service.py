@@ -235,9 +235,8 @@ def install_service(
         done.append(f"{unit_name} is enabled and running")
     else:
         done += ["next:", *(f"  {line}" for line in following)]
-    done.append(
-        f"to talk to it: edgeward --context {folder}" + (" get nodes" if role == "hub" else " --at local get apps")
-    )
+    asking = f"get nodes --context {folder}" if role == "hub" else f"get apps --context {folder} --at local"
+    done.append(f"to talk to it: edgeward {asking}")
     _say(output, {"unit": str(path), "name": unit_name, "next": following}, done)
 
 

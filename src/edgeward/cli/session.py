@@ -31,7 +31,8 @@ ContextOption = Annotated[
         "--context",
         metavar="FILE",
         rich_help_panel=_PANEL,
-        help="Context file of the system to talk to; else $EDGEWARD_CONTEXT, else the one that `edgeward up` wrote.",
+        help="Context file of the system to talk to, or the folder of a hub or node; else $EDGEWARD_CONTEXT, else the "
+        "file that `edgeward up` wrote.",
     ),
 ]
 AtOption = Annotated[
