@@ -27,6 +27,7 @@ from starlette.routing import Route
 
 from edgeward import __version__
 from edgeward.agent.desired import Desired
+from edgeward.agent.doors import GatewayRoutes
 from edgeward.agent.keeper import Keeper
 from edgeward.agent.kinds import load
 from edgeward.agent.listen import Listener, address_of, needs_token
@@ -155,6 +156,7 @@ class Agent:
             refused=self._plane_refused,
             say=self._say,
         )
+        self.doors = GatewayRoutes(self.plane)
         self._ready = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self.nats: NatsServer | None = None
@@ -522,6 +524,7 @@ class Agent:
                 methods=["POST"],
             ),
             Route("/api/v1/top", declare(self._top_route, Action("own", ("top",), "Node")), methods=["GET"]),
+            *self.doors.routes(),
             *record_routes(self.records),
         ]
 
@@ -615,7 +618,7 @@ class Agent:
     def _health(self) -> tuple[bool, dict[str, Any]]:
         return self._ready, {"state": "ready" if self._ready else "starting"}
 
-    def _metrics(self) -> str:
+    async def _metrics(self) -> str:
         values = {f"edgeward_agent_{k}": float(v) for k, v in self.replica.stats().items()}
         values |= {f"edgeward_link_{k}_total": float(v) for k, v in self.link.counters.items()}
         values["edgeward_link_up"] = float(self.link.online)
@@ -627,7 +630,8 @@ class Agent:
                 for k, v in counters.items():
                     if isinstance(v, int | float):
                         values[f'edgeward_outbox_{_METRIC.get(k, k)}{{queue="{queue}"}}'] = float(v)
-        return daemon.metrics_text(values, _HELP)
+        of_gateway, meanings = await self.doors.metrics()
+        return daemon.metrics_text(values | of_gateway, _HELP | meanings)
 
 
 def main() -> int:

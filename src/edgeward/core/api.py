@@ -634,7 +634,7 @@ def build_app(
     auth: Auth,
     extra_routes: Sequence[Route] = (),
     health: Callable[[], tuple[bool, dict[str, Any]]],
-    metrics: Callable[[], str],
+    metrics: Callable[[], str | Awaitable[str]],
     info: dict[str, Any],
     audit_head: Callable[[], Head | None] | None = None,
 ) -> Gate:
@@ -652,7 +652,10 @@ def build_app(
 
     @described("Prometheus metrics; open on loopback", media="text/plain")
     async def metric(_: Request) -> Response:
-        return PlainTextResponse(metrics(), media_type="text/plain; version=0.0.4")
+        text = metrics()
+        if not isinstance(text, str):
+            text = await text
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     @described("Role and version")
     async def version(_: Request) -> Response:
