@@ -92,7 +92,8 @@ def test_unkeyed_headers_poison_nothing(rig: Rig, client: Connect, now: Clock) -
 
     rig.route("/", rig.target(reflects).port, cache=CacheConfig())
     evil = client().get(
-        "/p", "X-Forwarded-Host: evil", "X-Forwarded-Proto: evil", "X-Host: evil", "X-Original-URL: /evil", "Forwarded: evil"
+        "/p", "X-Forwarded-Host: evil", "X-Forwarded-Proto: evil", "X-Host: evil", "X-Original-URL: /evil",
+        "Forwarded: evil",
     )  # fmt: skip
     assert b"evil" not in evil.body
     assert client().get("/p").headers["cache-status"].startswith("edgeward; hit")

@@ -85,7 +85,7 @@ def test_a_gateway_through_changes_and_kills(systems: Callable[..., Any], news: 
     system = systems("a", "up")
     node = system.context["nodes"][0]
     door = Door(node["gateway_url"])
-    status, body, headers = door.get("/")
+    status, _, headers = door.get("/")
     assert (status, headers["content-type"]) == (404, "application/problem+json")
 
     routes = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -11,11 +12,25 @@ from starlette.routing import Route
 from edgeward.agent.keeper import Keeper
 from edgeward.core.access import needs
 from edgeward.core.api import parse_body, read_body
+from edgeward.core.describe import described
 from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.streaming import json, only
 from edgeward.gateway.stats import HELP
 
 _BODY = 16 * 1024
+
+
+class Purge(msgspec.Struct):
+    """Exactly one of url, prefix, tag; ``host`` narrows it."""
+
+    url: str = ""
+    prefix: str = ""
+    tag: str = ""
+    host: str = ""
+
+
+class Purged(msgspec.Struct):
+    purged: int
 
 
 class GatewayRoutes:
@@ -28,6 +43,14 @@ class GatewayRoutes:
             Route("/api/v1/gateway/purge", needs("update", "Route")(self.purge), methods=["POST"]),
         ]
 
+    @described(
+        "What the gateway would do with a request, and why",
+        query={
+            "url": ("string", "A URL or a path"),
+            "method": ("string", "GET if left out"),
+            "header": ("string", "NAME:VALUE; may be given several times"),
+        },
+    )
     async def explain(self, request: Request) -> Response:
         """``?url=&method=&header=NAME:VALUE`` (several): what the gateway would do, and why."""
         only(request, "url", "method", "header")
@@ -38,11 +61,12 @@ class GatewayRoutes:
             if not colon:
                 raise Invalid(f"{text[:60]!r} is no header field", field="?header", remedy="write NAME:VALUE")
             headers[name.strip()] = value.strip()
-        args = {"url": query.get("url", ""), "method": query.get("method", "GET"), "headers": headers}
+        args: dict[str, Any] = {"url": query.get("url", ""), "method": query.get("method", "GET"), "headers": headers}
         if not args["url"]:
             raise Invalid("is required", field="?url", remedy="write e.g. /hello or http://host/hello")
         return json(await self._plane.one("gateway.explain", **args))
 
+    @described("Makes the gateway forget stored answers", body=Purge, answer=Purged)
     async def purge(self, request: Request) -> Response:
         """``{url | prefix | tag, host}`` -> ``{purged}``."""
         doc = parse_body(await read_body(request, _BODY), request.headers.get("content-type", "application/json"))
