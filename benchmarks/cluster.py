@@ -121,9 +121,10 @@ class Process:
         return doc
 
     def kill_server(self) -> None:
-        if pid := self.state.get("nats"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for name in ("nats", "plane"):
+            if pid := self.state.get(name):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def kill_process(self) -> None:
         if self.process is not None:

@@ -114,3 +114,47 @@ def test_endpoints_are_this_nodes_own_and_the_sites(tmp_path: Path) -> None:
     asyncio.run(local())
     assert d.service_env("default")["EDGEWARD_SERVICE_MY_DB"] == "10.0.0.1:20005,127.0.0.1:20006,10.0.0.2:20001"
     assert d.service_env("other") == {}
+
+
+def instance(id: str, port: int, phase: str = "Running", node: str = "plant-1") -> dict[str, Any]:
+    return {"id": id, "node": node, "phase": phase, "ports": {"http": port}, "address": "10.0.0.1"}
+
+
+def service(name: str, scope: str) -> Resource:
+    return doc("Service", name, {"app": "web", "port": "http", "scope": scope})
+
+
+def test_the_endpoints_of_a_service(tmp_path: Path) -> None:
+    elsewhere = [
+        {"node": "plant-2", "site": "plant", "address": "10.0.0.2", "port": 7},
+        {"node": "plant-1", "site": "plant", "address": "10.0.0.1", "port": 9},
+        {"node": "shop-1", "site": "shop", "address": "10.0.0.3", "port": 8},
+    ]
+    status = {
+        "App/web": {"instances": [instance("a", 1), instance("b", 2, "Failed"), instance("c", 3, node="plant-2")]},
+        "Service/site": {"endpoints": elsewhere},
+        "Service/node": {"endpoints": elsewhere},
+    }
+    r = replica(tmp_path, app("web"), service("site", "site"), service("node", "node"), status=status)
+    desired = Desired(r, "plant-1", "plant")
+
+    def ports(name: str) -> list[tuple[int, bool]]:
+        return [(e["port"], e["here"]) for e in desired.endpoints("default", name) or []]
+
+    assert desired.endpoints("default", "none") is None
+    assert (ports("site"), ports("node")) == ([(1, True), (7, False)], [(1, True)])
+    # an agent that takes over has not looked yet: what served goes on serving, what is new must first be healthy
+    key = app("web").key
+    desired.said(key, {"instances": [instance("a", 1, "Starting"), instance("d", 4, "Starting")]})
+    assert ports("node") == [(1, True)]
+    desired.said(key, {"instances": [instance("a", 1, "Degraded"), instance("d", 4)]})
+    assert ports("node") == [(4, True)]
+
+
+def test_the_routes_of_a_node(tmp_path: Path) -> None:
+    def route(name: str, **placement: Any) -> Resource:
+        return doc("Route", name, {"to": {"upstream": "http://h"}, "placement": placement})
+
+    r = replica(tmp_path, route("all"), route("shop", site="shop"), route("gpu", nodeSelector={"gpu": "yes"}))
+    assert [x.metadata.name for x in Desired(r, "plant-1", "plant").routes()] == ["all", "gpu"]
+    assert [x.metadata.name for x in Desired(r, "plant-2", "plant").routes()] == ["all"]

@@ -20,6 +20,7 @@ import pytest
 
 from edgeward.core.errors import EdgewardError, Invalid, Refused
 from edgeward.core.natsserver import free_port
+from edgeward.core.proc import find_by_env
 from edgeward.hub.cluster import Member, check_members, config_of, parse_member, prepare
 
 A, B = Member("a", "10.0.0.1", 443, 7422), Member("b", "10.0.0.2", 443, 7422)
@@ -77,9 +78,9 @@ class Process:
         return {}
 
     def kill(self) -> None:
-        """Its nats-server too, as a machine's end does."""
-        nats = self.state.get("nats")
-        for pid in (self.process.pid if self.process else None, nats):
+        """Its nats-server too (and a node's plane), as a machine's end does."""
+        of_node = [p.pid for p in find_by_env("EDGEWARD_DATA", str(self.directory))]
+        for pid in (self.process.pid if self.process else None, self.state.get("nats"), *of_node):
             if pid:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -154,7 +154,7 @@ def test_a_gateway_through_changes_and_kills(systems: Callable[..., Any], news: 
         done.set()
         for t in threads:
             t.join(60)
-    assert {s for s, _ in seen} == {200}
+    assert [s for s in seen if s[0] != 200] == []
     assert {b for _, b in seen} == {b"one", b"two"}
 
     # a plane that dies comes back, with all it served

@@ -18,6 +18,13 @@ class Desired:
         self._replica = replica
         self._node, self._site = node, site
         self._said: dict[Key, list[dict[str, Any]]] = {}
+        #: Instances that served when the agent before us ended: they do until one of our own looks says otherwise.
+        self._served = {
+            str(i.get("id"))
+            for app in replica.items("App")
+            for i in app.status.get("instances", [])
+            if i.get("phase") == "Running" and i.get("node", node) == node
+        }
 
     def said(self, key: Key, status: dict[str, Any] | None) -> None:
         """What this node's own app is now. The replica keeps it too, but a moment later: an app that starts because
@@ -110,8 +117,9 @@ class Desired:
         found: list[tuple[str, int]] = []
         for i in self._said.get(key, (app.status if app else {}).get("instances", [])):
             port = i.get("ports", {}).get(service.spec.port)
+            serves = i.get("phase") == "Running" or (i.get("phase") == "Starting" and i.get("id") in self._served)
             # an App's status may be the hub's, which knows of other nodes' instances as well
-            if port and i.get("phase") == "Running" and i.get("node", self._node) == self._node:
+            if port and serves and i.get("node", self._node) == self._node:
                 found.append((str(i.get("address") or "127.0.0.1"), int(port)))
         return found
 
