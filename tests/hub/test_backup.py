@@ -27,10 +27,12 @@ from edgeward.core.resource import Key
 from edgeward.core.seal import RecoveryKey, Sealer
 from edgeward.core.store_nats import NatsStore
 from edgeward.core.vault import Plain, Vault
+from edgeward.hub import rebuild
 from edgeward.hub import restore as restoring
 from edgeward.hub.archive import FORMAT, Data, End, Entry, File, Meta, Msg, Stream, encode
-from edgeward.hub.backup import RECOVERY_KEY, VAULT_KEY, backup_routes, files_of, sealed, sealing_key
-from edgeward.hub.restore import entries, first_revision, offline_server, restore, unused, verify
+from edgeward.hub.backup import RECOVERY_KEY, VAULT_KEY, Listing, backup_routes, files_of, sealed, sealing_key
+from edgeward.hub.rebuild import first_revision
+from edgeward.hub.restore import entries, offline_server, restore, unused, verify
 from edgeward.hub.revoked import Revoked
 from edgeward.nodes.wire import SyncAnswer
 
@@ -358,9 +360,9 @@ def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         filler.write_bytes(bytes(44 << 20))
         with pytest.raises(Refused, match="MiB free"):  # seen before anything is written
             await restore(backup, disk / "hub", key)
-        monkeypatch.setattr(restoring, "_check_room", lambda *_: None)  # somebody fills it meanwhile
+        monkeypatch.setattr(restoring, "check_room", lambda *_: None)  # somebody fills it meanwhile
         filler.write_bytes(bytes(52 << 20))
-        monkeypatch.setattr(restoring, "_TAKE", 3.0)
+        monkeypatch.setattr(rebuild, "_TAKE", 3.0)
         with pytest.raises((EdgewardError, OSError)):
             await restore(backup, disk / "hub", key)
         filler.unlink()
@@ -374,6 +376,28 @@ def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         asyncio.run(body())
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("pages", "whole"),
+    [
+        ([{"total": 2, "streams": ["a", "b"]}], True),
+        ([{"total": 3, "streams": ["a", "b"]}, {"total": 3, "streams": ["c"]}], True),
+        ([{"total": 2, "streams": ["a"], "missing": ["b"]}], False),
+        ([{"total": 3, "streams": ["a"], "missing": ["b"]}, {"total": 3, "streams": ["c"]}], False),
+        ([{"total": 2, "streams": ["a"]}, {"total": 2, "streams": ["a"]}], False),
+        ([{"total": 2, "streams": ["a"]}, {"total": 2, "streams": None}], False),
+        ([{"total": 0}], True),
+    ],
+)
+def test_a_list_that_leaves_streams_out_is_not_taken_for_whole(pages: list[dict[str, Any]], whole: bool) -> None:
+    """What a cluster answers of streams that have no leader at the moment."""
+    listing = Listing()
+    for page in pages:
+        assert not listing.done
+        listing.take({**page, "streams": [{"config": {"name": s}} for s in page.get("streams") or ()]})
+    assert listing.done
+    assert listing.whole is whole
 
 
 def test_what_lets_somebody_in_does_not_come_back_by_itself(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from edgeward.cli.session import Session, command
 from edgeward.core.errors import EdgewardError, Invalid, NotFound, Refused
 
 if TYPE_CHECKING:
-    from edgeward.hub.restore import Report
+    from edgeward.hub.rebuild import Report
+    from edgeward.hub.revoked import Revoked
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Keep the hub's state, check it, bring it back.")
 
@@ -34,6 +35,19 @@ FileName = Annotated[str, typer.Argument(metavar="FILE", show_default=False)]
 KeyFile = Annotated[
     str,
     typer.Option("--key", metavar="FILE", help=f"The recovery key; else ${KEY_ENV}, else the hub's, if still there."),
+]
+
+
+WithTokens = Annotated[
+    bool, typer.Option("--with-tokens", help="Access tokens are good again, but those known to be revoked since.")
+]
+RevokedFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--revoked",
+        metavar="FILE",
+        help="What was revoked since: an `audit export`, or lines `node NAME`, `token NAME`; may be given again.",
+    ),
 ]
 
 
@@ -220,18 +234,8 @@ def restore(
     file: FileName,
     data: Annotated[str, typer.Option("--data", metavar="DIR", help="Where the hub shall live.", show_default=False)],
     key: KeyFile = "",
-    with_tokens: Annotated[
-        bool,
-        typer.Option("--with-tokens", help="Access tokens are good again, but those known to be revoked since."),
-    ] = False,
-    revoked: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--revoked",
-            metavar="FILE",
-            help="What was revoked since: an `audit export`, or lines `node NAME`, `token NAME`; may be given again.",
-        ),
-    ] = None,
+    with_tokens: WithTokens = False,
+    revoked: RevokedFiles = None,
 ) -> None:
     """Bring a hub back from a backup, on this machine or another one. No hub may run there.
 
@@ -239,21 +243,40 @@ def restore(
     access tokens only --with-tokens. Nodes that its own audit, or FILE, knows to be revoked since are revoked again.
     """
     from edgeward.hub.restore import restore as bring_back
-    from edgeward.hub.revoked import Revoked, of_file
 
     path, folder = Path(file).expanduser(), Path(data).expanduser().absolute()
-    key_id = _header(path).key_id
-    found = find_key(key, key_id, [folder, _hub_folder(session), path.absolute().parent])
+    found = key_for(session, path, key, [folder])
+    report = asyncio.run(
+        bring_back(path, folder, found, with_tokens=with_tokens, revoked=revocations(revoked), say=say_on_terminal)
+    )
+    report.witnesses += revoked or []
+    lines = [f"restored into {report.directory}: {_about(report.notes)}; revisions go on from {report.revision}"]
+    if report.moved:
+        lines.append(f"what was there is in {report.moved}")
+    lines += who_gets_in(report)
+    _show(session, {"file": str(path), **report.document()}, lines)
+
+
+def key_for(session: Session, backup: Path, given: str, folders: list[Path]) -> Any:
+    """The key that opens it. Raises ``Refused`` where it is not found."""
+    key_id = _header(backup).key_id
+    found = find_key(given, key_id, [*folders, _hub_folder(session), backup.absolute().parent])
     if found is None:
         raise Refused(
-            f"needs the recovery key {key_id}", file=str(path), remedy=f"give its file by --key FILE or {KEY_ENV}"
+            f"needs the recovery key {key_id}", file=str(backup), remedy=f"give its file by --key FILE or {KEY_ENV}"
         )
-    tty = sys.stderr.isatty()
-    listed = {name: _whole(Path(name).expanduser()) for name in revoked or ()}
+    return found
+
+
+def revocations(files: list[str] | None) -> Callable[[str], Revoked]:
+    """What the files say of revocations since a time, as a restore asks it."""
+    from edgeward.hub.revoked import Revoked, of_file
+
+    whole = {name: _whole(Path(name).expanduser()) for name in files or ()}
 
     def known(since: str) -> Revoked:
         found = Revoked()
-        for name, what in listed.items():
+        for name, what in whole.items():
             try:
                 found.add(of_file(what, since))
             except EdgewardError as e:
@@ -261,17 +284,12 @@ def restore(
                 raise
         return found
 
-    def say(what: str) -> None:
-        if tty:
-            print(what, file=sys.stderr)
+    return known
 
-    report = asyncio.run(bring_back(path, folder, found, with_tokens=with_tokens, revoked=known, say=say))
-    report.witnesses += listed
-    lines = [f"restored into {report.directory}: {_about(report.notes)}; revisions go on from {report.revision}"]
-    if report.moved:
-        lines.append(f"what was there is in {report.moved}")
-    lines += _who_gets_in(report)
-    _show(session, {"file": str(path), **report.document()}, lines)
+
+def say_on_terminal(what: str) -> None:
+    if sys.stderr.isatty():
+        print(what, file=sys.stderr)
 
 
 def _whole(path: Path) -> bytes:
@@ -281,7 +299,7 @@ def _whole(path: Path) -> bytes:
         raise NotFound("there is no such file", file=str(path)) from None
 
 
-def _who_gets_in(report: Report) -> list[str]:
+def who_gets_in(report: Report) -> list[str]:
     """What an operator must know, and do."""
     made, lines = report.notes.get("made"), []
     lines.append(f"who knows what was revoked since: {_some(report.witnesses) or 'nobody but you'}")

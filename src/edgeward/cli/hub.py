@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from edgeward.cli.backup import KeyFile, RevokedFiles, WithTokens, key_for, revocations, say_on_terminal, who_gets_in
 from edgeward.cli.output import emit, write
 from edgeward.cli.session import Session, UsageError, command
 from edgeward.core.quantity import parse_duration
@@ -75,17 +77,39 @@ def cluster(
     bind: Annotated[
         str, typer.Option("--bind", metavar="ADDRESS", help="Listen there instead of at its own host.")
     ] = "",
+    backup: Annotated[
+        str, typer.Option("--restore", metavar="BACKUP", help="Begin with a hub's backup instead of with nothing.")
+    ] = "",
+    key: KeyFile = "",
+    with_tokens: WithTokens = False,
+    revoked: RevokedFiles = None,
 ) -> None:
     """Make the folders of a hub of three servers, of which any one may fail.
 
-    Bring each to its machine and start it there: python -m edgeward.hub --data FOLDER (or install-service).
+    Bring each to its machine and start it there: python -m edgeward.hub --data FOLDER (or install-service). A hub that
+    began alone becomes one of three --restore a backup of it; --key and what follows are those of `backup restore`.
     """
     from edgeward.hub.cluster import parse_member, prepare
 
+    if not backup and (key or with_tokens or revoked):
+        raise UsageError("--key, --with-tokens and --revoked go with --restore")
     members = [parse_member(m) for m in member] + ([parse_member(witness, witness=True)] if witness else [])
-    made = prepare(out, members, bind=bind)
+    lines: list[str] = []
+    if backup:
+        from edgeward.hub.cluster_restore import restore_cluster
+
+        path = Path(backup).expanduser()
+        found = key_for(session, path, key, [])
+        how: dict[str, Any] = {"with_tokens": with_tokens, "revoked": revocations(revoked), "say": say_on_terminal}
+        report = asyncio.run(restore_cluster(path, out.absolute(), members, found, bind=bind, **how))
+        report.witnesses += revoked or []
+        made, lines = [out / m.name for m in members], who_gets_in(report)
+    else:
+        made = prepare(out, members, bind=bind)
     for one, folder in zip(members, made, strict=True):
         write(f"{one.name}: {folder}" + (" (witness)" if one.witness else f"  https://{one.host}:{one.port}"))
+    for line in lines:
+        write(line)
     write("the folders hold the hub's keys: move them by a safe way, and the file recovery.key away from all of them")
 
 

@@ -54,6 +54,8 @@ _NOT = {"nats", "run.json", "lock", RECOVERY_KEY}
 _NOT_ENDING = (".log", ".pid", ".sock", ".tmp", "-wal", "-shm", "-journal")
 _BATCH = 500
 _API_WAIT = 10.0
+#: Seconds for a cluster to elect, when one of its servers has just gone.
+_LEADERS = 30.0
 
 
 # --- the keys -------------------------------------------------------------------------------------------------------
@@ -148,14 +150,42 @@ async def js_api(client: Client, verb: str, ask: dict[str, Any]) -> dict[str, An
     return answer
 
 
+class Listing:
+    """The pages of a list of streams, put together."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+        #: Where the next page begins; streams that are left out count.
+        self.at = 0
+        self.done = False
+        self.whole = True
+
+    def take(self, page: dict[str, Any]) -> None:
+        some, without, total = page.get("streams") or [], page.get("missing") or [], int(page.get("total", 0))
+        self.found |= {str(s["config"]["name"]): s for s in some}
+        self.at += len(some) + len(without)
+        self.whole = self.whole and not without
+        self.done = self.at >= total or not (some or without)
+        if self.done:
+            self.whole = self.whole and len(self.found) >= total
+
+
 async def streams_of(client: Client) -> list[dict[str, Any]]:
-    """All streams as the server describes them, by name."""
-    found: list[dict[str, Any]] = []
+    """All streams as the server describes them, by name. Raises ``Unreachable`` when not all can be had.
+
+    A cluster leaves out those that have no leader just now, and only says that it did: a backup without them would look
+    whole.
+    """
+    until = clock.monotonic() + _LEADERS
     while True:
-        page = await js_api(client, "STREAM.LIST", {"offset": len(found)})
-        found += page.get("streams") or []
-        if not page.get("streams") or len(found) >= int(page.get("total", 0)):
-            return sorted(found, key=lambda s: str(s["config"]["name"]))
+        listing = Listing()
+        while not listing.done:
+            listing.take(await js_api(client, "STREAM.LIST", {"offset": listing.at}))
+        if listing.whole:
+            return [listing.found[name] for name in sorted(listing.found)]
+        if clock.monotonic() >= until:
+            raise Unreachable("some of the hub's streams have no leader", remedy="wait for its other servers")
+        await asyncio.sleep(0.25)  # the pace of asking
 
 
 def _msg(message: Message) -> Msg:

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from edgeward.core.errors import Invalid, Refused
-from edgeward.core.files import ensure_dir, write_json
+from edgeward.core.files import ensure_dir, read_json, write_json
 from edgeward.core.identity import HubIdentity
 from edgeward.core.resource import check_name
 from edgeward.core.vault import Vault
@@ -80,24 +80,37 @@ def config_of(member: Member, members: list[Member], bind: str) -> dict[str, obj
     }
 
 
-def prepare(out: Path, members: list[Member], *, bind: str = "") -> list[Path]:
-    """Makes ``out/<name>`` for each member; gives them in order. Refuses to write over a hub that is there."""
+def folders(out: Path, members: list[Member]) -> list[Path]:
+    """``out/<name>`` for each member, in order. Refuses what would not make a cluster, or write over a hub."""
     check_members(members)
     made = [out / m.name for m in members]
     for directory in made:
         if directory.exists() and any(directory.iterdir()):
             raise Refused("is not empty", resource=str(directory), remedy="give an empty folder")
-    first, *rest = made
+    return made
+
+
+def prepare(out: Path, members: list[Member], *, bind: str = "") -> list[Path]:
+    """Makes ``out/<name>`` for each member; gives them in order. Refuses to write over a hub that is there."""
+    made = folders(out, members)
+    first = made[0]
     names = sorted({m.host for m in members})
     identity = HubIdentity.open(ensure_dir(first) / "identity", names)
     identity.admin_token()
     Vault.open(first / "identity")
     sealing_key(first)
+    share(made, members, bind)
+    return made
+
+
+def share(made: list[Path], members: list[Member], bind: str) -> None:
+    """The first folder's keys into the others, and each member's configuration; other settings are the first's."""
+    first, *rest = made
     for directory in rest:
         ensure_dir(directory)
         for name in ("identity", "recovery"):
             if (first / name).is_dir():
                 shutil.copytree(first / name, directory / name)
+    kept = read_json(first / "hub.json", {})
     for member, directory in zip(members, made, strict=True):
-        write_json(directory / "hub.json", config_of(member, members, bind))
-    return made
+        write_json(directory / "hub.json", kept | config_of(member, members, bind))
