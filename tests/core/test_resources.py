@@ -293,6 +293,65 @@ def test_a_namespace_that_goes_lets_finalizers_come_off_and_leaves_nothing_behin
     run(body)
 
 
+class Gated(SqliteStore):
+    """A store that takes its time with new Configs: what else happens, happens before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.go = asyncio.Event(), asyncio.Event()
+
+    async def put(self, resource: Resource, *, expect: int | None = None) -> Resource:
+        if resource.kind == "Config" and not resource.metadata.deletionTimestamp:
+            self.asked.set()
+            await self.go.wait()
+        return await super().put(resource, expect=expect)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("finalizers", [[], ["ew/clean"]])
+def test_what_is_created_while_its_namespace_goes_does_not_stay(held: bool, finalizers: list[str]) -> None:
+    """``held``: the namespace is still there, because something else in it waits for a finalizer."""
+
+    async def main() -> None:
+        store, audit = Gated(), Audit()
+        r = Resources(store, audit)
+        home = Key("Namespace", CLUSTER, "line-3")
+        await r.create(make("Namespace", "line-3"), actor="eve")
+        if held:
+            store.go.set()
+            await r.create(config("held", namespace="line-3", finalizers=["ew/clean"]), actor="eve")
+            store.go.clear()
+            store.asked.clear()
+        late = config("late", namespace="line-3", finalizers=finalizers)
+        creating = asyncio.create_task(r.create(late, actor="adam"))
+        await asyncio.wait_for(store.asked.wait(), 60)
+        await r.delete(home, actor="eve")
+        assert (store.find(home) is not None) is held
+        store.go.set()
+        with pytest.raises(Invalid, match="is going" if held else "does not exist"):
+            await asyncio.wait_for(creating, 60)
+        assert store.find(key("late", "line-3")) is None
+        assert outcomes(r)[-1] == ("create", "late", "Invalid")
+        store.close()
+        audit.close()
+
+    asyncio.run(main())
+
+
+def test_the_hub_takes_away_what_is_in_no_namespace() -> None:
+    """A process that was killed between writing and looking again leaves such a thing."""
+
+    async def body(r: Resources) -> None:
+        await r.store.put(config("stray", namespace="gone"))
+        await r.store.put(config("a"))
+        await r.collect()
+        assert r.store.find(key("stray", "gone")) is not None, "a node has not heard of every namespace"
+        await r.collect(strays=True)
+        assert [str(i.key) for i in r.store.all()] == ["Config/a"]
+
+    run(body)
+
+
 def test_what_goes_may_lose_its_finalizer_when_what_it_names_is_gone() -> None:
     async def body(r: Resources) -> None:
         await r.create(make("Site", "s"), actor="eve")

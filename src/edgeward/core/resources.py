@@ -80,17 +80,8 @@ class Resources:
         what = str(resource.key)
         namespace = resource.metadata.namespace
         # what is there already may still be changed in a namespace that is going: its finalizers have to come off
-        if old is None and kind.namespaced and namespace != "default":
-            home = self.store.find(Key("Namespace", CLUSTER, namespace))
-            if home is None or home.metadata.deletionTimestamp:
-                raise Invalid(
-                    f"namespace {namespace!r} does not exist" if home is None else f"namespace {namespace!r} is going",
-                    resource=what,
-                    field="$.metadata.namespace",
-                    remedy=f"create it first: kind Namespace, name {namespace}"
-                    if home is None
-                    else "wait until it is gone, then create it anew",
-                )
+        if old is None:
+            self._check_home(resource.key)
         # what goes may lose its finalizers, whatever it names or counts
         going = old is not None and bool(old.metadata.deletionTimestamp)
         limits = quota_of(self.store.find(Key("Namespace", CLUSTER, namespace))) if kind.namespaced else None
@@ -119,6 +110,35 @@ class Resources:
                 raise Invalid(
                     "is written by the system", resource=what, field=f"$.metadata.{name}", remedy="leave it out"
                 )
+
+    def _check_home(self, key: Key) -> None:
+        """The namespace must be there, and not be going."""
+        if not kinds.get(key.kind).namespaced or key.namespace == "default":
+            return
+        home = self.store.find(Key("Namespace", CLUSTER, key.namespace))
+        if home is None or home.metadata.deletionTimestamp:
+            raise Invalid(
+                f"namespace {key.namespace!r} " + ("does not exist" if home is None else "is going"),
+                resource=str(key),
+                field="$.metadata.namespace",
+                remedy=f"create it first: kind Namespace, name {key.namespace}"
+                if home is None
+                else "wait until it is gone, then create it anew",
+            )
+
+    async def _settle(self, stored: Resource) -> None:
+        """A namespace may have begun to go, or be gone, while something new was written into it: then that goes again.
+
+        All writes have one order. What was written before the namespace's mark is there when its deletion looks at what
+        is in it; of what was written behind the mark the writer sees the mark here.
+        """
+        try:
+            self._check_home(stored.key)
+        except Invalid:
+            # what its deletion took away or marked meanwhile is its business
+            with contextlib.suppress(NotFound, Conflict):
+                await self.store.remove(stored.key, expect=parse_revision(stored.metadata.resourceVersion))
+            raise
 
     @staticmethod
     def _expected(resource: Resource, expect: int | None) -> int | None:
@@ -190,6 +210,8 @@ class Resources:
                 if dry_run:
                     return resource
                 stored = await self.store.put(resource, expect=expect)
+                if old is None:
+                    await self._settle(stored)
         except EdgewardError as e:
             e.resource = e.resource or str(key)
             if not dry_run:
@@ -280,10 +302,16 @@ class Resources:
                 return False
         return bool(r.metadata.ownerReferences)
 
-    async def collect(self) -> None:
-        """Finishes what a killed process left half done: namespaces that are going, dependents without their owner."""
+    async def collect(self, *, strays: bool = False) -> None:
+        """Finishes what a killed process left half done: namespaces that are going, dependents without their owner.
+        ``strays``: also what is in no namespace; for the hub, which has all of them."""
         async with self._alone():
             await self._collect()
+            if strays:
+                homes = {n.metadata.name for n in self.store.items("Namespace")} | {"default"}
+                for r in self.store.all():
+                    if kinds.get(r.kind).namespaced and r.metadata.namespace not in homes:
+                        await self._delete_too(r.key, "system (its namespace is gone)")
 
     async def _collect(self) -> None:
         for namespace in self.store.items("Namespace"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -346,14 +347,16 @@ class Hub:
 
     async def _controllers(self) -> None:
         """Exports need their streams; owners' dependents go with them."""
+        collect = functools.partial(self.resources.collect, strays=True)
         while True:
             try:
                 with self.store.watch(0) as changes:
+                    await self._retried(collect)
                     async for change in changes:
                         if change.key.kind == "Export" and not change.status_only and change.resource is not None:
                             await self._retried(self.streams.ensure, change.resource)
                         if change.resource is None or change.resource.metadata.deletionTimestamp:
-                            await self._retried(self.resources.collect)
+                            await self._retried(collect)
             except EdgewardError as e:
                 log.info("controllers start anew: %s", e)
 
