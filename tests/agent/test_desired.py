@@ -8,7 +8,8 @@ from typing import Any
 
 from edgeward.agent.desired import Desired
 from edgeward.agent.replica import Replica
-from edgeward.core.resource import Resource, decode, to_stored
+from edgeward.core.registry import kinds
+from edgeward.core.resource import Key, Resource, decode, to_stored
 from edgeward.hub.kinds import load
 from edgeward.nodes.wire import HubObject
 
@@ -158,3 +159,18 @@ def test_the_routes_of_a_node(tmp_path: Path) -> None:
     r = replica(tmp_path, route("all"), route("shop", site="shop"), route("gpu", nodeSelector={"gpu": "yes"}))
     assert [x.metadata.name for x in Desired(r, "plant-1", "plant").routes()] == ["all", "gpu"]
     assert [x.metadata.name for x in Desired(r, "plant-2", "plant").routes()] == ["all"]
+
+
+def test_a_node_says_where_an_app_runs_that_it_does_not_run(tmp_path: Path) -> None:
+    r = replica(tmp_path, app("one"), app("off", 0), app("far", nodeSelector={"gpu": "no"}))
+    seen = {n: Desired(r, n, "plant") for n in ("plant-1", "plant-2")}
+    key = Key("App", "default", "one")
+    (runs,) = [n for n, d in seen.items() if ("default", "one") in d.apps()]
+    (other,) = set(seen) - {runs}
+    said = seen[other].elsewhere(key)
+    assert (said["phase"], said["elsewhere"]) == ("Elsewhere", [runs])
+    assert runs in said["message"]
+    assert kinds.get("App").columns[1].value({"status": said}) == f"on {runs}"
+    assert seen[other].elsewhere(Key("App", "default", "off")) == {"phase": "Stopped"}
+    assert seen[other].elsewhere(Key("App", "default", "far"))["phase"] == "Pending"
+    assert seen[other].elsewhere(Key("App", "default", "never")) == {}

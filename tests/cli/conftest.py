@@ -58,8 +58,13 @@ class FakeHub:
         self.streams: dict[str, list[bytes]] = {}
         #: name -> the problem document that a write of it gets
         self.refuse: dict[str, Doc] = {}
+        #: While it is set every connection is cut off: the server is away.
+        self.down = threading.Event()
+        #: A watch from before this revision is refused.
+        self.compacted = 0
+        self.token = TOKEN
         self.before_put: Callable[[Doc], None] | None = None
-        self.watchers: list[queue.Queue[tuple[str, Doc]]] = []
+        self.watchers: list[queue.Queue[tuple[int, str, Doc]]] = []
         self.history: list[tuple[int, str, Doc]] = []
         #: Held by whoever changes the state, and by a watch that begins: it misses nothing and gets nothing twice.
         self.lock = threading.RLock()
@@ -92,7 +97,7 @@ class FakeHub:
     def tell(self, event: str, doc: Doc) -> None:
         self.history.append((self.revision, event, doc))
         for w in list(self.watchers):
-            w.put((event, doc))
+            w.put((self.revision, event, doc))
 
     def set_status(self, kind: str, ns: str, name: str, status: Doc) -> None:
         with self.lock:
@@ -121,13 +126,16 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _do(self) -> None:
+        if self.hub.down.is_set():
+            self.close_connection = True
+            return
         parts = urlsplit(self.path)
         query = {k: v[0] for k, v in parse_qs(parts.query).items()}
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else None
         self.hub.requests.append((self.command, self.path, body))
         try:
-            if self.server.wants_token and self.headers.get("Authorization") != f"Bearer {TOKEN}":  # type: ignore[attr-defined]
+            if self.server.wants_token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":  # type: ignore[attr-defined]
                 raise Problem(401, "Unauthorized", "no valid token")
             self._route(parts.path, query, body)
         except Problem as p:
@@ -230,31 +238,35 @@ class Handler(BaseHTTPRequestHandler):
         self._chunk(b"")
 
     def _watch(self, kind: str, revision: str | None) -> None:
-        mine: queue.Queue[tuple[str, Doc]] = queue.Queue()
+        mine: queue.Queue[tuple[int, str, Doc]] = queue.Queue()
         with self.hub.lock:
             since = int(revision or self.hub.revision)
-            backlog = [(e, d) for r, e, d in self.hub.history if r > since]
+            if since < self.hub.compacted:
+                raise Problem(410, "Gone", f"revision {since} was compacted")
+            backlog = [(r, e, d) for r, e, d in self.hub.history if r > since]
             self.hub.watchers.append(mine)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         try:
-            for event, doc in backlog:
-                self._event(kind, event, doc)
-            while True:
+            self._chunk(b": watching\n\n")
+            for number, event, doc in backlog:
+                self._event(kind, number, event, doc)
+            while not self.hub.down.is_set():
                 try:
                     self._event(kind, *mine.get(timeout=0.2))
                 except queue.Empty:
                     self._chunk(b": keep-alive\n\n")
         except OSError:
-            self.close_connection = True
+            pass
         finally:
+            self.close_connection = True
             self.hub.watchers.remove(mine)
 
-    def _event(self, kind: str, event: str, doc: Doc) -> None:
+    def _event(self, kind: str, number: int, event: str, doc: Doc) -> None:
         if doc["kind"] == kind:
-            self._chunk(f"event: {event}\ndata: {json.dumps(doc)}\n\n".encode())
+            self._chunk(f"event: {event}\nid: {number}\ndata: {json.dumps(doc)}\n\n".encode())
 
 
 class TcpServer(socketserver.ThreadingTCPServer):

@@ -1,4 +1,4 @@
-"""The program as a whole: exit codes, where messages go, start-up time, signals, pipes."""
+"""The program as a whole: exit codes, where messages go, what it imports, signals, pipes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import pty
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +100,6 @@ def test_no_room_of_the_server_is_imported_by_get(edgeward: Program, hub: Any) -
     assert "web" in done.stdout
     # typer may import pydantic one day by another way; that costs time, but breaks nothing
     assert set(done.stderr.split()) <= {"pydantic"}, done.stderr
-
-
-def test_start_up_time_is_printed(edgeward: Program, hub: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    hub.put(WEB)
-    for args in (("version",), ("get", "apps"), ("get", "apps", "-o", "json")):
-        took = []
-        for _ in range(3):
-            began = time.perf_counter()
-            edgeward(*args)
-            took.append(time.perf_counter() - began)
-        with capsys.disabled():
-            print(f"\nedgeward {' '.join(args)}: {min(took):.3f} s")
 
 
 def test_unreachable_is_6_and_says_what_was_tried(edgeward: Program, tmp_path: Path, dead_port: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import Any
 
 import yaml
@@ -147,3 +148,64 @@ def test_explain_comes_from_the_kind(edgeward: Program) -> None:
     assert json.loads(edgeward("explain", "app.replicas", "-o", "json").stdout)["path"] == "spec.replicas"
     assert "labels" in edgeward("explain", "app.metadata").stdout
     assert "its fields" in edgeward("explain", "app.spec.nonsense", code=5).stderr
+
+
+def test_watch_goes_on_over_a_restart_of_the_server(edgeward: Program, hub: Any) -> None:
+    hub.put(web("web"))
+    running = edgeward.start("get", "apps", "-w", "-o", "name")
+    assert running.stdout.readline() == "app/web\n"
+    hub.put(web("one"))
+    assert running.stdout.readline() == "app/one\n"
+    hub.down.set()
+    assert "trying again until Ctrl-C" in running.stderr.readline()
+    hub.put(web("two"))
+    hub.down.clear()
+    assert running.stderr.readline() == "connected again\n"
+    assert running.stdout.readline() == "app/two\n", "what came meanwhile, and nothing of before"
+    hub.put(web("three"))
+    assert running.stdout.readline() == "app/three\n"
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=120)
+    assert (running.returncode, out) == (130, ""), err
+
+
+def test_a_watch_whose_revision_is_gone_lists_anew_and_tells_the_difference(edgeward: Program, hub: Any) -> None:
+    for name in ("web", "old", "same"):
+        hub.put(web(name))
+    running = edgeward.start("get", "apps", "-w", "-o", "json")
+    shown = [json.loads(running.stdout.readline()) for _ in range(3)]
+    assert {s["object"]["metadata"]["name"] for s in shown} == {"web", "old", "same"}
+    hub.down.set()
+    assert "trying again" in running.stderr.readline()
+    with hub.lock:
+        hub.tell("DELETED", hub.docs.pop(("App", "default", "old")))
+    hub.put(web("new"))
+    hub.set_status("App", "default", "web", {"phase": "Running"})
+    hub.history.clear()
+    hub.compacted = hub.revision
+    hub.down.clear()
+    assert "listed anew" in running.stderr.readline()
+    told = [json.loads(running.stdout.readline()) for _ in range(3)]
+    assert [(t["type"], t["object"]["metadata"]["name"]) for t in told] == [
+        ("DELETED", "old"),
+        ("ADDED", "new"),
+        ("MODIFIED", "web"),
+    ]
+    hub.put(web("new"))
+    assert json.loads(running.stdout.readline())["type"] == "MODIFIED"
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=120)
+    assert running.returncode == 130
+
+
+def test_a_token_that_ends_ends_the_watch(edgeward: Program, hub: Any) -> None:
+    hub.put(web("web"))
+    running = edgeward.start("get", "apps", "-w", "-o", "name")
+    assert running.stdout.readline() == "app/web\n"
+    hub.token = "another"
+    hub.down.set()
+    running.stderr.readline()
+    hub.down.clear()
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == 3, err
+    assert "token" in err

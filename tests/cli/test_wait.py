@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from edgeward.cli.wait import app_state, function_state
+from edgeward.cli.wait import app_state, export_state, function_state
 
 
 def instance(phase: str = "Running", version: str = "v2", **more: Any) -> dict[str, Any]:
@@ -31,6 +31,8 @@ def instance(phase: str = "Running", version: str = "v2", **more: Any) -> dict[s
         ({"phase": "Running", "instances": [instance(), instance(version="v1", node="shop-1")]}, True, "done"),
         # rolled back: all is well but for the phase
         ({"phase": "Degraded", "instances": [instance()], "nodes": {"plant-1": {"phase": "Degraded"}}}, True, "failed"),
+        # a node's own API, of what another node runs
+        ({"phase": "Elsewhere", "elsewhere": ["plant-2"], "message": "runs on plant-2"}, True, "failed"),
         # another node is not heard from yet
         ({"phase": "Degraded", "instances": [instance()], "nodes": {"plant-1": {"phase": "Running"}}}, True, "waiting"),
     ],
@@ -54,3 +56,27 @@ def test_verdicts(status: dict[str, Any], fresh: bool, state: str) -> None:
 )
 def test_a_function_is_waited_for_until_its_nodes_answer_with_it(status: dict[str, object], state: str) -> None:
     assert function_state({"status": status}, 2)[0] == state
+
+
+@pytest.mark.parametrize(
+    ("status", "fresh", "state"),
+    [
+        ({}, True, "waiting"),
+        ({"phase": "Pending", "message": "not heard from: plant-2"}, True, "waiting"),
+        ({"phase": "Flowing"}, True, "done"),
+        ({"phase": "Flowing"}, False, "waiting"),
+        ({"phase": "Flowing", "observedGeneration": 1}, True, "waiting"),
+        ({"phase": "Flowing", "observedGeneration": 2}, False, "done"),
+        ({"phase": "Refusing", "observedGeneration": 2, "message": "plant-1: full"}, True, "done"),
+        ({"phase": "Failed", "observedGeneration": 2, "message": "plant-1: no room"}, True, "failed"),
+        ({"phase": "Flowing", "observedGeneration": 2, "nodes": {"plant-1": {"stale": True}}}, True, "waiting"),
+        # a node's own
+        ({"state": "capturing", "observedGeneration": 2}, True, "done"),
+        ({"state": "failed", "observedGeneration": 2, "message": "no room"}, True, "failed"),
+    ],
+)
+def test_verdicts_on_an_export(status: dict[str, Any], fresh: bool, state: str) -> None:
+    got, shown = export_state({"status": status}, 2, fresh=fresh)
+    assert got == state
+    if state == "failed":
+        assert "no room" in shown

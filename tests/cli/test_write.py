@@ -140,6 +140,24 @@ def test_wait_until_running_or_failed(edgeward: Program, hub: Any) -> None:
     assert "in time" in err and "edgeward describe app web" in err
 
 
+def test_wait_for_an_export_to_flow(edgeward: Program, hub: Any) -> None:
+    file = edgeward.home / "line.yaml"
+    file.write_text(
+        "apiVersion: edgeward/v1\nkind: Export\nmetadata: {name: line1}\nspec:\n  from: {mqtt: sensors/#}\n"
+        "  to: {hub: {stream: line1}}\n"
+    )
+    for phase, code in (("Flowing", 0), ("Failed", 1)):
+        hub.docs.clear()
+        running = edgeward.start("apply", "--wait", "-f", str(file), "--timeout", "100s")
+        assert running.stdout.readline() == "export/line1 created\n"
+        hub.set_status("Export", "default", "line1", {"phase": "Pending", "message": "not heard from: plant-1"})
+        hub.set_status("Export", "default", "line1", {"phase": phase, "message": "plant-1: no room"})
+        _, err = running.communicate(timeout=120)
+        assert running.returncode == code, err
+        assert phase in err
+    assert "edgeward describe export line1" in err
+
+
 def test_wait_of_an_update_does_not_believe_the_old_status(edgeward: Program, hub: Any) -> None:
     file = edgeward.home / "web.yaml"
     file.write_text(WEB)

@@ -47,7 +47,8 @@ def test_an_export_that_refuses_does_so_on_a_cut_site_and_over_a_kill_of_the_age
         "identity": "$.id",
         "bounds": {"bytes": "64Ki", "onFull": "refuse"},
     }
-    system.apply({"kind": "Export", "metadata": {"name": "line1"}, "spec": spec})
+    system.apply({"kind": "Export", "metadata": {"name": "line1"}, "spec": spec}, "--wait")
+    assert system.get("export", "line1")["status"]["phase"] == "Flowing"
     node = system.context["nodes"][0]
     publisher = Publisher(node["mqtt_url"], node["mqtt_user"], node["mqtt_password"], rate=500)
 
@@ -61,7 +62,6 @@ def test_an_export_that_refuses_does_so_on_a_cut_site_and_over_a_kill_of_the_age
             return str(at_node()["state"])
         return ""
 
-    system.wait("the capture", lambda: state() == "capturing")
     system.run("lab", "cut", "plant")
     publisher.start()
     try:

@@ -24,9 +24,10 @@ from edgeward.streams.cloud import StreamsCloud, fold_export
 load()
 
 
-def export(stream: str, keep: str | int = "4Gi") -> Resource:
+def export(stream: str, keep: str | int = "4Gi", **more: Any) -> Resource:
     doc = {"apiVersion": "edgeward/v1", "kind": "Export", "metadata": {"name": "e"}}
-    return decode(doc | {"spec": {"from": {"mqtt": "s/#"}, "to": {"hub": {"stream": stream, "keep": keep}}}})
+    spec = {"from": {"mqtt": "s/#"}, "to": {"hub": {"stream": stream, "keep": keep}}, **more}
+    return decode(doc | {"spec": spec})
 
 
 @asynccontextmanager
@@ -166,10 +167,36 @@ def test_streams_are_kept_to_the_most_that_an_export_declares(tmp_path: Path) ->
     asyncio.run(body())
 
 
+def node(name: str, site: str = "plant", online: bool = True) -> Resource:
+    doc = {"apiVersion": "edgeward/v1", "kind": "Node", "metadata": {"name": name}, "spec": {"site": site}}
+    return msgspec.structs.replace(decode(doc), status={"online": online})
+
+
 def test_an_exports_status_is_what_its_nodes_say() -> None:
-    reports = {"b": {"pending": 1}, "a": {"pending": 2}}
-    folded = fold_export(export("line"), [], reports)
+    one = {"state": "capturing", "observedGeneration": 2, "pending": 1}
+    reports = {"b": one, "a": one | {"pending": 2}}
+    folded = fold_export(export("line"), [node("a"), node("b")], reports)
     assert list(folded["nodes"]) == ["a", "b"]
-    assert folded == {"nodes": reports}
+    assert folded == {"phase": "Flowing", "nodes": reports, "observedGeneration": 2}
     folded["nodes"]["a"]["pending"] = 9
     assert reports["a"]["pending"] == 2
+
+
+def test_an_exports_phase_is_the_worst_that_a_node_says() -> None:
+    one = {"state": "capturing", "observedGeneration": 2}
+    nodes = [node("a"), node("b", online=False), node("c", "elsewhere")]
+
+    def folded(placement: dict[str, Any] | None = None, **reports: dict[str, Any]) -> dict[str, Any]:
+        e = export("line", placement=placement or {"site": "plant"})
+        return fold_export(e, nodes, reports)
+
+    assert folded(a=one)["phase"] == "Pending"
+    assert folded(a=one)["message"] == "not heard from: b"
+    both = folded(a=one | {"state": "refusing", "message": "full"}, b=one | {"observedGeneration": 1})
+    assert (both["phase"], both["message"], both["observedGeneration"]) == ("Refusing", "a: full", 1)
+    assert both["nodes"]["b"]["stale"], "an offline node's word is its last"
+    assert "stale" not in both["nodes"]["a"]
+    assert folded(a=one | {"state": "failed", "message": "no room"}, b=one)["message"] == "a: no room"
+    assert folded(a=one | {"state": "failed"}, b=one)["phase"] == "Failed"
+    assert folded({"site": "none"})["message"] == "no node matches the placement"
+    assert "observedGeneration" not in folded(a={"state": "capturing"}, b=one), "an older release does not say it"

@@ -46,6 +46,19 @@ class Desired:
                 found[app.metadata.namespace, app.metadata.name] = (app, count)
         return found
 
+    def elsewhere(self, key: Key) -> dict[str, Any]:
+        """What this node can say of an App of which it runs nothing: which nodes of its site do, as far as it knows."""
+        app = self._replica.find(key)
+        if app is None or app.metadata.deletionTimestamp:
+            return {}
+        if not app.spec.replicas:
+            return {"phase": "Stopped"}
+        nodes = self.nodes()
+        found = sorted(n.metadata.name for n in nodes if share(app, nodes, n.metadata.name))
+        if not found:
+            return {"phase": "Pending", "message": f"no node of site {self._site} matches the placement"}
+        return {"phase": "Elsewhere", "elsewhere": found, "message": f"runs on {', '.join(found)}, not on this node"}
+
     def config(self, namespace: str, name: str) -> dict[str, str] | None:
         found = self._replica.find(Key("Config", namespace, name))
         return dict(found.spec.data) if found else None

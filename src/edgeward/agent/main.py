@@ -445,14 +445,22 @@ class Agent:
 
     def _status(self, key: Key, status: dict[str, Any] | None) -> None:
         self.link.report(key, status)
+        self._keep(key, status or {})
+
+    def _keep(self, key: Key, status: dict[str, Any]) -> None:
+        """What the node's own API shows."""
         if self.replica.find(key) is not None:
-            self._spawn(self.replica.put_status(key, status or {}))
+            self._spawn(self.replica.put_status(key, status))
 
     def _app_status(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
         key = Key("App", namespace, name)
         self.desired.said(key, status)
         self.plane.poke()  # where its Services are may be new
-        self._status(key, status)
+        if status is None:
+            self.link.report(key, None)
+            self._keep(key, self.desired.elsewhere(key))
+        else:
+            self._status(key, status)
 
     def _export_status(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
         self._status(Key("Export", namespace, name), status)

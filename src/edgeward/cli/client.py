@@ -298,17 +298,29 @@ class Api:
         if rest:
             yield rest.decode("utf-8", "replace").rstrip("\r")
 
-    def sse(self, path: str, *, query: Mapping[str, str] | None = None) -> Iterator[tuple[str, Doc]]:
-        """Server-sent events as (event, data). An event called ``ERROR`` is raised."""
-        event, data = "", list[str]()
+    def sse(
+        self,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        note: Callable[[str, str], None] = lambda what, value: None,
+    ) -> Iterator[tuple[str, Doc]]:
+        """Server-sent events as (event, data). An event called ``ERROR`` is raised. ``note`` hears of ``open``, when
+        the first line comes, and of each event's ``id`` when the event was taken."""
+        event, data, number, silent = "", list[str](), "", True
         for line in self.lines(path, query=query, accept="text/event-stream", follow=True):
+            if silent:
+                silent = False
+                note("open", "")
             if not line:
                 if data:
                     doc = json.loads("\n".join(data))
                     if event.upper() == "ERROR":
                         raise from_problem(doc)
                     yield event or "message", doc
-                event, data = "", []
+                if number:
+                    note("id", number)
+                event, data, number = "", [], ""
                 continue
             name, _, value = line.partition(":")
             value = value.removeprefix(" ")
@@ -316,6 +328,8 @@ class Api:
                 event = value
             elif name == "data":
                 data.append(value)
+            elif name == "id":
+                number = value
 
     # -- resources -----------------------------------------------------------------------------------------------
 
@@ -345,13 +359,21 @@ class Api:
             query["continue"] = onward
 
     def watch(
-        self, kind: Kind, namespace: str | None, *, since: str = "", labels: str = "", fields: str = ""
+        self,
+        kind: Kind,
+        namespace: str | None,
+        *,
+        since: str = "",
+        labels: str = "",
+        fields: str = "",
+        note: Callable[[str, str], None] = lambda what, value: None,
     ) -> Iterator[tuple[str, Doc]]:
-        """Changes behind revision ``since`` (or from now on): (ADDED, MODIFIED, DELETED or BOOKMARK, resource)."""
+        """Changes behind revision ``since`` (or from now on): (ADDED, MODIFIED, DELETED or BOOKMARK, resource).
+        ``note`` as of :meth:`sse`; an id is the revision to go on behind."""
         query = _selectors(labels, fields) | {"watch": "true"}
         if since:
             query["resourceVersion"] = since
-        return self.sse(self.path(kind, namespace), query=query)
+        return self.sse(self.path(kind, namespace), query=query, note=note)
 
     def create(self, kind: Kind, namespace: str | None, doc: Doc, *, dry_run: bool = False) -> Doc:
         return self.request("POST", self.path(kind, namespace), body=doc, query=_dry(dry_run))

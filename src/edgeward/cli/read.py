@@ -49,7 +49,9 @@ def get(
     words: Words,
     selector: Labels = "",
     fields: Fields = "",
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on printing changes until Ctrl-C.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Go on printing changes until Ctrl-C, over restarts of the server.")
+    ] = False,
     show_secrets: Annotated[bool, typer.Option("--show-secrets", help="Print secret values in -o json|yaml.")] = False,
 ) -> None:
     """List resources, or print some.
@@ -128,7 +130,7 @@ def _print(
 def _watch(
     session: Session, api: Api, target: Target, selector: str, fields: str, output: str, show_secrets: bool
 ) -> None:
-    from edgeward.cli.client import revision
+    from edgeward.cli.follow import Follower
 
     kind = target.kind
     if target.name is not None:
@@ -156,7 +158,10 @@ def _watch(
         _flush()
 
     show("ADDED", docs, header=True)
-    for event, doc in api.watch(kind, namespace, since=revision(listing), labels=selector, fields=fields):
+    follower = Follower(
+        api, kind, namespace, listing, labels=selector, fields=fields, say=lambda text: typer.echo(text, err=True)
+    )
+    for event, doc in follower.changes():
         if event in ("ADDED", "MODIFIED", "DELETED") and target.name in (None, doc.get("metadata", {}).get("name")):
             show(event, [doc])
 

@@ -46,6 +46,8 @@ def app_state(doc: Mapping[str, Any], generation: int, *, fresh: bool) -> tuple[
     shown = phase + (f" {running}/{len(instances)}" if instances else "") + (f": {reason}" if reason else "")
     if phase == "Failed":
         return "failed", shown
+    if phase == "Elsewhere":  # a node's own API knows of its own instances only
+        return "failed", f"{shown} (ask there, or the hub)"
     stale = sorted({str(i.get("node")) for i in instances if i.get("stale")})
     if stale:
         return "waiting", f"{phase}, but not heard from: {', '.join(stale)}"
@@ -70,6 +72,34 @@ def function_state(doc: Mapping[str, Any], generation: int) -> tuple[str, str]:
     if phase in ("Failed", "Refused", "Degraded"):
         return "failed", shown
     return ("done" if phase == "Running" else "waiting"), shown
+
+
+def export_state(doc: Mapping[str, Any], generation: int, *, fresh: bool) -> tuple[str, str]:
+    """The same of an Export, from the hub's status or a node's own: done when every node that takes part captures or,
+    being full, refuses. Pure."""
+    status = doc.get("status") or {}
+    words = {"capturing": "Flowing", "refusing": "Refusing", "failed": "Failed"}
+    phase = str(status.get("phase") or words.get(str(status.get("state")), "Pending"))
+    reason = str(status.get("message") or "")
+    observed = status.get("observedGeneration")
+    if observed < generation if isinstance(observed, int) else not fresh:
+        return "waiting", "waits for its nodes to take it over"
+    shown = phase + (f": {reason}" if reason and phase != "Flowing" else "")
+    if phase == "Failed":
+        return "failed", shown
+    nodes: Mapping[str, Any] = status.get("nodes") or {}
+    stale = sorted(n for n, r in nodes.items() if isinstance(r, Mapping) and r.get("stale"))
+    if stale:
+        return "waiting", f"{phase}, but not heard from: {', '.join(stale)}"
+    return ("done" if phase in ("Flowing", "Refusing") else "waiting"), shown
+
+
+#: Kinds that have something to wait for, and where a failure is explained.
+_STATES: dict[str, tuple[Callable[..., tuple[str, str]], str]] = {
+    "App": (app_state, "logs"),
+    "Function": (lambda doc, generation, fresh: function_state(doc, generation), "functions logs"),
+    "Export": (export_state, "describe export"),
+}
 
 
 def _versions(instances: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
@@ -114,7 +144,8 @@ class Progress:
 def wait_ready(
     api: Api, written: Sequence[tuple[Kind, str | None, Doc, str]], patience: float
 ) -> Iterator[EdgewardError]:
-    """Waits until all apps and functions run; yields the error of each that does not. Other kinds need no wait.
+    """Waits until all Apps and Functions run and all Exports flow; yields the error of each that does not. Other kinds
+    need no wait.
 
     The last of each tuple is what apply did: created, configured, unchanged.
     """
@@ -122,9 +153,9 @@ def wait_ready(
     deadline = began + patience
     with Progress() as progress:
         for kind, namespace, doc, verb in written:
-            if kind.name not in ("App", "Function"):
+            if kind.name not in _STATES:
                 continue
-            logs = "logs" if kind.name == "App" else "functions logs"
+            state_of, explained = _STATES[kind.name]
             name = doc["metadata"]["name"]
             generation = int(doc["metadata"].get("generation") or 0)
 
@@ -136,19 +167,16 @@ def wait_ready(
                 name: str = label,
                 generation: int = generation,
                 settled: float = settled,
-                kind: Kind = kind,
-                logs: str = logs,
+                state_of: Callable[..., tuple[str, str]] = state_of,
+                explained: str = explained,
             ) -> EdgewardError | bool:
                 if now is None:
                     return NotFound("was deleted while waited for", resource=name)
-                if kind.name == "App":
-                    state, text = app_state(now, generation, fresh=time.monotonic() >= settled)
-                else:
-                    state, text = function_state(now, generation)
+                state, text = state_of(now, generation, fresh=time.monotonic() >= settled)
                 progress.show(name, text)
                 if state == "failed":
                     return EdgewardError(
-                        f"is {text}", resource=name, remedy=f"see: edgeward {logs} {name.partition('/')[2]}"
+                        f"is {text}", resource=name, remedy=f"see: edgeward {explained} {name.partition('/')[2]}"
                     )
                 return state == "done"
 

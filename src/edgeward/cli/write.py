@@ -53,7 +53,9 @@ def apply(
     session: Session,
     filename: Files = None,
     dry_run: DryRun = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Until apps run; fails when one fails.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until Apps and Functions run and Exports flow; fails when one fails.")
+    ] = False,
     timeout: Timeout = "120s",
 ) -> None:
     """Create or update what files declare.

@@ -26,6 +26,7 @@ from edgeward.core.errors import Invalid, NotFound, Unreachable
 from edgeward.core.jsread import read_batch
 from edgeward.core.quantity import parse_bytes
 from edgeward.core.resource import Resource, check_name
+from edgeward.core.scope import NodeView, matches
 from edgeward.streams.spec import HARD_CAP
 
 log = logging.getLogger("edgeward.streams")
@@ -36,8 +37,34 @@ _BATCH = 64
 
 
 def fold_export(export: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """An Export's status: what each node says of its capture."""
-    return {"nodes": {n: dict(r) for n, r in sorted(reports.items())}}
+    """An Export's status: what each node says of its capture, and one phase: ``Pending`` (somebody is still to take it
+    up), ``Flowing``, ``Refusing`` (full somewhere, and declared to refuse) or ``Failed``."""
+    placed = []
+    for n in nodes:
+        if matches(export.spec.placement, NodeView(n.metadata.name, n.spec.site, (n.metadata.labels,))):
+            placed.append(n)
+    offline = {n.metadata.name for n in placed if not n.status.get("online")}
+    silent = [n.metadata.name for n in placed if n.metadata.name not in reports]
+    states = {n: str(r.get("state", "")) for n, r in reports.items()}
+    messages = [f"{n}: {r['message']}" for n, r in sorted(reports.items()) if r.get("message")]
+    phase = "Flowing"
+    if "failed" in states.values():
+        phase = "Failed"
+    elif silent or not placed:
+        phase = "Pending"
+        messages.append(f"not heard from: {', '.join(sorted(silent))}" if silent else "no node matches the placement")
+    elif "refusing" in states.values():
+        phase = "Refusing"
+    status: dict[str, Any] = {
+        "phase": phase,
+        "nodes": {n: {**r, "stale": True} if n in offline else dict(r) for n, r in sorted(reports.items())},
+    }
+    seen = [reports[n.metadata.name].get("observedGeneration") for n in placed if n.metadata.name in reports]
+    if seen and all(isinstance(g, int) for g in seen):  # a node of the release before does not say it
+        status["observedGeneration"] = min(int(g or 0) for g in seen)
+    if messages:
+        status["message"] = "; ".join(messages)
+    return status
 
 
 def _payload(data: bytes) -> Any:

@@ -58,6 +58,8 @@ def queue_spec(export: Resource) -> QueueSpec:
 class _Running(msgspec.Struct):
     spec: ExportSpec
     capture: Capture
+    #: Of the Export that is in force.
+    generation: int = 0
     task: asyncio.Task[None] | None = None
     #: Its bounds are reached and it is to refuse.
     full: bool = False
@@ -108,6 +110,7 @@ class ExportsEdge:
             for key, export in wanted.items():
                 old = self._running.get(key)
                 if old is not None and old.spec == export.spec:
+                    old.generation = export.metadata.generation
                     continue
                 await self._try(key, export)
             self._told = True
@@ -119,7 +122,7 @@ class ExportsEdge:
             await self._begin(key, export)
         except EdgewardError as e:
             log.warning("export %s/%s: %s", *key, e)
-            self._report(*key, {"state": "failed", "message": str(e)})
+            self._report(*key, {"state": "failed", "observedGeneration": export.metadata.generation, "message": str(e)})
             self._failed[key] = export
 
     async def prune(self, exports: list[Resource]) -> None:
@@ -158,7 +161,9 @@ class ExportsEdge:
             await capture.close(forget=False)
             raise
         # what an earlier run closed stays so until it is known that there is room
-        running = _Running(spec, capture, full=self._turnstile.closed.issuperset(filters(spec.source.mqtt)))
+        running = _Running(
+            spec, capture, export.metadata.generation, full=self._turnstile.closed.issuperset(filters(spec.source.mqtt))
+        )
         self._running[key] = running
         if self._group is not None:
             running.task = self._group.create_task(capture.run())
@@ -250,6 +255,7 @@ class ExportsEdge:
         exact = "exactly-once" if spec.identity else "at-least-once: no identity is declared"
         status = {
             "state": "capturing",
+            "observedGeneration": running.generation,
             "publisherToBroker": exact,
             "brokerToHub": "exactly-once",
             "accepted": counters.get("accepted", 0),

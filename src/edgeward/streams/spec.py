@@ -125,8 +125,18 @@ def _usage(r: Resource) -> dict[str, float | None]:
     return {"bytes": parse_bytes(r.spec.bounds.bytes)}
 
 
+#: What a node's own API says of it, in the hub's words.
+_PHASES = {"capturing": "Flowing", "refusing": "Refusing", "failed": "Failed"}
+
+
+def _phase(d: dict[str, Any]) -> str:
+    status = d.get("status", {})
+    return str(status.get("phase") or _PHASES.get(status.get("state", ""), "Pending"))
+
+
 def _pending(d: dict[str, Any]) -> int:
-    return sum(int(n.get("pending", 0)) for n in d.get("status", {}).get("nodes", {}).values())
+    status = d.get("status", {})
+    return sum(int(n.get("pending", 0)) for n in (status.get("nodes") or {"here": status}).values())
 
 
 kinds.add(
@@ -141,6 +151,7 @@ kinds.add(
         refs=_refs,
         usage=_usage,
         columns=(
+            Column("PHASE", _phase),
             Column("FROM", lambda d: d["spec"]["from"]["mqtt"]),
             Column("STREAM", lambda d: d["spec"]["to"]["hub"]["stream"]),
             Column("PRIORITY", lambda d: d["spec"].get("priority", 5), wide=True),

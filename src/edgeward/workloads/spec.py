@@ -293,6 +293,8 @@ def _service_refs(r: Resource) -> list[Ref]:
 
 
 def _ready(d: dict[str, Any]) -> str:
+    if elsewhere := d.get("status", {}).get("elsewhere"):  # a node's own API, of what other nodes of its site run
+        return f"on {','.join(elsewhere)}"
     instances = d.get("status", {}).get("instances", [])
     return f"{sum(i.get('phase') == 'Running' for i in instances)}/{len(instances)}"
 
