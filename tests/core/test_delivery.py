@@ -6,7 +6,24 @@ import random
 
 import pytest
 
-from edgeward.core.delivery import Bucket, Cursor, ack_timeout, batch_size, start_at, taken_over
+from edgeward.core.delivery import Bucket, Cursor, Mark, ack_timeout, age, batch_size, start_at, taken_over
+
+
+def test_the_age_of_a_batch_does_not_depend_on_who_sets_the_clock() -> None:
+    now, day = 1_790_000_000.0, 86400.0
+    here = Mark("run2", 5000.0)
+    assert Mark.parse(str(here)) == here
+    for text in ("", "x", "run:", "run:-1", ":5", "run:nan", "run:1e9"):
+        assert Mark.parse(text) is None
+    ten_ago = Mark("run2", 4990.0)
+    for wall in (100.0, now - day, now, now + 400 * day):
+        for stamp in (100.0, now - day, now, now + 400 * day):
+            assert age(stamp, ten_ago, wall, here) == 10
+    before = Mark("run1", 9e6)
+    assert age(now - day, before, now, here) == day, "the machine was off: the wall clock tells"
+    assert age(100.0, before, now, here) == 5000, "stamped by a clock that was never set: at least since the start"
+    assert age(now - day, before, 100.0, here) == 5000, "the clock is not set yet"
+    assert age(now - day, None, now, here) == day
 
 
 class Simulation:

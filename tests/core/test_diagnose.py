@@ -65,6 +65,8 @@ CASES: list[tuple[str, Callable[[], Any], list[str]]] = [
     ("no nats", lambda: d.machine(**MACHINE | {"nats_error": "is not installed"}), ["ok", "ok", "fail"]),
     ("a certificate", lambda: d.certificate("c", NOW - 10, NOW + 90, NOW), ["ok"]),
     ("late", lambda: d.certificate("c", NOW - 90, NOW + 10, NOW), ["warn"]),
+    ("ours", lambda: d.certificate("c", 0.0, NOW + 90, NOW, NOW - 10), ["ok"]),
+    ("ours, late", lambda: d.certificate("c", 0.0, NOW + 10, NOW, NOW - 90), ["warn"]),
     ("over", lambda: d.certificate("c", NOW - 90, NOW - 1, NOW), ["fail"]),
     ("not yet", lambda: d.certificate("c", NOW + 5, NOW + 90, NOW), ["fail"]),
     ("the key is away", lambda: d.recovery_key(False), ["ok"]),

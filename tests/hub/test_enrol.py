@@ -245,7 +245,7 @@ def test_what_a_certificate_at_renewal_must_be(tmp_path: Path) -> None:
             from edgeward.core.certs import check_csr, pem
 
             csr = check_csr(make_csr("box", key := new_key()), "box")
-            forged = pem(foreign.node(csr, "box", now, now + DAY))
+            forged = pem(foreign.node(csr, "box", now + DAY))
             builder = x509.CertificateBuilder().subject_name(cn("box")).issuer_name(hub.identity.authority.cert.subject)
             import datetime
 
@@ -293,9 +293,11 @@ def test_nonces_are_ours_fresh_and_used_once(tmp_path: Path) -> None:
     run(body())
 
 
-def test_a_revoked_node_is_cut_at_once_and_for_good(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 2 * DAY], ids=["", "set back since"])
+def test_a_revoked_node_is_cut_at_once_and_for_good(tmp_path: Path, ahead: float) -> None:
     async def body() -> None:
         async with open_hub(tmp_path) as hub:
+            hub.shift = ahead  # the hub's clock was wrong when it gave the credentials, and was set right then
             identity, other = await hub.join(await hub.token()), await hub.join(await hub.token("other"))
             async with hub.leaf(identity, "box") as leaf, hub.leaf(other, "other") as bystander:
                 await until(leaf.linked)
@@ -304,6 +306,7 @@ def test_a_revoked_node_is_cut_at_once_and_for_good(tmp_path: Path) -> None:
                 node = Key("Node", CLUSTER, "box")
                 await until(lambda: _status(hub, node, online=True))
                 pids = (hub.fleet.server.pid, bystander.server.pid)
+                hub.shift = 0
                 await hub.enrolment.revoke("box", "ann")
                 status = hub.fleet.store.get(node).status
                 assert (status["online"], status["revoked"]) == (False, True), "when the call returns it is so"

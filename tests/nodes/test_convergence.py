@@ -43,9 +43,20 @@ class Clock(NamedTuple):
     def time(self) -> float:
         return time.time() + self.step[0]
 
-    @staticmethod
-    def monotonic() -> float:
-        return time.monotonic()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+class SiteClock(NamedTuple):
+    """Stands for the replica's module ``clock``: its steady clock steps when the machine is started anew."""
+
+    step: list[float]
+
+    def steady(self) -> float:
+        return time.time() + self.step[0]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(clock, name)
 
 
 class Model:
@@ -294,6 +305,7 @@ def test_hub_and_site_always_converge_to_the_declared_winner(
     hub: Loop, monkeypatch: pytest.MonkeyPatch, rule: str, script: list[tuple[Any, ...]]
 ) -> None:
     clocks = {"hub": [0.0], "site": [0.0]}
-    monkeypatch.setattr(replica_module, "time", Clock(clocks["site"]))
+    monkeypatch.setattr(replica_module, "clock", SiteClock(clocks["site"]))
     monkeypatch.setattr(clock, "time", Clock(clocks["hub"]))
+    monkeypatch.setattr(clock, "_base", [0.0])
     hub.run(play(hub, rule, script, clocks))

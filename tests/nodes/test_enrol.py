@@ -347,6 +347,22 @@ def test_without_a_link_what_the_hub_says_decides() -> None:
     assert step(NOW + 400 * DAY, down_for=25, probe="unreachable", probes=1)[0] == "probe"
 
 
+def test_a_clock_that_is_wrong_makes_no_node_renew_again_and_again() -> None:
+    """Ahead by years, or at 1970: with the link, and without it."""
+    for now in (NOW + 400 * DAY, 100.0):
+        renewed = msgspec.structs.replace(GOOD, renewed=0.0)
+        assert rules.next_step(renewed, now, 0.0) == ("wait", 60.0)
+        assert rules.next_step(msgspec.structs.replace(GOOD, renewed=59 * DAY), now, 0.0) == ("wait", 60.0)
+        assert rules.next_step(msgspec.structs.replace(GOOD, renewed=60 * DAY), now, 0.0) == ("renew", 0.0)
+        waits = []
+        for vain in range(1, 9):
+            out = msgspec.structs.replace(GOOD, down_for=30, probe="reachable", probes=1, vain=vain, renewed=0.0)
+            act, wait = rules.next_step(out, now, 1.0)
+            assert act == "renew"
+            waits.append(wait)
+        assert waits == [5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0, 60.0]
+
+
 @given(st.floats(0.001, 1e8), st.integers(0, 1000), st.sampled_from(["", "unreachable", "untrusted", "reachable"]),
        st.integers(0, 9), st.floats(-1e9, 1e10), st.floats(0, 1), st.floats(1, 1e8))  # fmt: skip
 def test_a_node_never_sleeps_for_long(

@@ -92,6 +92,7 @@ def test_a_dump_that_is_not_understood_does_no_harm() -> None:
 
 class Talker:
     online = False
+    silence = 0.0
     changes = 0
 
     def link_changed(self) -> None:
@@ -113,6 +114,15 @@ def test_a_link_that_gives_no_answer_is_dialled_anew_and_a_slow_hub_is_not_storm
         for now in range(1, 200):
             await watch.step([one(1, 100 + now, unacked=1, silent_ms=60_000)], now)
         assert again == [], "the hub answers: whatever the kernel says"
+        talk.silence = 60.0
+        await watch.step([one(1, 300, unacked=1, silent_ms=60_000)], now)
+        assert again == [now], "TCP waits ever longer, and the hub is not heard: before the node is taken for gone"
+        talk.silence = 0.0
+        again.clear()
+        for n in range(20):
+            now += 1
+            await watch.step([one(1, 301 + n, unacked=1, silent_ms=60_000)], now)
+        assert again == []
         talk.online = False
         await watch.step([one(1, 400, unacked=1, silent_ms=11_000)], now)
         assert again == [now], "stuck: at once"

@@ -164,6 +164,20 @@ def test_more_and_fewer_replicas() -> None:
     assert len(w.instances) == 1
 
 
+def test_a_back_off_from_before_the_clock_was_set_back_holds_nothing_up() -> None:
+    """The machine lost its power, and woke up in 1970: what the disk says of times is far in the future."""
+    rules, now = Rules(1, backoff_max=30.0), 100.0
+    for not_before, waits in ((now + 20, True), (now + 1e9, False)):
+        state = State(current="a", slots={slot_key("a", 0): Slot(restarts=3, not_before=not_before)})
+        p = plan("a", rules, state, [], now)
+        assert bool(p.actions) is not waits
+        assert (p.look_at == not_before) is waits
+    old = Seen("1", "b", 0, True, healthy=True, healthy_since=1.0)
+    mine = Seen("2", "a", 0, True, healthy=True, healthy_since=1.0)
+    p = plan("a", rules, State(current="a", switched_at=1e9), [old, mine], now)
+    assert p.look_at <= now + rules.drain, "nor does an older version stay for years"
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("seed", range(150))
 def test_killed_at_any_step_it_ends_with_one_whole_version_and_never_none(seed: int, fixed: bool) -> None:

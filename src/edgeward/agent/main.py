@@ -32,6 +32,7 @@ from edgeward.agent.keeper import Keeper
 from edgeward.agent.kinds import load
 from edgeward.agent.listen import Listener, address_of, needs_token
 from edgeward.agent.replica import Replica
+from edgeward.agent.timekeeping import Timekeeper
 from edgeward.core import clock, daemon
 from edgeward.core.access import Action, declare, needs, record_routes, top_sift
 from edgeward.core.api import Auth, Gate, build_app, read_body
@@ -120,6 +121,7 @@ class Agent:
         self.stop_apps = config.get("onStop", "leave") == "stop"
         self.run_file = daemon.RunFile(data / "run.json")
         self.api_socket = daemon.socket_path(data, "api.sock")
+        clock.keep_steady(data / "clock.json")
         self.identity = NodeIdentity.open(data / "identity")
         if self.identity.enrolled:
             self.identity.trust()
@@ -142,7 +144,7 @@ class Agent:
             address=self.address,
             vault=self.vault,
         )
-        self.tokens = AccessTokens(self.replica, site=self.site)
+        self.tokens = AccessTokens(self.replica, site=self.site, now=self._now)
         listen = address_of(config.get("api"))
         self.listener = Listener(self.identity, listen, self._say) if listen else None
         self.gateway = dict(config.get("gateway") or {})
@@ -251,6 +253,9 @@ class Agent:
                 ports = [urlsplit(u).port or (80 if spec.proxy else 443) for u in urls]
                 self.wan = LinkWatch(self.link, ports, lambda: nats.pid, again)
                 group.create_task(self.wan.run())
+                issued = lambda: self.identity.lease[0] if self.identity.enrolled else 0.0  # noqa: E731
+                keeper = Timekeeper(self.link.hub_clock, issued, self._event, self._report_node, again)
+                group.create_task(keeper.run())
             group.create_task(nats.run())
             group.create_task(self.outbox.run())
             group.create_task(exports.run())
@@ -496,6 +501,7 @@ class Agent:
                 "python": platform.python_version(),
                 "enforced": self.apps.enforced(),
                 "secrets": {"sealed": True, "key": self.vault.source},
+                "clock": self.link.hub_clock.status(clock.now(), clock.steady()),
                 "audit": {"last": head.seq, "hash": head.hash} if (head := self._audit_head()) else {},
                 **(
                     {"notUnderstood": [str(k) for k in sorted(strange)[:20]]}
@@ -504,6 +510,11 @@ class Agent:
                 ),
             }
         )
+
+    def _now(self) -> float:
+        """The hub's time, as far as it is known: a token does not live longer because this box's clock is wrong."""
+        least = self.identity.lease[0] if self.identity.enrolled else 0.0
+        return self.link.hub_clock.best(clock.now(), clock.steady(), least)
 
     def _who(self, token: str | None, client: Any) -> Principal:
         """The socket is its owner's: who can open it without a token is this machine's administrator."""

@@ -13,7 +13,6 @@ stays as it was last understood, :meth:`Replica.strange` says so, and an agent o
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -319,7 +318,7 @@ class Replica(Store):
             row.base = row.hub_revision if row.hub is not None else 0
         self._seq += 1
         row.first = row.first if row.op else self._seq
-        row.op, row.seq, row.changed_at, row.actor = op, self._seq, time.time(), self.actor
+        row.op, row.seq, row.changed_at, row.actor = op, self._seq, clock.steady(), self.actor
 
     async def _put(self, resource: Resource, old: Entry | None) -> Resource:
         before: dict[Key, _Row | None] = {}

@@ -345,7 +345,8 @@ def _certificates(place: Place) -> Iterator[Check]:
         with contextlib.suppress(OSError, ValueError):
             cert = x509.load_pem_x509_certificate(path.read_bytes())
             begin, end = cert.not_valid_before_utc.timestamp(), cert.not_valid_after_utc.timestamp()
-            yield diagnose.certificate(f"{place.path.name}: {path.name}", begin, end, time.time())
+            made = path.stat().st_mtime
+            yield diagnose.certificate(f"{place.path.name}: {path.name}", begin, end, time.time(), made)
 
 
 def _disk(folder: Path) -> list[Check]:

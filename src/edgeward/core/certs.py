@@ -25,15 +25,18 @@ from edgeward.core.errors import Conflict, Invalid, Refused
 from edgeward.core.files import ensure_dir, remove, write_atomic
 
 CA_LIFE = timedelta(days=3652)
-SERVER_LIFE = timedelta(days=397)  # what browsers accept
+SERVER_LIFE = timedelta(days=397)
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 #: A node's certificate is for NAME and this: a node that is called like the hub's host must not pass for it.
 NODE_DOMAIN = ".node.edgeward.internal"
 #: Bounds of what strangers send.
 MAX_PEM = 8192
 MAX_LINKS = 64
-#: An edge box's clock may be behind the hub's: by hours, when somebody mistook the time zone.
-EARLY = timedelta(days=1)
+#: When all certificates begin. A box without a battery wakes up in 1970 and must get in to hear the time, and one whose
+#: zone was mistaken is hours behind. A beginning protects from nothing here; the end counts.
+BEGIN = datetime(1970, 1, 1, tzinfo=UTC)
+#: This release was made later. A hub whose clock says less was never set: its certificates end as if it were now.
+MADE = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 class Link(msgspec.Struct, omit_defaults=True):
@@ -292,17 +295,16 @@ class Authority:
         present = _load_issued(path, self.cert)
         if present is not None:
             have = set(present.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
-            left = present.not_valid_after_utc - datetime.now(UTC)
-            if wanted <= have and left > (present.not_valid_after_utc - present.not_valid_before_utc) / 3:
+            left = present.not_valid_after_utc - _now()
+            if wanted <= have and left > SERVER_LIFE / 3:
                 return False
         else:
             have = _names_of(path)
         wanted |= have
         key = new_key()
         common = next((n for n in names if n not in LOCAL_NAMES), "edgeward hub")[:64]
-        begin = datetime.now(UTC) - EARLY
         cert = (
-            _builder(common, key.public_key(), self.cert.subject, begin, begin + SERVER_LIFE)
+            _builder(common, key.public_key(), self.cert.subject, _now() + SERVER_LIFE)
             .add_extension(x509.SubjectAlternativeName(sorted(wanted, key=str)), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage(usage), critical=False)
@@ -312,15 +314,15 @@ class Authority:
         write_atomic(path, key_pem(key) + pem(cert).encode())
         return True
 
-    def node(self, csr: x509.CertificateSigningRequest, node: str, issued: float, expires: float) -> x509.Certificate:
+    def node(self, csr: x509.CertificateSigningRequest, node: str, expires: float) -> x509.Certificate:
         """The certificate of a checked request: that node's name, nothing of what else the request asks for."""
         key = csr.public_key()
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise Invalid("its key is not of the kind P-256", field="$.csr")
-        begin, end = datetime.fromtimestamp(issued, UTC) - EARLY, datetime.fromtimestamp(expires, UTC)
+        end = datetime.fromtimestamp(expires, UTC)
         usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         return (
-            _builder(node, key, self.cert.subject, begin, end)
+            _builder(node, key, self.cert.subject, end)
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(node + NODE_DOMAIN)]), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage(usage), critical=False)
@@ -329,8 +331,12 @@ class Authority:
         )
 
 
+def _now() -> datetime:
+    return max(datetime.now(UTC), MADE)
+
+
 def _builder(
-    common: str, key: ec.EllipticCurvePublicKey, issuer: x509.Name | None, begin: datetime, end: datetime
+    common: str, key: ec.EllipticCurvePublicKey, issuer: x509.Name | None, end: datetime
 ) -> x509.CertificateBuilder:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
     return (
@@ -339,16 +345,15 @@ def _builder(
         .issuer_name(issuer or subject)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(begin)
+        .not_valid_before(BEGIN)
         .not_valid_after(end)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 
 
 def _new_ca(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    begin = datetime.now(UTC) - EARLY
     return (
-        _builder(f"Edgeward hub CA {secrets.token_hex(4)}", key.public_key(), None, begin, begin + CA_LIFE)
+        _builder(f"Edgeward hub CA {secrets.token_hex(4)}", key.public_key(), None, _now() + CA_LIFE)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(
             x509.KeyUsage(False, False, False, False, False, True, True, False, False),  # signs certificates and CRLs

@@ -9,6 +9,7 @@ tail and its numbers were given out again, or when the source was made anew.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 SRC = "Ew-Src"
@@ -18,6 +19,11 @@ TOTAL = "Ew-Total"
 LOST = "Ew-Lost"
 #: The hub's stream that was declared when a batch was taken in.
 TO = "Ew-To"
+#: When a batch was taken in, by a clock that does not step: :class:`Mark`.
+AT = "Ew-At"
+#: A clock that says less was never set: no release of Edgeward is older (seconds since 1970).
+NEVER_SET = 1_760_000_000.0
+_NUMBER = re.compile(r"\d{1,12}(\.\d+)?")
 #: Readings in one batch at most; a reading's public number is ``sequence * SPAN + index``.
 SPAN = 4096
 
@@ -61,6 +67,34 @@ def start_at(cursor: Cursor | None, lineage: str, first: int, last: int, stamp_a
         return cursor.seq + 1
     # the tail was lost: what is there with the cursor's numbers may be new
     return first
+
+
+class Mark(NamedTuple):
+    """A moment of one run of a machine: which run, and seconds since its start."""
+
+    boot: str
+    up: float
+
+    def __str__(self) -> str:
+        return f"{self.boot}:{self.up:.1f}"
+
+    @classmethod
+    def parse(cls, text: str) -> Mark | None:
+        boot, _, up = text.rpartition(":")
+        return cls(boot, float(up)) if boot and _NUMBER.fullmatch(up) else None
+
+
+def age(stamp: float, mark: Mark | None, wall: float, here: Mark) -> float:
+    """Seconds since a batch was taken in, at the moment ``here`` with the wall clock ``wall``.
+
+    Within one run of the machine whoever sets the clock changes nothing. Of an earlier run only the wall clock tells
+    (``stamp``), if it was right then and is now; if not, the batch is at least as old as this run.
+    """
+    if mark is not None and mark.boot == here.boot:
+        return max(0.0, here.up - mark.up)
+    if mark is None:  # from a release that did not mark
+        return wall - stamp
+    return max(here.up, wall - stamp) if stamp >= NEVER_SET else here.up
 
 
 def batch_size(now: int, seconds: float, sent: int, *, low: int = 16 * 1024, high: int = 1024 * 1024) -> int:

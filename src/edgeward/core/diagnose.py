@@ -206,15 +206,15 @@ def machine(*, memory: int | None, files: int | None, nats: str, nats_error: str
     return found
 
 
-def certificate(what: str, begin: float, end: float, now: float) -> Check:
-    """Times are seconds since 1970."""
+def certificate(what: str, begin: float, end: float, now: float, made: float = 0.0) -> Check:
+    """Times are seconds since 1970. ``made``: when it was written here; our own begin in 1970."""
     left = end - now
     if left <= 0:
         remedy = "start the hub or the agent: it renews it; is the clock right?"
         return Check(what, "fail", f"ended {-left / _DAY:.0f} days ago", remedy)
     if begin > now:
         return Check(what, "fail", f"begins in {(begin - now) / _DAY:.1f} days", "set the clock")
-    if left < (end - begin) / 6:
+    if left < (end - max(begin, made)) / 6:
         remedy = "it should have been renewed by now: see the log"
         return Check(what, "warn", f"ends in {left / _DAY:.0f} days", remedy)
     return Check(what, "ok", f"good for {left / _DAY:.0f} days")

@@ -177,13 +177,14 @@ class HubIdentity:
             "type": "account",
             "limits": _ACCOUNT_LIMITS,
             "imports": _imports(name, self.account),
-            "revocations": dict(barred),
+            # whatever a key was given, when the hub's clock was ahead too; `*` is for those whose key is not known
+            "revocations": {key: at if key == "*" else _EVER for key, at in barred.items()},
         }
         return mint(self._operator, KeyPair.from_seed(seed).public, f"NODE {name}", claims, issued=issued)
 
     def account_rules(self, name: str) -> str:
         """A digest of what we let a node do: when it changes, its account needs a new JWT."""
-        said = repr((_ACCOUNT_LIMITS, _imports(name, self.account)))
+        said = repr((_ACCOUNT_LIMITS, _imports(name, self.account), _EVER))
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def issue_node(self, name: str, public_key: str, *, expires: int = 0) -> str:
@@ -258,6 +259,9 @@ def _new_hub_keys() -> dict[str, Any]:
         "system_user_jwt": mint(system, system_user.public, "hub", everything),
     }
 
+
+#: nats-server refuses what was issued to a revoked key until then (9999-12-31).
+_EVER = 253_402_300_799
 
 #: Behind a directory's name: where the next identity is made while there is one.
 NEW = ".new"

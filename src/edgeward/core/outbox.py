@@ -26,6 +26,7 @@ from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfi
 from edgeward.core import clock
 from edgeward.core.bus import Bus, Stored
 from edgeward.core.delivery import (
+    AT,
     COUNT,
     LOST,
     SPAN,
@@ -34,7 +35,9 @@ from edgeward.core.delivery import (
     TOTAL,
     Bucket,
     Cursor,
+    Mark,
     ack_timeout,
+    age,
     batch_size,
     parse_lost,
     start_at,
@@ -193,6 +196,8 @@ class Queue:
         self._done_count = self._done_bytes = 0
         self._size = 64 * 1024
         self._took = 0.5
+        #: Which run of the machine this is.
+        self._boot = clock.boot()[:8] or clock.new_id(8)
 
     # -- the node's side ---------------------------------------------------------------------------------------------
 
@@ -259,7 +264,7 @@ class Queue:
                 await self.refresh()
             assert self._last_seq is not None  # noqa: S101 - refresh sets it
             total = self._total + len(readings)
-            headers = {COUNT: str(len(readings)), TOTAL: str(total), TO: self.spec.stream}
+            headers = {COUNT: str(len(readings)), TOTAL: str(total), TO: self.spec.stream, AT: str(self._here())}
             if source is not None:
                 headers[SRC] = str(source)
             body = _encode(list(readings))
@@ -387,7 +392,6 @@ class Queue:
         size, end, cursor = 0, at, None
         total = self._sent_total
         lost_full, lost_age = self._lost_full, self._lost_age
-        oldest_allowed = (clock.now() - self.spec.max_age) * 1e9 if self.spec.max_age else 0
         while end < len(got):
             seq, _, headers, data = got[end]
             stamp = stamp_of(headers)
@@ -395,7 +399,7 @@ class Queue:
             if headers.get(TO, self.spec.stream) != to:
                 break
             if not taken_over(self._hub_cursor, self.lineage, seq, stamp):
-                aged = stamp < oldest_allowed
+                aged = self._is_aged(headers, stamp)
                 if parts and (aged or len(parts) + count > SPAN or size + len(data) > self._size):
                     break
                 gap = running - count - (total or 0)
@@ -506,17 +510,24 @@ class Queue:
         await self.measure()
         if not self.spec.max_age or self._last_seq is None:
             return
-        oldest_allowed = (clock.now() - self.spec.max_age) * 1e9
         got = await read_batch(self._bus.client, "$JS.API", self.stream, 1, self.subject, _READ)
         upto, aged = 0, 0
         for number, _, headers, _ in got:
-            if stamp_of(headers) >= oldest_allowed or number >= self._last_seq:
+            if number >= self._last_seq or not self._is_aged(headers, stamp_of(headers)):
                 break
             upto = number
             if int(headers.get(TOTAL, 0)) > (self._sent_total or 0):
                 aged += int(headers.get(COUNT, 0))
         if upto and await self._purge(upto) == upto:
             self._aged += aged
+
+    def _here(self) -> Mark:
+        return Mark(self._boot, clock.boottime())
+
+    def _is_aged(self, headers: dict[str, str], stamp: int) -> bool:
+        if not self.spec.max_age:
+            return False
+        return age(stamp / 1e9, Mark.parse(headers.get(AT, "")), clock.now(), self._here()) > self.spec.max_age
 
     async def measure(self) -> None:
         """Brings :attr:`counters` up to date."""

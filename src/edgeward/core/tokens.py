@@ -55,9 +55,9 @@ def rules_of(store: Store, role: str) -> tuple[Rule, ...] | None:
 class AccessTokens:
     """Finds who a token stands for, and keeps when it was last used."""
 
-    def __init__(self, store: Store, *, site: str = "") -> None:
-        """``site``: only tokens that are meant for this site too."""
-        self._store, self._site = store, site
+    def __init__(self, store: Store, *, site: str = "", now: Callable[[], float] = clock.now) -> None:
+        """``site``: only tokens that are meant for this site too; ``now``: the hub's time, as far as it is known."""
+        self._store, self._site, self._now = store, site, now
         self._used: dict[str, str] = {}
         self._wake = asyncio.Event()
 
@@ -70,7 +70,7 @@ class AccessTokens:
         if found is None or not same or found.metadata.deletionTimestamp:
             raise Unauthorized("the token is wrong", remedy="get a new one: edgeward token create --role ROLE")
         spec = found.spec
-        if clock.now() >= clock.parse_timestamp(spec.expires):
+        if self._now() >= clock.parse_timestamp(spec.expires):
             raise Unauthorized(f"the token {name} expired at {spec.expires}", remedy="get a new one")
         if self._site and not {ANY, self._site} & set(spec.sites):
             raise Unauthorized(f"the token {name} is not for this site", remedy="make one with --sites")

@@ -44,6 +44,7 @@ from edgeward.core.scope import check_reach, fingerprint, placed_sites
 from edgeward.core.store import Change, Entry, same_desired
 from edgeward.core.store_nats import NatsStore
 from edgeward.nodes.ancestry import Ancestor, base_now
+from edgeward.nodes.hubtime import made_at
 from edgeward.nodes.liveness import LOOK, Liveness
 from edgeward.nodes.merge import Side, decide
 from edgeward.nodes.older import left_out, put_back, trimmed
@@ -76,6 +77,8 @@ _ENCODED = 16 << 20
 #: Seconds that reports, and statuses on their way to nodes, are gathered for.
 _GATHER = 1.0
 _SERVICE_GATHER = 0.05
+#: Seconds by which our clock must be set for the nodes to be told.
+_STEP = 1.0
 #: Nodes a second that the hub wants to hear of after it came back; the nodes spread their reports to it.
 _WELCOME = 200
 #: Flips of one node whose events wait to be written.
@@ -565,6 +568,7 @@ class NodesCloud:
     async def _decide(self, node: str, site: str, change: LocalChange, theirs: set[Key]) -> Decided:
         """``theirs``: objects that are as this node wrote them, though they may not be in its view yet."""
         key = change.key
+        made = made_at(change.made, clock.now()) if change.made else change.time
 
         def known(k: Key) -> bool:
             return k in theirs or k in self._view(node).entries
@@ -573,7 +577,7 @@ class NodesCloud:
         hub = entry.resource if entry else None
         journal: dict[str, Any] = {
             "resource": str(key), "kind": key.kind, "namespace": key.namespace, "name": key.name,
-            "site": site, "node": node, "actor": change.actor, "op": change.op, "madeAt": clock.timestamp(change.time),
+            "site": site, "node": node, "actor": change.actor, "op": change.op, "madeAt": clock.timestamp(made),
         }  # fmt: skip
         try:
             level = self._levels.get(node, LEVEL)
@@ -600,7 +604,7 @@ class NodesCloud:
                 rule=(hub or local).metadata.conflict if (hub or local) else "cloud",  # type: ignore[union-attr]
                 base=base,
                 hub=Side(hub is not None, entry.revision if entry else 0, _updated(hub) or self._store.deleted(key)[1]),
-                edge=Side(local is not None, base, change.time),
+                edge=Side(local is not None, base, made),
                 same=hub is not None and local is not None and same_desired(hub, local),
                 shared=hub is not None and self._shared(key, site, hub),
                 hub_tombstone=self._store.deleted(key)[0],
@@ -712,7 +716,7 @@ class NodesCloud:
                 continue  # taken over before, only the answer was lost
             await self._records.append("events", {**event, "node": node}, unique=f"e-{node}-{store}-{seq}")
             self._event_seq[node] = (store, seq)
-        return Ok()
+        return Ok(now=clock.now())
 
     async def _audit_cut(self, node: str, before: int, now: int) -> None:
         await self._records.append(
@@ -742,7 +746,7 @@ class NodesCloud:
         self._told[node] = mine.changed
         # the process that leads is who wants a full report when it is a new one
         leader = self._peers.leader if self._peers is not None else self.run_id
-        answer = BeatAnswer(mine.changed, leader, self._store.epoch, short=True)
+        answer = BeatAnswer(mine.changed, leader, self._store.epoch, short=True, now=clock.now())
         if ask is not None and ask.view:
             answer.sync = ask.view != self._print(mine, self._newer(self._levels.get(node, LEVEL)))
             answer.revision = 0  # the fingerprint says it better
@@ -753,10 +757,15 @@ class NodesCloud:
 
     async def _tick(self) -> None:
         last = clock.monotonic()
+        wall = clock.now() - last
         while True:
             await asyncio.sleep(LOOK)  # the period of looking at silence
             now = clock.monotonic()
             slept, last = now - last - LOOK, now
+            if abs(clock.now() - now - wall) > _STEP:
+                # our clock was set: each node is told the time with its next beat
+                wall = clock.now() - now
+                self._told.clear()
             for node, live in list(self._live.items()):
                 if slept > LOOK:
                     live.forgive(slept, now)

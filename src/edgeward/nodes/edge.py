@@ -28,6 +28,7 @@ from edgeward.core.identity import inbox_prefix
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key
 from edgeward.nodes.ancestry import Ancestor
+from edgeward.nodes.hubtime import HubClock
 from edgeward.nodes.liveness import LOOK, Liveness, Pace
 from edgeward.nodes.older import UNSAID
 from edgeward.nodes.wire import (
@@ -104,6 +105,8 @@ class NodeEdge:
         self._timers: set[asyncio.TimerHandle] = set()
         self._run = clock.new_id(12)
         self.hub = ""
+        #: What is known of the hub's clock.
+        self.hub_clock = HubClock()
         self._sync_wanted = asyncio.Event()
         self._push_wanted = asyncio.Event()
         self._report_wanted = asyncio.Event()
@@ -126,6 +129,11 @@ class NodeEdge:
     @property
     def online(self) -> bool:
         return self._live.online
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the hub was last heard."""
+        return clock.monotonic() - self._live.heard
 
     # -- what the rooms say -------------------------------------------------------------------------------------------
 
@@ -201,9 +209,16 @@ class NodeEdge:
         error = getattr(got, "error", "")
         if error:
             raise EdgewardError(f"the hub refused {verb}: {error}")
+        self._heard_time(getattr(got, "now", 0.0), began)
         if self._short:
             self._exchanged(began)
         return got
+
+    def _heard_time(self, hub: float, asked: float) -> None:
+        """``hub``: its time as it answered what was asked at ``asked`` (monotonic); 0: it did not say."""
+        if hub:
+            answered = clock.steady()
+            self.hub_clock.heard(hub, answered - (clock.monotonic() - asked), answered)
 
     def _exchanged(self, asked: float, *, certain: bool = False) -> None:
         now = clock.monotonic()
@@ -273,6 +288,7 @@ class NodeEdge:
                 log.warning("the hub refused beat: %s", answer.error)
                 return
             self._heed(answer)
+            self._heard_time(answer.now, asked)
         self.counters["beats"] += 1
         self._exchanged(asked, certain=not self.synced.is_set() or self.counters["beats"] <= 2)
         if self._replica.pending():
@@ -415,7 +431,9 @@ class NodeEdge:
         while changes := self._replica.pending()[:_PUSH]:
             if not self.online:
                 return
-            answer = await self._request("push", PushAsk(self._replica.store_id, changes), PushAnswer, timeout=30)
+            answer = await self._request(
+                "push", PushAsk(self._replica.store_id, self._dated(changes)), PushAnswer, timeout=30
+            )
             by_seq = {c.seq: c for c in changes}
             for decided in answer.decided:
                 change = by_seq.pop(decided.seq, None)
@@ -438,6 +456,11 @@ class NodeEdge:
                 self.counters["pushed"] += 1
             if by_seq:
                 raise EdgewardError(f"the hub left {len(by_seq)} local changes undecided")
+
+    def _dated(self, changes: list[LocalChange]) -> list[LocalChange]:
+        """With the times by the hub's clock, for the rule ``newest``."""
+        now, up = clock.steady(), clock.boottime()
+        return [msgspec.structs.replace(c, made=self.hub_clock.of(c.time, now, up)) for c in changes]
 
     # -- reports up ---------------------------------------------------------------------------------------------------
 

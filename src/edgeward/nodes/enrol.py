@@ -363,6 +363,10 @@ class Standing(msgspec.Struct, frozen=True):
     #: What the last try to reach the hub's port found, and how often in a row.
     probe: Probe = ""
     probes: int = 0
+    #: Seconds since the last renewal of this run, by a clock that does not step; below 0: there was none.
+    renewed: float = -1.0
+    #: Renewals that the hub granted since the link went, and that did not bring it back.
+    vain: int = 0
 
 
 #: Without the link for so long, a node looks whether it is its own credentials or trust that keep it out.
@@ -387,13 +391,16 @@ def next_step(s: Standing, now: float, spread: float) -> tuple[Literal["wait", "
         if s.failed:
             return "renew", _backoff(s.failed, min(RETRY_MOST, max(RETRY_FIRST, life / 30)), spread)
         wait = renew_at(s.issued, s.expires, spread) - now if s.expires else 0.0
+        if s.renewed >= 0 and s.expires:
+            wait = renew_at(0, life, spread) - s.renewed  # however far ahead of the hub's our clock is
         return ("renew", 0.0) if wait <= 0 else ("wait", min(wait, LOOK))
     ended = bool(s.expires) and not s.issued - 86400 <= now < s.expires
     patience = STRANDED_ENDED if ended else STRANDED
     if s.down_for < patience:
         return "wait", patience - s.down_for
     if s.probe == "untrusted" or (s.probe == "reachable" and (ended or s.probes > 1)):
-        return "renew", _backoff(s.failed, RETRY_MOST_DOWN, spread) if s.failed else 0.0
+        tries = s.failed + s.vain
+        return "renew", _backoff(tries, RETRY_MOST_DOWN, spread) if tries else 0.0
     return "probe", PROBE * (0.5 + spread / 2) if s.probe else 0.0
 
 

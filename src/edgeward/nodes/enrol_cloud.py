@@ -386,7 +386,7 @@ class Enrolment:
 
     def _certificate(self, csr: x509.CertificateSigningRequest, node: str, now: float) -> _Made:
         issued, expires = float(int(now)), float(int(now + self._life))
-        return _Made(self._identity.authority.node(csr, node, issued, expires), issued, expires, self._trusted())
+        return _Made(self._identity.authority.node(csr, node, expires), issued, expires, self._trusted())
 
     def _trusted(self) -> str:
         """All CAs to trust. In an order that an activation does not change: it is no news to a node."""

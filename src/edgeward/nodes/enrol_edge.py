@@ -231,13 +231,15 @@ class Renewer:
         self._failed = 0
         self._probe: Probe = ""
         self._probes = 0
+        self._renewed_at: float | None = None
+        self._vain = 0
         self._wake = asyncio.Event()
         self._now = False
 
     def flipped(self, online: bool) -> None:
         """The link came or went."""
         self._down_since = None if online else clock.monotonic()
-        self._failed, self._probe, self._probes = 0, "", 0
+        self._failed, self._probe, self._probes, self._vain = 0, "", 0, 0
         self._wake.set()
 
     def hurry(self) -> None:
@@ -248,7 +250,8 @@ class Renewer:
     def standing(self) -> Standing:
         issued, expires = self._identity.lease
         down = 0.0 if self._down_since is None else max(0.001, clock.monotonic() - self._down_since)
-        return Standing(issued, expires, down, self._failed, self._probe, self._probes)
+        renewed = -1.0 if self._renewed_at is None else clock.boottime() - self._renewed_at
+        return Standing(issued, expires, down, self._failed, self._probe, self._probes, renewed, self._vain)
 
     async def run(self) -> None:
         while True:
@@ -290,5 +293,7 @@ class Renewer:
             log.info("credentials not renewed: %s", e)
         else:
             self._failed, self._probe, self._probes = 0, "", 0
+            self._renewed_at = clock.boottime()
+            self._vain += self._down_since is not None
             log.info("credentials renewed")
             await self._renewed(changed)

@@ -242,6 +242,8 @@ class Talk(Protocol):
 
     @property
     def online(self) -> bool: ...
+    @property
+    def silence(self) -> float: ...
     def link_changed(self) -> None: ...
 
 
@@ -285,12 +287,16 @@ class LinkWatch:
             self._talk.link_changed()
         if not self._marks or now - self._marks[-1][0] >= _MARK:
             self._marks.append((now, *self.meter.totals()))
-        if self._talk.online:
+        online, patience = self._talk.online, self.meter.patience
+        if online:
             self._patience = _PATIENCE
         # a connection that is new has had no acknowledgement since the machine was started, so to say: not stuck yet
-        elif self.meter.established and (
-            (self.meter.stuck and now - self._since > self.meter.patience) or now - self._since > self._patience
-        ):
+        stuck = self.meter.stuck and now - self._since > patience
+        # TCP waits twice as long after each loss: on a link that loses much a new connection is sooner there than the
+        # old one's next try, so it is dialled before anybody takes the node for gone
+        if stuck and online:
+            stuck = self._talk.silence > patience
+        if self.meter.established and (stuck or (not online and now - self._since > self._patience)):
             log.info("the link gives no answer, dialling anew")
             # a hub that is only slow must not be dialled by all of its fleet at once, again and again
             self._patience = min(_PATIENCE_MOST, self._patience * 2) * random.uniform(0.7, 1.0)  # noqa: S311 - jitter

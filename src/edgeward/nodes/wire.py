@@ -42,6 +42,8 @@ class LocalChange(msgspec.Struct, omit_defaults=True):
     stored: Stored | None = None
     #: The first change that this one goes on from without an answer; 0 from nodes that do not say.
     first: int = 0
+    #: ``time`` by the hub's clock, as the node knows it; 0: it does not.
+    made: float = 0.0
 
     @property
     def key(self) -> Key:
@@ -138,7 +140,9 @@ class BeatAnswer(msgspec.Struct, omit_defaults=True):
     sync: bool = False  #: what the node holds is not what it should hold
     short: bool = False  #: this hub takes empty beats
     spread: float = 0.0  #: seconds over which the fleet should spread what a new hub wants of it
+    now: float = 0.0  #: the hub's time, seconds since 1970
 
 
 class Ok(msgspec.Struct, omit_defaults=True):
     error: str = ""
+    now: float = 0.0  #: the hub's time: reports stand in for beats

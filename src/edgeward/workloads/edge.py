@@ -340,10 +340,10 @@ class AppsEdge:
             if wanted == "":
                 p = Plan(phase="Pending")
             else:
-                p = plan(wanted, rules, state, seen, clock.now(), may_start=may_start)
+                p = plan(wanted, rules, state, seen, clock.steady(), may_start=may_start)
             done = await self._act(key, state, p, rules, wanted)
             if p.look_at != float("inf"):
-                again = max(0.0, p.look_at - clock.now())
+                again = max(0.0, p.look_at - clock.steady())
             if not done or (p.actions and isinstance(p.actions[-1], Gone)):
                 break
         else:
@@ -388,7 +388,7 @@ class AppsEdge:
                     if state.current:
                         state.history = [state.current, *(h for h in state.history if h != state.current)][: KEEP - 1]
                     old, state.current, state.candidate = state.current, version, ""
-                    state.switched_at = clock.now()
+                    state.switched_at = clock.steady()
                     self._save(key, state)
                     self._db.trim_versions(*key, {version, *state.history, *([wanted] if wanted else [])})
                     what = f"version {version[:8]} serves" + (f", {old[:8]} is kept" if old else "")
@@ -422,7 +422,7 @@ class AppsEdge:
             self._messages[key] = f"version {version[:8]} is not kept any more"
             return
         spec = msgspec.convert(snapshot.spec, AppSpec)
-        row = InstanceRow(f"{key[1]}-{clock.new_id(6)}", *key, version, slot, started_at=clock.now())
+        row = InstanceRow(f"{key[1]}-{clock.new_id(6)}", *key, version, slot, started_at=clock.steady())
         live = Live(row, spec)
         try:
             record = state.slots.setdefault(slot_key(version, slot), Slot())
@@ -496,10 +496,10 @@ class AppsEdge:
         if live is None:
             return
         slot = state.slots.setdefault(slot_key(live.row.version, live.row.slot), Slot())
-        ran = clock.now() - live.row.started_at
+        ran = clock.steady() - live.row.started_at
         if failed:
             slot.restarts = 1 if ran > 60 and slot.restarts > 3 else slot.restarts + 1
-            slot.not_before = clock.now() + delay_after(slot.restarts, rules)
+            slot.not_before = clock.steady() + delay_after(slot.restarts, rules)
             how = "ended" if live.exit_code is None else proc.ending(live.exit_code)
             if live.alive or live.process is not None:
                 self._messages[key] = f"instance {instance} {how} after {ran:.1f} s"
@@ -568,7 +568,7 @@ class AppsEdge:
             else:
                 live.failures, live.why = 0, ""
                 if not live.healthy:
-                    live.healthy, live.healthy_since, live.ever_healthy = True, clock.now(), True
+                    live.healthy, live.healthy_since, live.ever_healthy = True, clock.steady(), True
             if was != live.healthy or (live.ever_healthy and was_why != live.why):
                 self._loop.add(key)
 
@@ -658,7 +658,7 @@ class AppsEdge:
                 "address": self._address,
                 "pid": live.process.pid if live.process else 0,
                 "restarts": slot.restarts,
-                "startedAt": clock.timestamp(live.row.started_at),
+                "startedAt": clock.timestamp(live.row.started_at + clock.now() - clock.steady()),
                 "healthy": live.healthy,
             }
             if live.why:

@@ -171,7 +171,8 @@ def plan(
     known = {state.current, state.candidate}
     for i in live:
         if i.version not in known and not i.stopping:
-            drained = state.switched_at + rules.drain
+            # a time to come is from before a restart of the machine, whose clock was set back
+            drained = min(now, state.switched_at) + rules.drain
             if now >= drained or not state.current:
                 p.actions.append(Stop(i.id, "an older version"))
             else:
@@ -208,7 +209,7 @@ def _keep(p: Plan, version: str, rules: Rules, state: State, live: list[Seen], n
         if not may_start:
             p.message = "waits for what it depends on"
             continue
-        if now < record.not_before:
+        if now < record.not_before <= now + rules.backoff_max + 1:  # farther off: from before the clock was set back
             p.look(record.not_before)
         else:
             p.actions.append(Start(version, slot))
