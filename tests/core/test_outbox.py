@@ -402,10 +402,12 @@ def test_a_gate_has_one_place_for_the_first_in_rank() -> None:
                 await asyncio.sleep(0)  # it reads and prepares
                 async with gate.turn(priority):
                     inside += 1
-                    assert inside == 1
-                    await asyncio.sleep(0)
-                    order.append(name)
-                    inside -= 1
+                    try:
+                        assert inside == 1
+                        await asyncio.sleep(0)
+                        order.append(name)
+                    finally:  # also where it is given up inside
+                        inside -= 1
             gate.leave(name)
 
         async with asyncio.timeout(30):
