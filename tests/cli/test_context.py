@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgeward.cli import context
+from edgeward.cli.client import connect
 from edgeward.core.errors import Invalid, NotFound, Unreachable
 
 
@@ -83,6 +84,8 @@ def test_the_folder_of_a_hub_or_a_node_is_a_context_too(tmp_path: Path) -> None:
     with pytest.raises(Unreachable, match="cannot be read"):  # it never ran: there is no token yet
         context.load_context(str(hub))
     (hub / "identity" / "admin.token").write_text("secret\n")
+    with pytest.raises(Unreachable, match="does not run"):
+        connect(str(hub), None)
     (hub / "run.json").write_text('{"url": "https://hub:443"}')
     found = context.load_context(str(hub))
     assert (found.hub_url, found.token) == ("https://hub:443", "secret")

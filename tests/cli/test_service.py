@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeward.cli.service import Wanted, await_ready, hub_config, quoted, unit
+from edgeward.cli.service import Wanted, await_ready, hub_config, lingers, quoted, unit
 from edgeward.core import proc
 from edgeward.core.errors import EdgewardError, Invalid
 
@@ -129,6 +129,12 @@ def test_running_means_ready(tmp_path: Path) -> None:
             await_ready(tmp_path, lambda late: "", patience=0.0)
     (tmp_path / "run.json").write_text(json.dumps({"ready": True, "pid": me.pid, "start": me.start}))
     await_ready(tmp_path, lambda late: "")
+
+
+def test_whether_a_users_units_live_on(tmp_path: Path) -> None:
+    assert not lingers(tmp_path)
+    (tmp_path / pwd.getpwuid(os.geteuid()).pw_name).touch()
+    assert lingers(tmp_path)
 
 
 def run(home: Path, *args: str) -> subprocess.CompletedProcess[str]:

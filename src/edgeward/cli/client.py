@@ -428,6 +428,8 @@ def connect(context: str | None, at: str | None, *, connect_timeout: float = CON
                 f"the context {loaded.path} has no API address of node {node.name}", remedy="is its agent running?"
             )
         return _agent_api(node.api, loaded, f"node {node.name}", connect_timeout, node.name)
+    if not loaded.hub_url and not loaded.nodes and loaded.path.is_dir():
+        raise Unreachable(f"the hub in {loaded.path} does not run", remedy="wait, or look at: edgeward doctor")
     if not loaded.hub_url:
         raise Unreachable(
             f"the context {loaded.path} has no hub", remedy="name a node by --at NODE, or start a hub: `edgeward up`"

@@ -233,6 +233,8 @@ def install_service(
     if not following:
         await_ready(folder, lambda late: _trouble(unit_name, system, late))
         done.append(f"{unit_name} is enabled and running")
+        if not system and not lingers():
+            done.append("it ends with your last session, and does not begin at boot, before: loginctl enable-linger")
     else:
         done += ["next:", *(f"  {line}" for line in following)]
     asking = f"get nodes --context {folder}" if role == "hub" else f"get apps --context {folder} --at local"
@@ -360,6 +362,11 @@ def _runs(system: bool) -> bool:
         return Path("/run/systemd/system").is_dir()
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     return bool(runtime) and (Path(runtime) / "systemd" / "private").exists()
+
+
+def lingers(folder: Path = Path("/var/lib/systemd/linger")) -> bool:
+    """Whether this user's units live on without a session."""
+    return (folder / pwd.getpwuid(os.geteuid()).pw_name).exists()
 
 
 def _next(name: str, system: bool, no_start: bool, changed: bool) -> list[str]:
