@@ -16,7 +16,7 @@ from types import FrameType
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cluster, convergence, enrol, fleet, idle, outbox, spine
+from benchmarks import cluster, convergence, enrol, fleet, functions, idle, outbox, spine
 from benchmarks.common import Row, save
 
 ALL: dict[str, Callable[[], list[Row]]] = {
@@ -31,6 +31,7 @@ ALL: dict[str, Callable[[], list[Row]]] = {
     "enrol": enrol.enrol,
     "idle": idle.idle,
     "fleet": fleet.fleet,
+    "functions": functions.functions,
 }
 #: Seconds for one benchmark.
 LIMIT = 900

@@ -37,8 +37,8 @@ def _run(code: bytes, machine: str, nr: int, arg0: int = 0, arch: int | None = N
 @pytest.mark.parametrize("machine", sorted(_ARCH))
 def test_the_filter_denies_what_it_lists_and_allows_the_rest(machine: str) -> None:
     numbers = _ARCH[machine][1]
-    closed = program(Cage("n", "i", "/tmp"), may_fork=False, machine=machine)
-    opened = program(Cage("n", "i", "/tmp", network=True), may_fork=True, machine=machine)
+    closed = program(network=False, may_fork=False, machine=machine)
+    opened = program(network=True, may_fork=True, machine=machine)
     for name, nr in numbers.items():
         if name not in ("clone", "socket", "fork", "vfork"):
             assert _run(closed, machine, nr) & 0xFFFF0000 == _run(opened, machine, nr) & 0xFFFF0000 == _DENY, name
@@ -65,7 +65,7 @@ def test_the_filter_denies_what_it_lists_and_allows_the_rest(machine: str) -> No
 
 def test_of_a_machine_whose_numbers_are_not_known_nothing_is_promised() -> None:
     with pytest.raises(OSError, match="not known"):
-        program(Cage("n", "i", "/tmp"), may_fork=True, machine="vax")
+        program(network=False, may_fork=True, machine="vax")
 
 
 def test_promises_that_can_be_broken_are_taken_back(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_promises_that_can_be_broken_are_taken_back(tmp_path: Path) -> None:
     parent, child = os.pipe()
     pid = os.fork()
     if pid == 0:
-        verdict = attempts(Cage("n", "i", str(tmp_path)), Verdict(list(names)))
+        verdict = attempts(Cage("i", str(tmp_path)), Verdict(list(names)))
         os.write(child, " ".join(verdict.enforced).encode())
         os._exit(0)
     os.waitpid(pid, 0)
@@ -114,9 +114,7 @@ def handler(event, context):
     while True:
         held.append(bytearray(1 << 20))
 """
-    from edgeward.functions import pool
-
-    monkeypatch.setattr(pool, "Cage", lambda **fields: Cage(**fields, groups=False))
+    monkeypatch.setattr(cgroup, "prepare", lambda *_: cgroup.Verdict([], {"memory": "no groups", "pids": "no groups"}))
     async with Node(tmp_path) as node:
         node.d.configure([function("f", code, limits={"memory": "64Mi"})])
         error = await node.fails("f", timeout=20)

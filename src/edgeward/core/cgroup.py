@@ -248,6 +248,11 @@ def enter(node: str, instance: str, pid: int) -> None:
             (group / "cgroup.procs").write_text(str(pid))
 
 
+def doors(node: str, instance: str) -> list[str]:
+    """The files that a process writes its number to, to enter the groups that were prepared."""
+    return sorted(str(group / "cgroup.procs") for group in _dirs(node, instance) if group.is_dir())
+
+
 def remove(node: str, instance: str) -> None:
     """Takes the empty groups away."""
     for group in _dirs(node, instance):

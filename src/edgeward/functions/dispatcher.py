@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -94,7 +95,7 @@ class Dispatcher:
     ) -> None:
         self.folder, self.node, self.site = ensure_dir(folder), node, site
         self.tmp = ensure_dir(folder / "tmp")
-        self.nursery = Nursery(folder / "zygote.log")
+        self.nursery = Nursery(folder / "zygote.log", node)
         self._report, self._tell, self._good = report, tell, good
         self._functions: dict[str, Function] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -527,9 +528,7 @@ class Dispatcher:
     async def probe(self) -> Verdict:
         """What this node really enforces: a worker that tries to break out, and tells."""
         instance = self.new_instance()
-        tmp = self.tmp / instance
-        tmp.mkdir(mode=0o700)
-        cage = Cage(self.node, instance, str(tmp), user=1_900_000_000, memory=256 << 20, cpu=1.0, pids=16)
+        cage = Cage(instance, str(self.tmp / instance), user=1_900_000_000, memory=256 << 20, cpu=1.0, pids=16)
         child = await self.nursery.spawn(cage, {"LANG": "C.UTF-8"}, probe=True)
         reader, writer = await asyncio.open_unix_connection(sock=child.sock)
         try:
@@ -573,8 +572,7 @@ class Dispatcher:
             if cgroup.kill(self.node, instance):
                 cgroup.remove(self.node, instance)
         for path in self.tmp.iterdir():
-            with contextlib.suppress(OSError):
-                path.rmdir()
+            shutil.rmtree(path, ignore_errors=True)
 
     async def close(self) -> None:
         self._closed = True

@@ -1,7 +1,8 @@
 """The dispatcher's side of the zygote: where new workers come from, and where it is heard that one ended.
 
-:meth:`Nursery.spawn` gives a :class:`Child`: its socket, its pidfd, and a future of how it ended. When the zygote
-itself dies all of them are over (they die with it) and another zygote is started, later each time it happens again.
+:meth:`Nursery.spawn` makes a worker's groups and its folder and gives a :class:`Child`: its socket, its pidfd, and a
+future of how it ended; afterwards groups and folder are taken away again. When the zygote itself dies all workers are
+over (they die with it) and another zygote is started, later each time it happens again.
 """
 
 from __future__ import annotations
@@ -10,36 +11,35 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from edgeward.core import cgroup
 from edgeward.core.errors import Unreachable
 from edgeward.functions import zygote
 from edgeward.functions.sandbox import Cage
-from edgeward.functions.zygote import Ended, Spawn, Started
 
 log = logging.getLogger("edgeward.functions")
 
 #: Workers that are being forked at once: what waits in the socket stays within its buffer.
 _AT_ONCE = 8
 _START = 20.0
-#: Seconds that a closing zygote has to end its workers and take their things away.
+#: Seconds that a closing zygote has to end its workers.
 _CLOSE = 10.0
-_PASSED_ON = (
-    "PATH",
-    "PYTHONPATH",
-    "PYTHONHOME",
-    "EDGEWARD_DATA",
-    "EDGEWARD_PLANE",
-    "LD_LIBRARY_PATH",
-    "TZ",
-    cgroup.DELEGATED_ENV,
-)
+#: How often, and after how many seconds again, what a worker left behind is ended.
+_TRIES, _AGAIN = 200, 0.02
+_PASSED_ON = ("PATH", "PYTHONPATH", "PYTHONHOME", "EDGEWARD_DATA", "EDGEWARD_PLANE", "LD_LIBRARY_PATH", "TZ")
+
+
+class Ended(NamedTuple):
+    status: int  #: exit status, or minus the signal
+    out_of_memory: bool
 
 
 class Child:
@@ -68,14 +68,16 @@ class Child:
 
 
 class Nursery:
-    def __init__(self, log_file: Path) -> None:
-        self._log_file = log_file
+    def __init__(self, log_file: Path, node: str) -> None:
+        self._log_file, self._node = log_file, node
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._ready: asyncio.Future[None] | None = None
-        self._children: dict[str, Child] = {}
-        self._born: dict[str, asyncio.Future[None]] = {}
+        self._last = 0
+        self._children: dict[int, Child] = {}
+        self._born: dict[int, asyncio.Future[None]] = {}
         self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._cleaning: set[asyncio.Task[None]] = set()
         self._failures, self._not_before = 0, 0.0
         self._closed = False
 
@@ -130,32 +132,49 @@ class Nursery:
             if not data:
                 self._lost("it ended")
                 return
-            told = zygote.decode_told(data)
-            if isinstance(told, Ended):
-                self._gone(told)
-            elif not told.instance:
+            number, pid, status = zygote.TOLD.unpack(data)
+            if status != zygote.STARTED:
+                self._gone(number, status)
+            elif not number:
                 self._failures = 0
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_result(None)
             else:
-                self._started(told, fds)
+                self._started(number, pid, fds)
 
-    def _started(self, told: Started, fds: list[int]) -> None:
-        child, born = self._children.get(told.instance), self._born.pop(told.instance, None)
+    def _started(self, number: int, pid: int, fds: list[int]) -> None:
+        child, born = self._children.get(number), self._born.pop(number, None)
         if child is None or not fds:
             for fd in fds:
                 os.close(fd)
             return
-        child.born(told.pid, fds[0])
+        child.born(pid, fds[0])
         if born is not None and not born.done():
             born.set_result(None)
 
-    def _gone(self, told: Ended) -> None:
-        child = self._children.pop(told.instance, None)
-        if child is not None:
-            child.close()
-            if not child.ended.done():
-                child.ended.set_result(told)
+    def _gone(self, number: int, status: int) -> None:
+        child = self._children.pop(number, None)
+        if child is None:
+            return
+        child.close()
+        full = cgroup.out_of_memory(self._node, child.cage.instance) > 0
+        if not child.ended.done():
+            child.ended.set_result(Ended(status, full))
+        self._clean_up(child.cage)
+
+    def _clean_up(self, cage: Cage) -> None:
+        task = asyncio.ensure_future(self._clean(cage))
+        self._cleaning.add(task)
+        task.add_done_callback(self._cleaning.discard)
+
+    async def _clean(self, cage: Cage) -> None:
+        """Ends what a worker left of processes, and takes its groups and files away."""
+        for _ in range(_TRIES):
+            if await asyncio.to_thread(cgroup.kill, self._node, cage.instance):
+                break
+            await asyncio.sleep(_AGAIN)  # the period of looking whether they are gone
+        await asyncio.to_thread(cgroup.remove, self._node, cage.instance)
+        await asyncio.to_thread(shutil.rmtree, cage.tmp, True)
 
     def _lost(self, why: str) -> None:
         """The zygote is gone, and so are its workers."""
@@ -179,36 +198,47 @@ class Nursery:
                 future.set_exception(error)
                 future.exception()  # nobody need be waiting
         self._born.clear()
-        for name in list(self._children):
-            self._gone(Ended(name, -signal.SIGKILL, False))
+        for number in list(self._children):
+            self._gone(number, -signal.SIGKILL)
 
     async def spawn(self, cage: Cage, env: dict[str, str], *, probe: bool = False) -> Child:
         """A new worker in its cage. Raises ``Unreachable``."""
         async with self._slots:
             await self.start()
-            loop = asyncio.get_running_loop()
+            await asyncio.to_thread(self._prepare, cage)
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             ours.setblocking(False)
-            child = Child(cage, ours, loop.create_future())
-            self._children[cage.instance] = child
-            born = self._born[cage.instance] = loop.create_future()
+            self._last += 1
+            number, loop = self._last, asyncio.get_running_loop()
+            child = self._children[number] = Child(cage, ours, loop.create_future())
+            born = self._born[number] = loop.create_future()
             try:
                 with theirs:
                     if self._control is None:
                         raise OSError("it has just ended")
-                    socket.send_fds(self._control, [zygote.encode(Spawn(cage, env, probe))], [theirs.fileno()])
+                    message = zygote.NUMBER.pack(number) + zygote.encode(zygote.Spawn(cage, env, probe))
+                    socket.send_fds(self._control, [message], [theirs.fileno()])
                 async with asyncio.timeout(_START):
                     await born
             except (OSError, TimeoutError) as e:
-                self._children.pop(cage.instance, None)
-                self._born.pop(cage.instance, None)
                 ours.close()
+                self._born.pop(number, None)
+                if self._children.pop(number, None) is not None:
+                    self._clean_up(cage)
                 raise Unreachable(f"a worker cannot be forked: {e or 'no answer'}") from None
             except BaseException:
-                self._born.pop(cage.instance, None)
+                self._born.pop(number, None)
                 ours.close()  # the worker, if there is one, ends when it finds nobody there
                 raise
             return child
+
+    def _prepare(self, cage: Cage) -> None:
+        """Its folder and its groups."""
+        Path(cage.tmp).mkdir(mode=0o700)
+        limits = cgroup.Limits(cage.memory, cage.cpu, cage.pids)
+        made = cgroup.prepare(self._node, cage.instance, limits)
+        cage.grouped, cage.ungrouped = made.enforced, made.refused
+        cage.doors = cgroup.doors(self._node, cage.instance)
 
     async def close(self) -> None:
         """Ends the zygote, and with it every worker."""
@@ -217,7 +247,8 @@ class Nursery:
         if control is not None and process is not None:
             with contextlib.suppress(OSError):
                 control.shutdown(socket.SHUT_WR)
-            # it takes their groups and files away, then it ends
             with contextlib.suppress(subprocess.TimeoutExpired):
                 await asyncio.to_thread(process.wait, _CLOSE)
         self._lost("closed")
+        while self._cleaning:
+            await asyncio.gather(*self._cleaning, return_exceptions=True)

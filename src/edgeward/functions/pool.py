@@ -8,7 +8,6 @@ should be is decided in ``scale.py``; deadlines are kept by the dispatcher, whic
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -442,9 +441,7 @@ class Pool:
         version = self.version
         instance = self.host.new_instance()
         tmp = self.host.tmp / instance
-        tmp.mkdir(mode=0o700)
         cage = Cage(
-            node=self.host.node,
             instance=instance,
             tmp=str(tmp),
             user=version.user,
@@ -456,12 +453,7 @@ class Pool:
             network=version.network,
         )
         env = {**version.env, "HOME": str(tmp), "TMPDIR": str(tmp), "LANG": "C.UTF-8"}
-        try:
-            child = await self.host.nursery.spawn(cage, env)
-        except EdgewardError:
-            with contextlib.suppress(OSError):
-                tmp.rmdir()
-            raise
+        child = await self.host.nursery.spawn(cage, env)
         link = Link(self)
         link.child = child
         try:

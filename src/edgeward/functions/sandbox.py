@@ -1,9 +1,10 @@
 """What a function's process may not do: set up by the process itself, just before the function's code is there.
 
 In comes a :class:`Cage`, out goes what is enforced from now on and what is not, with the reason. Every mechanism is
-optional: groups (cgroups v1 or v2), a mount of its own for its temporary files, another user, Landlock (files, TCP,
-signals), seccomp (sockets, programs, the kernel's doors), rlimits. :func:`attempts` tries from inside to break each
-promise; a node claims only what was tried in vain. Everything here works on the calling process and cannot be undone.
+optional: groups (cgroups v1 or v2; ``nursery.py`` makes them), a mount of its own for temporary files, another user,
+Landlock (files, TCP, signals), seccomp (sockets, programs, the kernel's doors), rlimits. :func:`attempts` tries from
+inside to break each promise; a node claims only what was tried in vain. Everything here works on the calling process
+and cannot be undone. What is the same for all cages is found out beforehand (:func:`warm`).
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import platform
 import resource
 import socket
+import stat
 import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
-
-from edgeward.core import cgroup
 
 #: Everything that can be promised of a function, and what it means.
 PROMISES = {
@@ -42,8 +44,7 @@ PROMISES = {
 class Cage(msgspec.Struct):
     """What one instance is held to. Sizes in bytes."""
 
-    node: str
-    instance: str  #: name of its groups
+    instance: str
     tmp: str  #: its folder for temporary files; it is there
     user: int = 0  #: 0: stays who it is
     memory: int | None = None
@@ -52,7 +53,10 @@ class Cage(msgspec.Struct):
     tmp_size: int = 16 << 20
     open_files: int = 64
     network: bool = False
-    groups: bool = True
+    #: What its groups hold already, what not and why, and where it enters them.
+    grouped: list[str] = []
+    ungrouped: dict[str, str] = {}
+    doors: list[str] = []
 
 
 class Verdict(msgspec.Struct):
@@ -63,7 +67,10 @@ class Verdict(msgspec.Struct):
 # -- the kernel's calls ------------------------------------------------------------------------------------------------
 
 _libc = ctypes.CDLL(None, use_errno=True)
+# found once, so that workers share what finding them takes
+_syscall, _prctl_, _unshare, _mount, _capset = _libc.syscall, _libc.prctl, _libc.unshare, _libc.mount, _libc.capset
 _PR_SET_PDEATHSIG, _PR_SET_KEEPCAPS, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 1, 8, 22, 38, 4
+_PR_SET_CHILD_SUBREAPER = 36
 _CLONE_NEWNS = 0x20000
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x4000, 0x40000
 _CAP_DAC_READ_SEARCH = 2
@@ -77,7 +84,18 @@ def _checked(result: int, what: str) -> int:
 
 
 def _prctl(option: int, a: int = 0) -> None:
-    _checked(_libc.prctl(option, ctypes.c_ulong(a), 0, 0, 0), f"prctl({option})")
+    _checked(_prctl_(option, ctypes.c_ulong(a), 0, 0, 0), f"prctl({option})")
+
+
+def dies_with_parent() -> None:
+    """The kernel ends this process when the one that started it ends."""
+    _prctl(_PR_SET_PDEATHSIG, 9)
+
+
+def adopts_orphans() -> None:
+    """Children of children that lose their parent become ours, so that somebody reaps them."""
+    with contextlib.suppress(OSError):
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 # -- files, TCP and signals: Landlock ----------------------------------------------------------------------------------
@@ -90,11 +108,13 @@ _READ = _READ_FILE | _READ_DIR
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
+@functools.cache
 def landlock_abi() -> int:
     """0: not there."""
-    return max(0, int(_libc.syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1))))
+    return max(0, int(_syscall(444, None, ctypes.c_size_t(0), 1)))
 
 
+@functools.cache
 def _readable() -> list[str]:
     """Python's library and what it needs of the system."""
     here = Path(__file__).resolve().parent.parent.parent
@@ -103,49 +123,73 @@ def _readable() -> list[str]:
     return [p for p in dict.fromkeys(found) if p != "/"]
 
 
-def _rule(ruleset: int, path: str, access: int) -> None:
+class _Rules(NamedTuple):
+    """What is the same for every cage: attributes of the ruleset, and rules with open descriptors in them."""
+
+    attr: bytes
+    every: int
+    rules: list[bytes]
+    fds: list[int]
+    promised: list[str]
+
+
+def _rule_of(path: str, access: int) -> tuple[bytes, int] | None:
+    """A rule for what is at ``path`` (``struct landlock_path_beneath_attr``), and its descriptor."""
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
-        return
-    try:
-        if not Path(path).is_dir():
-            access &= _OF_FILES
-        attr = struct.pack("=Qi", access, fd)
-        _checked(_libc.syscall(445, ruleset, 1, ctypes.c_char_p(attr), 0), "landlock_add_rule")
-    finally:
-        os.close(fd)
+        return None
+    if not stat.S_ISDIR(os.fstat(fd).st_mode):
+        access &= _OF_FILES
+    return struct.pack("=Qi", access, fd), fd
 
 
-def _landlock(cage: Cage) -> list[str]:
-    """Keeps from all files but those that it needs; promises of this kernel's Landlock."""
+@functools.cache
+def _rules(network: bool) -> _Rules:
     abi = landlock_abi()
-    if abi < 1:
-        raise OSError(errno.ENOSYS, "this kernel has no Landlock")
     every = (1 << 13) - 1
     every |= 1 << 13 if abi >= 2 else 0
     every |= _TRUNCATE if abi >= 3 else 0
     every |= 1 << 15 if abi >= 5 else 0
-    net = 0b11 if abi >= 4 and not cage.network else 0
+    net = 0b11 if abi >= 4 and not network else 0
     scoped = 0b11 if abi >= 6 else 0
     size = 8 if abi < 4 else 16 if abi < 6 else 24
-    attr = struct.pack("=QQQ", every, net, scoped)[:size]
-    ruleset = _checked(
-        _libc.syscall(444, ctypes.c_char_p(attr), ctypes.c_size_t(size), ctypes.c_uint32(0)), "landlock_create_ruleset"
+    wanted = [(path, _READ & every) for path in _readable()]
+    wanted += [(path, (_READ_FILE | _WRITE_FILE | 1 << 15) & every) for path in _DEVICES]
+    if network:
+        wanted += [(p, _READ_FILE) for p in ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/gai.conf")]
+    made = [rule for path, access in wanted if (rule := _rule_of(path, access)) is not None]
+    promised = ["files", *(["signals"] if scoped else [])]
+    return _Rules(
+        struct.pack("=QQQ", every, net, scoped)[:size], every, [r for r, _ in made], [fd for _, fd in made], promised
     )
-    try:
-        for path in _readable():
-            _rule(ruleset, path, _READ & every)
-        for path in _DEVICES:
-            _rule(ruleset, path, (_READ_FILE | _WRITE_FILE | 1 << 15) & every)
-        if cage.network:
-            for path in ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/gai.conf"):
-                _rule(ruleset, path, _READ_FILE)
-        _rule(ruleset, cage.tmp, every & ~(1 << 0 | 1 << 6 | 1 << 11))  # all but execute and device nodes
-        _checked(_libc.syscall(446, ruleset, 0), "landlock_restrict_self")
-    finally:
-        os.close(ruleset)
-    return ["files", *(["signals"] if scoped else [])]
+
+
+def _landlock(cage: Cage) -> list[str]:
+    """Keeps from all files but those that it needs; promises of this kernel's Landlock."""
+    if landlock_abi() < 1:
+        raise OSError(errno.ENOSYS, "this kernel has no Landlock")
+    prepared = _rules(cage.network)
+    size = len(prepared.attr)
+    ruleset = _checked(_syscall(444, prepared.attr, ctypes.c_size_t(size), 0), "landlock_create_ruleset")
+    for rule in prepared.rules:
+        _checked(_syscall(445, ruleset, 1, rule, 0), "landlock_add_rule")
+    own = _rule_of(cage.tmp, prepared.every & ~(1 << 0 | 1 << 6 | 1 << 11))  # all but execute and device nodes
+    if own is None:
+        raise OSError(errno.ENOENT, "its folder cannot be opened")
+    _checked(_syscall(445, ruleset, 1, own[0], 0), "landlock_add_rule")
+    _checked(_syscall(446, ruleset, 0), "landlock_restrict_self")
+    os.close(ruleset)
+    os.close(own[1])
+    return prepared.promised
+
+
+def _close_prepared() -> None:
+    """Descriptors that were opened for rules are no business of a function's code."""
+    for network in (False, True):
+        if landlock_abi() >= 1:
+            for fd in _rules(network).fds:
+                os.close(fd)
 
 
 # -- system calls: seccomp ---------------------------------------------------------------------------------------------
@@ -187,8 +231,8 @@ _LD, _JEQ, _JSET, _JGE, _RET = 0x20, 0x15, 0x45, 0x35, 0x06
 _ALLOW, _DENY = 0x7FFF0000, 0x00050000
 
 
-def program(cage: Cage, *, may_fork: bool, machine: str = "") -> bytes:
-    """The filter (classic BPF, seccomp(2)) for a cage: denies what is listed, allows the rest.
+def program(*, network: bool, may_fork: bool, machine: str = "") -> bytes:
+    """The filter (classic BPF, seccomp(2)): denies what is listed, allows the rest.
 
     Raises ``OSError`` for a machine whose numbers are not known.
     """
@@ -233,7 +277,7 @@ def program(cage: Cage, *, may_fork: bool, machine: str = "") -> bytes:
     code.append((_JEQ, 0, len(body), numbers["clone"]))
     code += body
     body = [(_RET, 0, 0, _DENY | errno.EACCES)]
-    if cage.network:  # the internet's families; never a local socket, which may be the agent's own
+    if network:  # the internet's families; never a local socket, which may be the agent's own
         body = [(_LD, 0, 0, 16), (_JEQ, 1, 0, socket.AF_INET), (_JEQ, 0, 1, socket.AF_INET6), allowed, *body]
     code.append((_JEQ, 0, len(body), numbers["socket"]))
     code += body
@@ -241,12 +285,28 @@ def program(cage: Cage, *, may_fork: bool, machine: str = "") -> bytes:
     return b"".join(struct.pack("=HBBI", *one) for one in code)
 
 
+@functools.cache
+def _program(network: bool, may_fork: bool) -> bytes:
+    return program(network=network, may_fork=may_fork)
+
+
+def warm() -> None:
+    """Finds out beforehand what is the same for every cage: what is done here, workers share."""
+    _closed_to_others()
+    for network in (False, True):
+        if landlock_abi() >= 1:
+            _rules(network)
+        for may_fork in (False, True):
+            with contextlib.suppress(OSError):
+                _program(network, may_fork)
+
+
 def _seccomp(cage: Cage, may_fork: bool) -> None:
-    text = program(cage, may_fork=may_fork)
+    text = _program(cage.network, may_fork)
     buffer = ctypes.create_string_buffer(text, len(text))
     fprog = struct.pack("@HP", len(text) // 8, ctypes.addressof(buffer))
     holder = ctypes.create_string_buffer(fprog, len(fprog))
-    _checked(_libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(2), holder, 0, 0), "prctl(PR_SET_SECCOMP)")
+    _checked(_prctl_(_PR_SET_SECCOMP, ctypes.c_ulong(2), holder, 0, 0), "prctl(PR_SET_SECCOMP)")
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------
@@ -254,11 +314,11 @@ def _seccomp(cage: Cage, may_fork: bool) -> None:
 
 def _own_mount(cage: Cage) -> None:
     """A file system in memory for its temporary files: bounded, unseen by others, gone with the process."""
-    _checked(_libc.unshare(_CLONE_NEWNS), "unshare")
-    _checked(_libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None), "mount --make-rprivate")
+    _checked(_unshare(_CLONE_NEWNS), "unshare")
+    _checked(_mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None), "mount --make-rprivate")
     data = f"size={cage.tmp_size},mode=0700,uid={cage.user},nr_inodes=4096".encode()
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
-    _checked(_libc.mount(b"tmpfs", cage.tmp.encode(), b"tmpfs", flags, data), "mount tmpfs")
+    _checked(_mount(b"tmpfs", cage.tmp.encode(), b"tmpfs", flags, data), "mount tmpfs")
 
 
 def _become(user: int, keep_reading: bool) -> None:
@@ -272,9 +332,10 @@ def _become(user: int, keep_reading: bool) -> None:
         bit = 1 << _CAP_DAC_READ_SEARCH
         header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0), 8)
         data = ctypes.create_string_buffer(struct.pack("=IIIIII", bit, bit, 0, 0, 0, 0), 24)
-        _checked(_libc.capset(header, data), "capset")
+        _checked(_capset(header, data), "capset")
 
 
+@functools.cache
 def _closed_to_others() -> bool:
     """Whether another user could not read Python's library, e.g. below root's home."""
     for path in (sys.base_prefix, sys.prefix, str(Path(__file__).resolve().parent)):
@@ -339,7 +400,7 @@ def enter(cage: Cage) -> Verdict:
         with contextlib.suppress(OSError):
             os.chown(cage.tmp, cage.user, cage.user)
         step(("user",), lambda: _become(cage.user, _closed_to_others()))
-    _prctl(_PR_SET_PDEATHSIG, 9)  # after the change of user, which would undo it
+    dies_with_parent()  # after the change of user, which would undo it
     with contextlib.suppress(OSError):
         _prctl(_PR_SET_DUMPABLE, 0)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
@@ -353,24 +414,26 @@ def enter(cage: Cage) -> Verdict:
         verdict.refused["pids"] += "; it may start threads, but no process"
     if cage.network:
         verdict.refused["network"] = "limits.network is open"
+    _close_prepared()
     if "signals" not in verdict.enforced:
         verdict.refused["signals"] = f"Landlock of this kernel has version {abi}, it takes 6"
     return verdict
 
 
 def _groups(cage: Cage, verdict: Verdict) -> None:
-    limits = cgroup.Limits(cage.memory, cage.cpu, cage.pids)
-    wanted = [name for name in ("memory", "cpu", "pids") if getattr(limits, name) is not None]
-    if not cage.groups:
-        verdict.refused.update(dict.fromkeys(wanted, "groups are switched off"))
-        return
-    told = cgroup.prepare(cage.node, cage.instance, limits)
-    verdict.refused.update(told.refused)
+    """Enters the groups that were made for it."""
+    verdict.refused.update(cage.ungrouped)
+    me = str(os.getpid()).encode()
     try:
-        cgroup.enter(cage.node, cage.instance, os.getpid())
-        verdict.enforced += told.enforced
+        for door in cage.doors:
+            fd = os.open(door, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, me)
+            finally:
+                os.close(fd)
+        verdict.enforced += cage.grouped
     except OSError as e:
-        verdict.refused.update(dict.fromkeys(told.enforced, f"it cannot be moved into its group: {e.strerror}"))
+        verdict.refused.update(dict.fromkeys(cage.grouped, f"it cannot be moved into its group: {e.strerror}"))
 
 
 # -- is it true? -------------------------------------------------------------------------------------------------------
@@ -384,7 +447,7 @@ def attempts(cage: Cage, verdict: Verdict) -> Verdict:
         "exec": lambda: os.execv("/bin/true", ["true"]),  # noqa: S606
         "user": lambda: os.setresuid(0, 0, 0),
         "signals": lambda: os.kill(os.getppid(), 0),
-        "kernel": lambda: _checked(_libc.unshare(_CLONE_NEWNS), "unshare"),
+        "kernel": lambda: _checked(_unshare(_CLONE_NEWNS), "unshare"),
         "tmp": lambda: _fill(Path(cage.tmp) / "probe", cage.tmp_size + (1 << 20)),
     }
     for name, attempt in tries.items():

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,6 +42,8 @@ MAX_LINE = 8192
 _JSON = "application/json"
 _TEXT = "text/plain; charset=utf-8"
 _READ = 256 * 1024
+#: What is received; made before the fork, so that a worker has of it only what it used.
+_BUFFER = memoryview(bytearray(_READ))
 _encode_json = msgspec.json.Encoder().encode
 
 
@@ -78,6 +81,12 @@ class Context:
         return self.deadline - time.monotonic()
 
 
+def _compiled(name: str, text: str) -> types.CodeType:
+    """The code of a file, whose lines a traceback then shows."""
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    return compile(text, name, "exec")
+
+
 class _Source(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     """Imports a function's files from memory: its folder need not be on the node's disk."""
 
@@ -105,9 +114,7 @@ class _Source(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
 
     def get_code(self, fullname: str) -> Any:
         name = self._file(fullname)
-        text = self.files[name]
-        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-        return compile(text, name, "exec")
+        return _compiled(name, self.files[name])
 
     def get_data(self, path: str) -> bytes:
         """For ``pkgutil.get_data``: a file that is no module."""
@@ -175,10 +182,10 @@ class Worker:
     def receive(self) -> wire.ToWorker | None:
         """The next message; None when the other end has closed."""
         while not self._waiting:
-            data = self._sock.recv(_READ)
-            if not data:
+            size = self._sock.recv_into(_BUFFER)
+            if not size:
                 return None
-            self._waiting = list(self._frames.feed(data))
+            self._waiting = list(self._frames.feed(_BUFFER[:size]))
         message: wire.ToWorker = wire.decode_to_worker(self._waiting.pop(0))
         return message
 
@@ -229,7 +236,7 @@ class Worker:
     def _load(self, init: wire.Init) -> Callable[[Event, Context], Any]:
         sys.meta_path.insert(0, _Source(init.files))
         module_name, _, name = init.handler.rpartition(":")
-        module = importlib.import_module(module_name or "main")
+        module = importlib.import_module(module_name) if module_name else self._main(init.files)
         handler = getattr(module, name, None)
         if not callable(handler):
             raise AttributeError(f"{module_name or 'main'} has no function {name!r}")
@@ -237,6 +244,14 @@ class Worker:
             self._loop = asyncio.new_event_loop()
             asyncio.set_event_loop(self._loop)
         return handler  # type: ignore[no-any-return]
+
+    def _main(self, files: dict[str, str]) -> types.ModuleType:
+        """The module ``main``, the short way: importing it would cost every worker what the machinery touches."""
+        module = types.ModuleType("main")
+        module.__file__ = "main.py"
+        sys.modules["main"] = module
+        exec(_compiled("main.py", files["main.py"]), module.__dict__)  # noqa: S102 - this is what workers are for
+        return module
 
     def _serve(self, handler: Callable[[Event, Context], Any], call: wire.Invoke, context: Context) -> None:
         self._call, self._lines = call.id, 0

@@ -1,0 +1,250 @@
+"""Functions: a warm call, a cold one, many idle ones, one that loops for ever, an update under load.
+
+All through the node's dispatcher in this process, as the gateway calls it; workers are real, in their sandbox.
+Baselines: an echo over a unix socket by two processes that do nothing else, a bare interpreter's start, processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from benchmarks.common import PYTHON, Row, percentile, row
+from edgeward.core import kinds as _kinds  # noqa: F401
+from edgeward.core.invocation import Call, CallFailed, Event, Frames, frame
+from edgeward.core.proc import usage
+from edgeward.core.resource import decode
+from edgeward.functions import spec as _spec  # noqa: F401
+from edgeward.functions.dispatcher import Dispatcher
+from edgeward.functions.versions import Config, config_of
+
+HELLO = 'def handler(event, context):\n    return {"hello": event.data.decode(), "version": context.version}\n'
+EVENT = Event("1", "/bench", "bench", b"edge")
+#: Reads frames, answers each with a frame: what a worker does at the least.
+ECHO = """
+import socket, sys
+from edgeward.core.invocation import Frames, frame
+sock = socket.socket(fileno=int(sys.argv[1]))
+frames = Frames()
+while data := sock.recv(262144):
+    sock.sendall(b"".join(len(p).to_bytes(4, "big") + p for p in frames.feed(data)))
+"""
+
+
+def config(name: str, code: str, **spec: Any) -> Config:
+    doc = {"apiVersion": "edgeward/v1", "kind": "Function", "metadata": {"name": name}}
+    return config_of(decode(doc | {"spec": {"runtime": "python", "source": {"inline": code}} | spec}), {}, {}, [])
+
+
+@contextlib.asynccontextmanager
+async def dispatcher() -> AsyncIterator[Dispatcher]:
+    with tempfile.TemporaryDirectory(prefix="edgeward-bench-") as folder:
+        d = Dispatcher(Path(folder), "bench", "bench")
+        task = asyncio.create_task(d.run())
+        try:
+            yield d
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+async def call(d: Dispatcher, name: str, event: Event = EVENT) -> Any:
+    return await d.invoke(Call(f"default/{name}", event))
+
+
+async def until(held: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not held():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+async def one_by_one(work: Callable[[], Coroutine[Any, Any, Any]], n: int) -> float:
+    """The median, in microseconds."""
+    took = []
+    for _ in range(n):
+        began = time.perf_counter()
+        await work()
+        took.append(time.perf_counter() - began)
+    return statistics.median(took) * 1e6
+
+
+async def in_flight(work: Callable[[], Coroutine[Any, Any, Any]], n: int, at_once: int = 64) -> float:
+    """Calls a second."""
+    left = iter(range(n))
+
+    async def caller() -> None:
+        for _ in left:
+            await work()
+
+    began = time.perf_counter()
+    await asyncio.gather(*(caller() for _ in range(at_once)))
+    return n / (time.perf_counter() - began)
+
+
+class Echo(asyncio.Protocol):
+    """The caller's side of the bare echo: futures in the order of their calls."""
+
+    def __init__(self) -> None:
+        self.waiting: list[asyncio.Future[None]] = []
+        self.frames = Frames()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for _ in self.frames.feed(data):
+            self.waiting.pop(0).set_result(None)
+
+    async def call(self) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.append(future)
+        self.transport.write(frame(EVENT))
+        await future
+
+
+async def bare_echo(n: int) -> tuple[float, float]:
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen([PYTHON, "-c", ECHO, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+    theirs.close()
+    ours.setblocking(False)
+    transport, echo = await asyncio.get_running_loop().create_unix_connection(Echo, sock=ours)
+    try:
+        await one_by_one(echo.call, 500)
+        return await one_by_one(echo.call, n), await in_flight(echo.call, n * 4)
+    finally:
+        transport.close()
+        await asyncio.to_thread(process.wait, 10)
+
+
+async def _warm() -> list[Row]:
+    async with dispatcher() as d:
+        d.configure([config("hello", HELLO, scale={"max": 2})])
+        work = lambda: call(d, "hello")  # noqa: E731
+        await in_flight(work, 2000)
+        best_p50, best_rate, echo_p50, echo_rate = 1e9, 0.0, 1e9, 0.0
+        for _ in range(3):  # in turn, so that a neighbour's noise meets both
+            best_p50 = min(best_p50, await one_by_one(work, 4000))
+            best_rate = max(best_rate, await in_flight(work, 16_000))
+            p50, rate = await bare_echo(4000)
+            echo_p50, echo_rate = min(echo_p50, p50), max(echo_rate, rate)
+    return [
+        row("warm python function, p50 of 4000, best of 3", best_p50, "us", 150,
+            base=("bare unix-socket echo, msgpack frames", echo_p50)),
+        row("python function, 64 in flight, best of 3", best_rate, "calls/s", 15_000, less=False,
+            base=("bare unix-socket echo, 64 in flight", echo_rate)),
+    ]  # fmt: skip
+
+
+async def _cold() -> list[Row]:
+    took, bare = [], []
+    async with dispatcher() as d:
+        d.configure([config("cold", HELLO, scale={"idle": "1ms"})])
+        await call(d, "cold")
+        for _ in range(50):
+            await until(lambda: not (d.status("default/cold") or {}).get("instances"))
+            began = time.perf_counter()
+            reply = await call(d, "cold")
+            assert reply.cold
+            took.append((time.perf_counter() - began) * 1e3)
+            began = time.perf_counter()
+            subprocess.run([PYTHON, "-c", "pass"], check=True)
+            bare.append((time.perf_counter() - began) * 1e3)
+    base = ("a bare interpreter's start and end", percentile(bare, 50))
+    return [row("cold start of a sandboxed python function, p50 of 50", percentile(took, 50), "ms", 30, base=base)]
+
+
+def _pss(pids: list[int]) -> float:
+    return sum(u.memory for u in map(usage, pids) if u is not None) / 1e6
+
+
+async def _idle(n: int = 200, processes: int = 20) -> list[Row]:
+    async with dispatcher() as d:
+        d.configure([config(f"f{i}", HELLO, scale={"min": 1}) for i in range(n)])
+        for i in range(n):
+            await call(d, f"f{i}")
+        pids = [link.child.pid for f in d._functions.values() for link in f.current.links]  # type: ignore[union-attr]
+        assert len(pids) == n
+        value = _pss([*pids, d.nursery.pid])
+    code = "import asyncio, json, logging, msgspec, sys; print(1, flush=True); sys.stdin.read()"
+    argv = [PYTHON, "-c", code]
+    running = [subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(processes)]
+    try:
+        for p in running:
+            assert p.stdout
+            p.stdout.readline()  # it has imported
+        each = _pss([p.pid for p in running]) / processes
+    finally:
+        for p in running:
+            p.communicate()
+    base = (f"{n} processes ({processes} measured)", each * n)
+    return [row(f"{n} idle python functions with their zygote, PSS", value, "MB", 600, base=base)]
+
+
+async def _loop() -> list[Row]:
+    code = "def handler(e, c):\n    while e.data == b'loop': ...\n    return 'well'"
+    late, again = [], []
+    async with dispatcher() as d:
+        d.configure([config("loop", code, limits={"timeout": "500ms"}), config("hello", HELLO)])
+        await call(d, "loop")
+        for _ in range(10):
+            began = time.perf_counter()
+            try:
+                await call(d, "loop", Event("1", "/", "t", b"loop"))
+            except CallFailed as e:
+                assert e.kind == "timeout"
+            stopped = time.perf_counter()
+            late.append((stopped - began - 0.5) * 1e3)
+            await call(d, "loop")
+            again.append((time.perf_counter() - stopped) * 1e3)
+    timers = []
+    for _ in range(10):
+        began = time.perf_counter()
+        await asyncio.sleep(0.5)
+        timers.append((time.perf_counter() - began - 0.5) * 1e3)
+    return [
+        row("endless loop stopped after its deadline, worst of 10", max(late), "ms", 50, base=("a timer", max(timers))),
+        row("the next call after an endless loop, worst of 10", max(again), "ms", 100, base=None),
+    ]
+
+
+async def _update(n: int = 10_000) -> list[Row]:
+    failed = 0
+    async with dispatcher() as d:
+        d.configure([config("f", "def handler(e, c):\n    return '0'", scale={"max": 2})])
+        await call(d, "f")
+        done, versions = 0, set[bytes]()
+
+        async def caller() -> None:
+            nonlocal done, failed
+            while done < n:
+                done += 1
+                try:
+                    versions.add((await call(d, "f")).body)
+                except CallFailed:
+                    failed += 1
+
+        callers = [asyncio.create_task(caller()) for _ in range(32)]
+        for version in range(1, 6):
+            await until(lambda v=version: done >= n * v // 6)  # type: ignore[misc]
+            d.configure([config("f", f"def handler(e, c):\n    return '{version}'", scale={"max": 2})])
+        await asyncio.gather(*callers)
+    assert len(versions) > 1
+    return [row(f"failed calls of {n} during 5 updates", failed, "calls", 0, base=None)]
+
+
+def functions() -> list[Row]:
+    rows: list[Row] = []
+    for work in (_warm, _cold, _idle, _loop, _update):
+        rows += uvloop.run(work())
+    return rows
