@@ -19,6 +19,7 @@ from tests.previous import ROOT, environment, unpacked
 from edgeward.core.registry import kinds
 from edgeward.core.resource import Metadata
 from edgeward.hub.kinds import load
+from edgeward.nodes import enrol, wire
 from edgeward.nodes.wire import LEVEL
 
 load()
@@ -30,7 +31,10 @@ load()
 from edgeward.core.registry import kinds
 from edgeward.core.resource import Metadata
 from edgeward.nodes.wire import LEVEL
+from edgeward.nodes import enrol, wire
 print(json.dumps({
+    "wire": {n: [(f.name, f.required) for f in msgspec.structs.fields(s)] for m in (wire, enrol)
+             for n, s in vars(m).items() if isinstance(s, type) and issubclass(s, msgspec.Struct)},
     "level": LEVEL,
     "metadata": list(Metadata.__struct_fields__),
     "kinds": {k.name: {"schema": k.schema, "spec": msgspec.json.schema(k.spec)} for k in kinds},
@@ -98,6 +102,19 @@ def test_what_the_previous_release_does_not_know_says_its_level(previous: dict[s
     later = set(Metadata.__struct_fields__) - set(previous["metadata"])
     wrong += [f"metadata.{name}: an older agent cannot read it" for name in sorted(later)]
     assert not wrong, "\n".join(wrong)
+
+
+def test_what_goes_over_the_link_is_read_by_both(previous: dict[str, Any]) -> None:
+    """Fields may be added that may be left out, none taken away; in what a box signs not even that."""
+    for name, then in previous["wire"].items():
+        struct = getattr(wire, name, None) or getattr(enrol, name)
+        now = {f.name: f.required for f in msgspec.structs.fields(struct)}
+        was = dict(then)
+        assert was.keys() <= now.keys(), f"{name} lost {sorted(was.keys() - now.keys())}: the other side sends it"
+        new = [field for field in now if field not in was]
+        assert not [f for f in new if now[f]], f"{name}: {new} must have defaults, the other side does not send them"
+        if struct.__struct_config__.forbid_unknown_fields or struct.__struct_config__.array_like:
+            assert not new, f"{name}: {new} would be refused by the other side"
 
 
 def test_the_page_says_how_it_is_tested() -> None:

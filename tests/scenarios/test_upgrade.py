@@ -314,20 +314,24 @@ def test_one_side_after_the_other(first: str, tmp_path: Path) -> None:
 
 async def hub_first(world: World) -> None:
     await world.upgrade(world.hub, LATER)
-    # a kind that the old agent does not know goes past it; it is said at the node
+    # kinds that the old agent does not know go past it; it is said at the node
     await world.put(document("Gadget", "g", {"text": "x"}))
+    await world.put(document("Route", "news", {"path": "/news/", "to": {"upstream": "http://127.0.0.1:9"}}))
+    code = {"inline": "def handler(event, context):\n    return 1\n"}
+    await world.put(document("Function", "f", {"runtime": "python", "source": code, "placement": {"site": "shop"}}))
+    later = {"box": ["Gadget/g", "Route/news"], "second": ["Function/f", "Gadget/g", "Route/news"]}
     second = Part(world.folder / "second", "edgeward.agent")
     world.parts.append(second)
     await world.join("second", second, world.old, "shop")
     await world.works(1)
 
     async def told(node: str) -> bool:
-        return (await world.get(f"/nodes/{node}"))["status"].get("notTold") == ["Gadget/g"]
+        return (await world.get(f"/nodes/{node}"))["status"].get("notTold") == later[node]
 
-    for node in ("box", "second"):
+    for node in later:
         await world.until(f"what {node} is not told", lambda node=node: told(node))
     await world.upgrade(world.box)
-    # this release's agent is told, does not know it either, says so, and goes on
+    # this release's agent is told; one kind it does not know either, says so, and goes on
     await world.works(2)
 
     async def strange() -> bool:
