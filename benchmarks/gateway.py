@@ -1,0 +1,203 @@
+"""The gateway: requests per CPU second of its process, cached and proxied, beside FastAPI on uvicorn and bare nginx.
+
+Each server gets the same load in turns, several rounds; what counts is the CPU time of the server's own process (from
+/proc), so that neighbours on the machine disturb little. nginx is taken where it is installed (or by EDGEWARD_NGINX).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import PYTHON, Row, free_ports, row, wait
+from edgeward.core import proc
+
+ROUNDS = int(os.environ.get("EDGEWARD_BENCH_RUNS", "3"))
+SECONDS = 3.0
+CONNECTIONS = 32
+CACHED = [f"/cached/{n}" for n in range(64)]
+PROXIED = [f"/proxied/{n}" for n in range(64)]
+
+
+@contextlib.contextmanager
+def running(argv: list[str], port: int, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(argv, env={**os.environ, **(env or {})}, stderr=subprocess.DEVNULL)
+    try:
+        wait(lambda: _listens(port) or process.poll() is not None)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _listens(port: int) -> bool:
+    import socket
+
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def cpu(pids: list[int]) -> float:
+    found = [proc.usage(p) for p in pids]
+    return sum(u.cpu for u in found if u is not None)
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [pid, *map(int, text.split())]
+
+
+def load(port: int, paths: list[str], seconds: float = SECONDS) -> dict[str, Any]:
+    argv = [PYTHON, "-m", "benchmarks.gateway_peers", "load", str(port), str(seconds), str(CONNECTIONS), *paths]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
+    doc: dict[str, Any] = json.loads(done.stdout)
+    return doc
+
+
+def per_cpu(pid: int, port: int, paths: list[str]) -> tuple[float, dict[str, Any]]:
+    pids = children(pid)
+    before = cpu(pids)
+    got = load(port, paths)
+    used = cpu(pids) - before
+    assert not got["failed"], (pid, port, got)
+    return got["requests"] / max(used, 0.01), got
+
+
+def plane_config(port: int, target: int, extra: int = 0) -> dict[str, Any]:
+    where = {"to": "upstream", "target": "target", "endpoints": [{"host": "127.0.0.1", "port": target}]}
+    routes: list[dict[str, Any]] = [
+        {"key": "default/cached", "path": "/cached/", "cache": {}, **where},
+        {"key": "default/proxied", "path": "/proxied/", **where},
+    ]
+    routes += [{"key": f"default/extra{n}", "path": f"/extra{n}", **where} for n in range(extra)]
+    listen = [{"host": "127.0.0.1", "port": port}]
+    return {"node": "n1", "site": "s", "gateway": {"node": "n1", "listen": listen, "routes": routes}}
+
+
+def ask(folder: Path, verb: str) -> dict[str, Any]:
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as s:
+        s.settimeout(30)
+        s.connect(str(folder / "plane.sock"))
+        s.sendall(json.dumps({"verb": verb, "args": {}}).encode() + b"\n")
+        doc: dict[str, Any] = json.loads(s.makefile().readline())
+        return doc
+
+
+@contextlib.contextmanager
+def plane(folder: Path, target: int) -> Iterator[tuple[int, int]]:
+    """The node's data plane alone: ``(pid, port)``."""
+    (port,) = free_ports(1)
+    (folder / "plane.json").write_text(json.dumps(plane_config(port, target)))
+    with running([PYTHON, "-m", "edgeward.agent.plane", "--data", str(folder)], port) as process:
+        yield process.pid, port
+
+
+NGINX = """
+daemon off; {user} worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
+events {{ worker_connections 1024; }}
+http {{
+  access_log {folder}/access.log;
+  client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
+  uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+  proxy_cache_path {folder}/cache keys_zone=c:10m;
+  upstream t {{ server 127.0.0.1:{target}; keepalive 64; }}
+  server {{
+    listen 127.0.0.1:{port};
+    keepalive_requests 1000000;
+    proxy_http_version 1.1; proxy_set_header Connection "";
+    location /cached/ {{ proxy_pass http://t; proxy_cache c; }}
+    location /proxied/ {{ proxy_pass http://t; }}
+  }}
+}}
+"""
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, target: int) -> Iterator[tuple[int, int] | None]:
+    binary = os.environ.get("EDGEWARD_NGINX") or shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if binary is None:
+        yield None
+        return
+    (port,) = free_ports(1)
+    (folder / "nginx.conf").write_text(NGINX.format(user="user root;" if os.geteuid() == 0 else "", folder=folder, target=target, port=port))
+    argv = [binary, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
+    with running(argv, port) as process:
+        yield process.pid, port
+
+
+def gateway() -> list[Row]:
+    with contextlib.ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ew-gw-")))
+        (target,) = free_ports(1)
+        stack.enter_context(running([PYTHON, "-m", "benchmarks.gateway_peers", "target", str(target)], target))
+        for name in ("plane", "nginx"):
+            (root / name).mkdir()
+        mine = stack.enter_context(plane(root / "plane", target))
+        (port,) = free_ports(1)
+        argv = [PYTHON, "-m", "benchmarks.gateway_peers", "fastapi", str(port), str(target)]
+        peers: dict[str, tuple[int, int]] = {}
+        peer = stack.enter_context(running(argv, port))
+        if peer.poll() is None:
+            peers["FastAPI on uvicorn"] = peer.pid, port
+        bare = stack.enter_context(nginx(root / "nginx", target))
+        if bare is not None:
+            peers["bare nginx"] = bare
+        found: dict[tuple[str, str], list[float]] = {}
+        p50: dict[str, list[float]] = {}
+        for what, paths in (("cached", CACHED), ("proxied", PROXIED)):
+            for _ in range(ROUNDS):
+                for name, (pid, at) in {"edgeward": mine, **peers}.items():
+                    load(at, paths, 0.3)
+                    rate, got = per_cpu(pid, at, paths)
+                    found.setdefault((what, name), []).append(rate)
+                    if name == "edgeward":
+                        p50.setdefault(what, []).append(got["p50"])
+        changed, failed, total = changes(root / "plane", mine, target)
+    rows = []
+    for what, bar in (("cached", 15_000.0), ("proxied", 6_000.0)):
+        value = statistics.median(found[what, "edgeward"])
+        others = {n: statistics.median(found[what, n]) for n in peers}
+        base = others.get("FastAPI on uvicorn")
+        rows.append(
+            row(f"{what} answer by the gateway, requests per CPU second", value, "1/s", bar, less=False,
+                base=("FastAPI on uvicorn", base) if base else None)
+        )  # fmt: skip
+        if "bare nginx" in others:
+            share = value / others["bare nginx"]
+            text = ("bare nginx's own requests per CPU second, in thousands", others["bare nginx"] / 1000)
+            rows.append(row(f"{what} answer, share of bare nginx per CPU second", share, "", 0.0, less=False, base=text))
+    what = f"requests that failed of {total}, during {changed} route changes under load"
+    rows.append(row(what.replace(f" of {total}", ""), float(failed), "", 0.0, base=None))
+    return rows
+
+
+def changes(folder: Path, mine: tuple[int, int], target: int) -> tuple[int, int, int]:
+    """Twenty changes while a load of cached and proxied requests runs: ``(changes, failed, requests)``."""
+    result: dict[str, Any] = {}
+    thread = threading.Thread(target=lambda: result.update(load(mine[1], CACHED + PROXIED, 6.0)))
+    thread.start()
+    time.sleep(0.5)  # the load runs
+    for n in range(20):
+        (folder / "plane.json").write_text(json.dumps(plane_config(mine[1], target, n + 1)))
+        got = ask(folder, "reload")
+        assert "digest" in got, got
+        time.sleep(0.2)  # the changes are spread over the load
+    thread.join()
+    return 20, int(result["failed"]), int(result["requests"])
+
+
+if __name__ == "__main__":
+    for r in gateway():
+        print(f"{r.name}: {r.value:g} {r.unit}  (bar {r.bar}, holds {r.holds}, {r.baseline}, ratio {r.ratio})")
