@@ -16,7 +16,7 @@ from types import FrameType
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cluster, convergence, enrol, fleet, functions, idle, outbox, spine
+from benchmarks import cluster, convergence, enrol, fleet, functions, gateway, idle, outbox, spine
 from benchmarks.common import Row, save
 
 ALL: dict[str, Callable[[], list[Row]]] = {
@@ -29,6 +29,7 @@ ALL: dict[str, Callable[[], list[Row]]] = {
     "convergence": convergence.convergence,
     "cluster": cluster.cluster,
     "enrol": enrol.enrol,
+    "gateway": gateway.gateway,
     "idle": idle.idle,
     "fleet": fleet.fleet,
     "functions": functions.functions,

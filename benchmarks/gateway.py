@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import PYTHON, Row, free_ports, row, wait
+from benchmarks.common import PYTHON, Row, free_ports, row, system, wait
 from edgeward.core import proc
 
 ROUNDS = int(os.environ.get("EDGEWARD_BENCH_RUNS", "3"))
@@ -53,12 +53,16 @@ def cpu(pids: list[int]) -> float:
 
 
 def children(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [pid, *map(int, text.split())]
+    """The process and all below it; its threads' children, too."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += children(int(child))
+    return found
 
 
-def load(port: int, paths: list[str], seconds: float = SECONDS) -> dict[str, Any]:
-    argv = [PYTHON, "-m", "benchmarks.gateway_peers", "load", str(port), str(seconds), str(CONNECTIONS), *paths]
+def load(port: int, paths: list[str], seconds: float = SECONDS, connections: int = CONNECTIONS) -> dict[str, Any]:
+    argv = [PYTHON, "-m", "benchmarks.gateway_peers", "load", str(port), str(seconds), str(connections), *paths]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
     doc: dict[str, Any] = json.loads(done.stdout)
     return doc
@@ -131,7 +135,8 @@ def nginx(folder: Path, target: int) -> Iterator[tuple[int, int] | None]:
         yield None
         return
     (port,) = free_ports(1)
-    (folder / "nginx.conf").write_text(NGINX.format(user="user root;" if os.geteuid() == 0 else "", folder=folder, target=target, port=port))
+    user = "user root;" if os.geteuid() == 0 else ""
+    (folder / "nginx.conf").write_text(NGINX.format(user=user, folder=folder, target=target, port=port))
     argv = [binary, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
     with running(argv, port) as process:
         yield process.pid, port
@@ -164,23 +169,68 @@ def gateway() -> list[Row]:
                     found.setdefault((what, name), []).append(rate)
                     if name == "edgeward":
                         p50.setdefault(what, []).append(got["p50"])
+        through, own, beside = function(peers.get("FastAPI on uvicorn"))
         changed, failed, total = changes(root / "plane", mine, target)
     rows = []
     for what, bar in (("cached", 15_000.0), ("proxied", 6_000.0)):
         value = statistics.median(found[what, "edgeward"])
         others = {n: statistics.median(found[what, n]) for n in peers}
         base = others.get("FastAPI on uvicorn")
-        rows.append(
-            row(f"{what} answer by the gateway, requests per CPU second", value, "1/s", bar, less=False,
-                base=("FastAPI on uvicorn", base) if base else None)
-        )  # fmt: skip
+        what_for = f"{what} answer by the gateway, requests per CPU second"
+        made = row(what_for, value, "1/s", bar, less=False, base=("FastAPI on uvicorn", base) if base else None)
         if "bare nginx" in others:
-            share = value / others["bare nginx"]
-            text = ("bare nginx's own requests per CPU second, in thousands", others["bare nginx"] / 1000)
-            rows.append(row(f"{what} answer, share of bare nginx per CPU second", share, "", 0.0, less=False, base=text))
+            made.baseline = "; ".join(filter(None, [made.baseline, f"bare nginx: {others['bare nginx']:.3g} 1/s"]))
+        rows.append(made)
+    name = "FastAPI on uvicorn, in its own process"
+    what = "function answer by the gateway, requests per CPU second of plane and workers"
+    rows.append(row(what, through, "1/s", 8_000, less=False, base=(name, beside[0]) if beside else None))
+    what = "function answer by the gateway, one at a time, p50"
+    rows.append(row(what, own * 1000, "ms", 1.0, base=(name, beside[1] * 1000) if beside else None))
     what = f"requests that failed of {total}, during {changed} route changes under load"
     rows.append(row(what.replace(f" of {total}", ""), float(failed), "", 0.0, base=None))
     return rows
+
+
+HELLO = [
+    {
+        "apiVersion": "edgeward/v1", "kind": "Function", "metadata": {"name": "hello"},
+        "spec": {
+            "runtime": "python", "concurrency": 64,
+            "source": {
+                "inline": "def handler(event, context):\n"
+                "    return {'hello': event.data.decode(), 'version': context.version}\n"
+            },
+        },
+    },
+    {
+        "apiVersion": "edgeward/v1", "kind": "Route", "metadata": {"name": "hello"},
+        "spec": {"path": "/hello", "to": {"function": "hello"}},
+    },
+]  # fmt: skip
+
+
+def function(peer: tuple[int, int] | None) -> tuple[float, float, tuple[float, float] | None]:
+    """The issue's hello on a whole node: ``(requests per CPU second, p50 of one at a time, FastAPI's two)``."""
+    from urllib.parse import urlsplit
+
+    paths = ["/hello=edge"]
+    with system("up") as s:
+        api = s.api()
+        for doc in HELLO:
+            api.call("POST", f"/api/v1/namespaces/default/{doc['kind'].lower()}s", doc)
+        node = s.context["nodes"][0]
+        port, pid = int(urlsplit(node["gateway_url"]).port or 0), int(node["pids"]["plane"])
+        wait(lambda: not load(port, paths, 0.1, 1)["failed"])
+        rates: list[list[float]] = [[], []]
+        alone: list[list[float]] = [[], []]
+        for _ in range(ROUNDS):
+            for n, (process, at) in enumerate([(pid, port), *([peer] if peer else [])]):
+                load(at, paths, 0.3)
+                rates[n].append(per_cpu(process, at, paths)[0])
+                alone[n].append(load(at, paths, 1.0, 1)["p50"])
+    own = statistics.median(rates[0]), statistics.median(alone[0])
+    beside = (statistics.median(rates[1]), statistics.median(alone[1])) if peer else None
+    return *own, beside
 
 
 def changes(folder: Path, mine: tuple[int, int], target: int) -> tuple[int, int, int]:

@@ -25,4 +25,8 @@ def app_for(target_port: int) -> Any:
         got = await client.get(request.url.path)
         return Response(got.content, got.status_code, media_type=got.headers["content-type"])
 
+    @app.post("/hello")
+    async def hello(request: Request) -> dict[str, str]:
+        return {"hello": (await request.body()).decode(), "version": "1"}
+
     return app

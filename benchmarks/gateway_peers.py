@@ -1,8 +1,8 @@
 """Processes of the gateway's benchmark: a target, a load, and FastAPI doing the gateway's work.
 
-    python -m benchmarks.gateway_peers target PORT
-    python -m benchmarks.gateway_peers load PORT SECONDS CONNECTIONS PATH...
-    python -m benchmarks.gateway_peers fastapi PORT TARGET_PORT
+python -m benchmarks.gateway_peers target PORT
+python -m benchmarks.gateway_peers load PORT SECONDS CONNECTIONS PATH...
+python -m benchmarks.gateway_peers fastapi PORT TARGET_PORT
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, cast
 
 BODY = b"x" * 1024
 ANSWER = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nCache-Control: max-age=3600\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nCache-Control: max-age=3600\r\nContent-Length: %d\r\n\r\n"
+    % len(BODY)
     + BODY
 )
 
@@ -81,14 +82,21 @@ class Client(asyncio.Protocol):
 
 class Load:
     def __init__(self, seconds: float, connections: int, paths: list[str]) -> None:
-        self.requests = [
-            f"GET {p} HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: load\r\nAccept: */*\r\n\r\n".encode() for p in paths
-        ]
+        self.requests = [self.request(p) for p in paths]
         self.took: list[float] = []
         self.failed = self.ended = 0
         self.left = connections
         self.done = asyncio.Event()
         self.until = time.perf_counter() + seconds
+
+    @staticmethod
+    def request(path: str) -> bytes:
+        """``/path`` is a GET, ``/path=body`` a POST."""
+        path, is_post, body = path.partition("=")
+        head = (
+            f"{'POST' if is_post else 'GET'} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: load\r\nAccept: */*\r\n"
+        )
+        return (head + (f"Content-Length: {len(body)}\r\n" if is_post else "") + "\r\n" + body).encode()
 
 
 async def load(port: int, seconds: float, connections: int, paths: list[str]) -> dict[str, Any]:

@@ -72,8 +72,9 @@ class FunctionExchange(Exchange):
     def _event(self) -> Event:
         request = self.request
         headers = [h for h in end_to_end(request.headers) if h[0] not in CLAIMS]
+        self.gate.calls += 1
         return Event(
-            id=clock.new_id(12),
+            id=f"{self.gate.calls_of}-{self.gate.calls:x}",
             source=f"/routes/{self.rule.key}",
             type="edgeward.http.request",
             data=b"".join(self._data),

@@ -79,6 +79,8 @@ class Gate:
         self.refusals: dict[int, int] = {}
         #: What was written for requests that are remembered: (rule, client, head).
         self.wires: dict[Request, tuple[Rule, str, bytes]] = {}
+        #: Events of functions are numbered, behind a name of this run.
+        self.calls, self.calls_of = 0, clock.new_id(12)
         self._memo: dict[bytes, tuple[Request, Rule | None]] = {}
         self._servers: dict[Listen, asyncio.Server] = {}
         self._tasks: set[asyncio.Task[None]] = set()
