@@ -213,3 +213,19 @@ def test_a_write_is_read_back_though_nothing_follows_the_stream_yet(tmp_path: Pa
             assert late.get(key("a")).spec.data == late.get(key("b")).spec.data == {"k": "1"}
 
     asyncio.run(body())
+
+
+def test_a_controller_that_does_not_know_the_present_status_cannot_write_over_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with nats_store(tmp_path) as (store, _, bus):
+            await store.put(config("a", "1"))
+            stale = NatsStore(bus.client)
+            await stale.open()  # and follows nothing from here on, as a process that stands still
+            await store.put_status(key("a"), {"phase": "new"}, checked=True)
+            with pytest.raises(Conflict):
+                await stale.put_status(key("a"), {"phase": "stale"}, checked=True)
+            assert store.get(key("a")).status == stale.get(key("a")).status == {"phase": "new"}, "it knows it now"
+            await stale.put_status(key("a"), {"phase": "newer"}, checked=True)
+            await stale.put_status(key("a"), {"phase": "newest"}, checked=True)
+
+    asyncio.run(body())

@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
+from edgeward.core.bus import Bus
 from edgeward.core.errors import EdgewardError, Invalid, Refused
+from edgeward.core.identity import HubIdentity
 from edgeward.core.natsserver import free_port
 from edgeward.core.proc import find_by_env
 from edgeward.hub.cluster import Member, check_members, config_of, parse_member, prepare
+from edgeward.nodes.wire import Ok, ReportAsk, Status
 
 A, B = Member("a", "10.0.0.1", 443, 7422), Member("b", "10.0.0.2", 443, 7422)
 C = Member("c", "10.0.0.3", 0, 7422, witness=True)
@@ -238,8 +242,123 @@ def test_any_one_may_die_and_nothing_acknowledged_is_lost(cloud: Cloud, tmp_path
     asyncio.run(body())
 
 
+@pytest.mark.slow
+def test_a_leader_that_stood_still_spreads_nothing_of_what_it_knew(cloud: Cloud) -> None:
+    """SIGSTOP for longer than the lease: another leads and goes on leading; what waited for the old one is refused."""
+
+    def leads(name: str) -> str:
+        said = [
+            json.loads(x)["message"] for x in cloud.hubs[name].log.read_text().splitlines() if x.endswith('leads"}')
+        ]
+        return said[-1] if said else ""
+
+    async def one() -> str:
+        names = [n for n in ("a", "b") if leads(n) == "this hub process leads"]
+        return names[0] if len(names) == 1 and leads("b" if names[0] == "a" else "a") else ""
+
+    async def node(name: str) -> Bus:
+        """A connection as the node's, to the server beside this process; either process may get what it asks."""
+        ports = json.loads((cloud.hubs[name].directory / "nats" / "ports.json").read_text())
+        identity = HubIdentity.open(cloud.hubs[name].directory / "identity")
+        url = f"nats://127.0.0.1:{ports['client']}"
+        return await Bus.connect(url, name="n1", user=identity.user, inbox="_INBOX_n1", timeout=60)
+
+    async def report(bus: Bus, phase: str) -> str:
+        status = Status("App", "default", "web", {"phase": phase, "instances": [{"node": "n1", "phase": phase}]})
+        ask = msgspec.msgpack.encode(ReportAsk([status], False, None, []))
+        msg = await bus.request("ew.hub.report.n1", ask, timeout=100)
+        return msgspec.msgpack.decode(msg.data, type=Ok).error
+
+    async def body() -> None:
+        for process in cloud.hubs.values():
+            process.start()
+        async with cloud.client() as client:
+
+            async def ready() -> bool:
+                urls = [u.replace("/api/v1", "/readyz") for u in cloud.urls.values()]
+                return all([(await client.get(u)).status_code == 200 for u in urls])
+
+            async def put(name: str, what: str, doc: dict[str, Any]) -> httpx.Response:
+                return await client.put(f"{cloud.urls[name]}/{what}", json={"apiVersion": "edgeward/v1", **doc})
+
+            async def shown(name: str, phase: str) -> bool:
+                got = await client.get(f"{cloud.urls[name]}/apps/web")
+                instances = got.json()["status"].get("instances") if got.status_code == 200 else None
+                return bool(instances and instances[0].get("phase") == phase)
+
+            await cloud.until("both are ready", ready)
+            old = await cloud.until("one leads", one)
+            new = "b" if old == "a" else "a"
+            post = {"kind": "Site", "metadata": {"name": "s"}}, {"kind": "Node", "metadata": {"name": "n1"}}
+            app: dict[str, Any] = {"kind": "App", "metadata": {"name": "web"}}
+            app["spec"] = {"placement": {"site": "s"}, "process": {"command": ["true"]}}
+            config = {"kind": "Config", "metadata": {"name": "c"}, "spec": {"data": {"k": "1"}}}
+            for what, doc in (
+                ("sites", post[0]),
+                ("nodes", {**post[1], "spec": {"site": "s"}}),
+                ("apps", app),
+                ("configs", config),
+            ):
+                made = await client.post(f"{cloud.urls[new]}/{what}", json={"apiVersion": "edgeward/v1", **doc})
+                assert made.status_code == 201, made.text
+            first = made.json()
+            bus = await node(new)
+            await cloud.until("the first report is taken", lambda: taken(bus, "first"))
+            await cloud.until("the first report shows", lambda: shown(old, "first"))
+
+            process = cloud.hubs[old].process
+            assert process is not None
+            process.send_signal(signal.SIGSTOP)
+            try:
+                await cloud.until("the other leads", lambda: _is(leads(new), "this hub process leads"))
+                waiting: set[asyncio.Task[str]] = set()
+                while not waiting:  # NATS gives each to either process; those of the one that stands still wait for it
+                    asked = {asyncio.create_task(report(bus, "stale")) for _ in range(8)}
+                    await asyncio.wait(asked, timeout=1)
+                    while True:
+                        newer = asyncio.create_task(report(bus, "newer"))
+                        if (await asyncio.wait({newer}, timeout=1))[0]:
+                            break
+                        asked.add(newer)
+                    waiting = {t for t in asked if not t.done()}
+                await cloud.until("the newer report shows", lambda: shown(new, "newer"))
+                changed = await put(new, "configs/c", {**config, "spec": {"data": {"k": "2"}}})
+                assert changed.status_code == 200, changed.text
+                terms = cloud.hubs[new].log.read_text().count(' leads"}')
+            finally:
+                process.send_signal(signal.SIGCONT)
+            refused = await put(old, "configs/c", first)
+            assert refused.status_code == 409, refused.text
+            assert any("stood still" in said for said in await asyncio.gather(*waiting))
+            await cloud.until("the old one follows", one_is(new))
+            # whoever makes a status now makes it of the newer report
+            again = await put(new, "apps/web", {**app, "metadata": {"name": "web", "labels": {"x": "y"}}})
+            assert again.status_code == 200, again.text
+            await cloud.until("the newest report is taken", lambda: taken(bus, "newest"))
+            for name in (old, new):
+                await cloud.until("the newest report shows", lambda name=name: shown(name, "newest"))
+            assert cloud.hubs[new].log.read_text().count(' leads"}') == terms, "it led all the time"
+            await bus.close()
+
+    async def taken(bus: Bus, phase: str) -> bool:
+        return not await report(bus, phase)
+
+    def one_is(name: str) -> Callable[[], Awaitable[bool]]:
+        async def look() -> bool:
+            other = "b" if name == "a" else "a"
+            return leads(name) == "this hub process leads" and leads(other).startswith("hub process ")
+
+        return look
+
+    asyncio.run(body())
+
+
 async def _grown(items: list[int], size: int) -> bool:
     return len(items) >= size
+
+
+async def _is(one: str, other: str) -> bool:
+    return one == other
 
 
 async def _state(process: Process) -> bool:

@@ -14,7 +14,7 @@ from nats.aio.msg import Msg
 from tests.core.pair import until
 from tests.nodes.fleet import app, config, doc, fleet
 
-from edgeward.core import clock
+from edgeward.core import clock, store_nats
 from edgeward.core.resource import CLUSTER, Key, Resource, to_stored
 from edgeward.hub.kinds import load
 from edgeward.nodes import cloud as module
@@ -118,8 +118,9 @@ def test_a_nodes_own_changes_are_decided_once(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
-def test_a_store_that_goes_silent_costs_no_local_change(tmp_path: Path) -> None:
+def test_a_store_that_goes_silent_costs_no_local_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server stands still while a change is taken over, for longer than the hub waits: the node sends it again."""
+    monkeypatch.setattr(store_nats, "_TIMEOUT", 1.5)
 
     async def body() -> None:
         async with fleet(tmp_path) as f:

@@ -42,7 +42,7 @@ def test_both_know_one_writes_and_the_other_takes_over(tmp_path: Path) -> None:
                 assert second_peers.leads and second_peers.alone
                 async with another(f, "first") as (first, first_peers):
                     # by the clock of its machine it was there before: all the same, one leads, and both say which
-                    first_peers._born = 1.0
+                    first_peers.lease.born = 1.0
                     await until(lambda: second_peers.leader == first_peers.leader == "first", 20)
                     assert first_peers.leads and not second_peers.leads and not second_peers.alone
                     poked: list[str] = []

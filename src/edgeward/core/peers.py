@@ -1,9 +1,7 @@
 """The hub processes of one fleet: who is there, who leads, and what they tell one another.
 
-Each says once a second on ``ew.peer.hello`` that it is there. The one that has been there longest leads; one that was
-not heard of for :data:`GONE` seconds is not there. That is a lease in memory and not a lock: two that cannot hear one
-another both lead for a while. What leaders do must bear that: write by revision what anybody would compute from the
-same state. A process that is alone sends one small message a second to nobody.
+Each says once a second on ``ew.peer.hello`` that it is there; ``core/lease.py`` decides who leads. A process that is
+alone sends one small message a second to nobody.
 """
 
 from __future__ import annotations
@@ -19,12 +17,12 @@ from nats.aio.msg import Msg
 from edgeward.core import clock
 from edgeward.core.bus import Bus
 from edgeward.core.errors import EdgewardError
+from edgeward.core.lease import Lease
 
 log = logging.getLogger("edgeward.peers")
 
-#: Seconds between two hellos, and of silence after which a process is gone.
+#: Seconds between two hellos.
 HELLO = 1.0
-GONE = 4.0
 
 
 class Hello(msgspec.Struct):
@@ -41,38 +39,36 @@ class Told(msgspec.Struct):
     data: bytes
 
 
-def leader(members: dict[str, tuple[float, float]], now: float) -> str:
-    """Of members (id to time of birth, time last heard of) the one that leads; "" when none is there."""
-    there = [(born, id) for id, (born, heard) in members.items() if now - heard <= GONE]
-    return min(there)[1] if there else ""
-
-
 class Peers:
     """One process among its like. :meth:`open`, then :meth:`run`."""
 
-    def __init__(self, bus: Bus, id: str) -> None:
+    def __init__(self, bus: Bus, id: str, *, several: bool = False) -> None:
         self._bus = bus
         self.id = id
-        self._born = clock.now()
-        self._members: dict[str, tuple[float, float]] = {}
+        self.lease = Lease(id, clock.now(), clock.monotonic(), several=several)
         self._listeners: dict[str, Callable[[bytes], None]] = {}
         #: Called when another process leads, with nothing but the news.
         self.on_change: list[Callable[[], None]] = []
-        self._leader = id
+        self._known = self.lease.leader
 
     @property
     def leader(self) -> str:
-        """The id of the process that leads."""
-        return self._leader
+        """The id of the process that leads; of the last one while that is not known."""
+        return self.lease.leader or self._known or self.id
 
     @property
     def leads(self) -> bool:
-        return self._leader == self.id
+        """Whether this process may act as leader now."""
+        return self.lease.leads(clock.monotonic())
+
+    @property
+    def away(self) -> bool:
+        """Whether this process stood still until now: what is asked of it may be long past."""
+        return self.lease.away(clock.monotonic())
 
     @property
     def alone(self) -> bool:
-        now = clock.monotonic()
-        return not any(now - heard <= GONE for _, heard in self._members.values())
+        return self.lease.alone(clock.monotonic())
 
     def listen(self, topic: str, listener: Callable[[bytes], None]) -> None:
         """Call ``listener`` with what the others tell under ``topic``."""
@@ -89,20 +85,21 @@ class Peers:
 
     async def run(self) -> None:
         while True:
+            self._look()  # before it says that it is there: it may have been away
             with contextlib.suppress(EdgewardError):
                 await self._hello()
-            self._look()
             await asyncio.sleep(HELLO)  # the period
 
     async def _hello(self) -> None:
-        await self._bus.publish("ew.peer.hello", msgspec.msgpack.encode(Hello(self.id, self._born)))
+        await self._bus.publish("ew.peer.hello", msgspec.msgpack.encode(Hello(self.id, self.lease.born)))
+        self.lease.said(clock.monotonic())
 
     async def _on_hello(self, msg: Msg) -> None:
         hello = msgspec.msgpack.decode(msg.data, type=Hello)
         if hello.id == self.id:
             return
-        new = hello.id not in self._members
-        self._members[hello.id] = (hello.born, clock.monotonic())
+        self._look()
+        new = self.lease.heard(hello.id, hello.born, clock.monotonic())
         self._look()
         if new:
             log.info("hub process %s is there", hello.id)
@@ -115,13 +112,14 @@ class Peers:
             listener(told.data)
 
     def _look(self) -> None:
-        now = clock.monotonic()
-        for id in [i for i, (_, heard) in self._members.items() if now - heard > GONE]:
-            del self._members[id]
+        before = self.lease.leader
+        for id in self.lease.look(clock.monotonic(), clock.now()):
             log.info("hub process %s is gone", id)
-        leads = leader({**self._members, self.id: (self._born, now)}, now)
-        if leads != self._leader:
-            self._leader = leads
-            log.info("%s leads", "this hub process" if self.leads else f"hub process {leads}")
-            for changed in self.on_change:
-                changed()
+        leads = self.lease.leader
+        if leads == before:
+            return
+        log.info("%s leads", "this hub process" if leads == self.id else f"hub process {leads}" if leads else "nobody")
+        if leads:
+            self._known = leads
+        for changed in self.on_change:
+            changed()

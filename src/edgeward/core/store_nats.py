@@ -71,6 +71,8 @@ class NatsStore(Store):
         self._wake = asyncio.Event()
         self._moved = asyncio.Condition()
         self._statuses: dict[Key, bytes] = {}
+        #: The revision of each status, or of its deletion.
+        self._status_seq: dict[Key, int] = {}
         self._extra: dict[str, bytes] = {}
         #: The revision that an object had in the store that this one was restored from, while nobody changed it since.
         self.was: dict[Key, int] = {}
@@ -172,6 +174,7 @@ class NatsStore(Store):
         kind, ns, item = rest.split(".", 2)
         key = Key(kind, ns, item)
         if sort == "s":
+            self._status_seq[key] = seq
             if deleted:
                 self._statuses.pop(key, None)
                 self.revision = max(self.revision, seq)
@@ -308,10 +311,17 @@ class NatsStore(Store):
         entry = self._entries.get(key)
         return entry.resource if entry else resource
 
-    async def put_status(self, key: Key, status: dict[str, Any]) -> None:
+    async def put_status(self, key: Key, status: dict[str, Any], *, checked: bool = False) -> None:
+        """``checked``: raises ``Conflict`` when the status is not the one that this process knew."""
         if self.get(key).status == status:
             return
-        await self._publish(f"s.{key.kind}.{key.namespace}.{key.name}", msgspec.json.encode(status), None)
+        expect = self._status_seq.get(key, 0) if checked else None
+        try:
+            await self._publish(f"s.{key.kind}.{key.namespace}.{key.name}", msgspec.json.encode(status), expect)
+        except Conflict as e:
+            await self._follow()
+            e.resource = str(key)
+            raise
 
     async def remove(self, key: Key, *, expect: int | None = None) -> None:
         self.get(key)

@@ -133,7 +133,7 @@ class Hub:
         self.tokens = AccessTokens(self.store)
         self.sign_in = SignIn(self.resources, self.oidc)
         await self._first_objects()
-        self.peers = Peers(self.bus, clock.new_id(12))
+        self.peers = Peers(self.bus, clock.new_id(12), several=bool(self.cluster))
         await self.peers.open()
         self.nodes = NodesCloud(self.store, self.bus, self.records, self._write, self.peers)
         await self.nodes.open()

@@ -25,7 +25,7 @@ from nats.aio.msg import Msg
 
 from edgeward.core import clock
 from edgeward.core.bus import Bus
-from edgeward.core.errors import Conflict, EdgewardError, Invalid, Refused
+from edgeward.core.errors import Conflict, EdgewardError, Invalid, Refused, Unreachable
 from edgeward.core.peers import Peers
 from edgeward.core.reconcile import Loop
 from edgeward.core.records import Records
@@ -85,6 +85,8 @@ _WELCOME = 200
 _FLIPS = 16
 #: Seconds within which a change may have been missed by a process that led and died.
 _UNPOKED = 30.0
+#: Seconds until a controller looks anew at what another process wrote under its hands.
+_LATER = 0.1
 #: Seconds that this process's cache may be behind another's.
 _BEHIND = 2.0
 
@@ -501,6 +503,7 @@ class NodesCloud:
         async with self._pushing.setdefault(node, asyncio.Lock()):
             saved = self._store.fact(f"pushed.{node}")
             last = msgspec.json.decode(saved) if saved else {}
+            revision = self._store.fact_revision(f"pushed.{node}")
             known = last if last.get("store") == ask.store else {}
             done = known.get("seq", 0)
             # key -> (seq, revision after, whether it was there then) of changes taken over from this node: where the
@@ -527,7 +530,9 @@ class NodesCloud:
                     mine[change.key] = change.seq, self._revision(change.key), is_there
                 kept = [[k.kind, k.namespace, k.name, *v] for k, v in list(mine.items())[-_REMEMBERED:]]
                 fact = {"store": ask.store, "seq": done, "mine": kept}
-                await self._store.set_fact(f"pushed.{node}", msgspec.json.encode(fact))
+                # another process may have been asked the same meanwhile: then the node asks again
+                await self._store.set_fact(f"pushed.{node}", msgspec.json.encode(fact), expect=revision)
+                revision = self._store.fact_revision(f"pushed.{node}")
             return PushAnswer(decided)
 
     def _revision(self, key: Key) -> int:
@@ -701,6 +706,9 @@ class NodesCloud:
         return bool(touched) or news
 
     async def _on_report(self, node: str, data: bytes) -> Ok:
+        if self._peers is not None and self._peers.away:
+            # the node may have told another process since what is newer, and this one would spread the old
+            raise Unreachable("this hub process stood still", resource=f"Node/{node}", remedy="say it again")
         ask = msgspec.msgpack.decode(data, type=ReportAsk)
         self._node(node)
         self._heard(node)
@@ -803,8 +811,21 @@ class NodesCloud:
         return None
 
     async def _write_node_status(self, node: str) -> float | None:
-        key = Key("Node", CLUSTER, node)
-        if self._store.find(key) is None or not self._leads:
+        for _ in range(8):
+            status = self._status_of(node)
+            if status is None:
+                return None
+            try:
+                await self._store.put_status(Key("Node", CLUSTER, node), status, checked=True)
+                return None
+            except Conflict:  # made of what was there before somebody else wrote: once more, if we still lead
+                continue
+        return _LATER
+
+    def _status_of(self, node: str) -> dict[str, Any] | None:
+        """What a node's status should be; None where it is not for this process to say."""
+        found = self._store.find(Key("Node", CLUSTER, node))
+        if found is None or not self._leads:
             return None
         live = self._live.setdefault(node, Liveness())
         identity = self.identity(node)
@@ -812,13 +833,9 @@ class NodesCloud:
         status = {**self._node_reports.get(node, {}), "online": online, **identity}
         if untold := self._untold.get(node):
             status["notTold"] = untold
-        old = self._store.get(key).status
-        if old.get("online") == online:
-            status["since"] = old.get("since", "")
-        else:
-            status["since"] = clock.timestamp()
-        await self._store.put_status(key, status)
-        return None
+        old = found.status
+        status["since"] = old.get("since", "") if old.get("online") == online else clock.timestamp()
+        return status
 
     def _nodes_for(self, resource: Resource) -> list[Resource]:
         """The nodes that may have to do with a placed resource: those of its site, if it names one."""
@@ -829,6 +846,12 @@ class NodesCloud:
         return [n for n in found if n is not None]
 
     async def _fold_status(self, key: Key) -> float | None:
+        try:
+            return await self._folded(key)
+        except Conflict:  # another process wrote meanwhile
+            return _LATER
+
+    async def _folded(self, key: Key) -> float | None:
         resource = self._store.find(key)
         if resource is None or not self._folds(key.kind) or not self._leads:
             return None
@@ -836,13 +859,13 @@ class NodesCloud:
         name = f"{key.kind}/{key.namespace}/{key.name}"
         if key.kind == "Service":
             apps = {a.metadata.name: a.status for a in self._store.items("App", key.namespace)}
-            await self._store.put_status(key, fold(resource, self._store.items("Node"), apps))
+            await self._store.put_status(key, fold(resource, self._store.items("Node"), apps), checked=True)
             return None
         nodes = self._nodes_for(resource)
         # a node that does not have the object has no say in what becomes of it
         told = [n for n in sorted(self._reporters.get(name, ())) if n in self._site_of and key in self._view(n).entries]
         reports = {n: self._reports[n][name] for n in told}
-        await self._store.put_status(key, fold(resource, nodes, reports))
+        await self._store.put_status(key, fold(resource, nodes, reports), checked=True)
         if key.kind == "App" and self._folds("Service"):
             for service in self._views.followers(key):
                 self._fold.add(service)
@@ -861,7 +884,10 @@ class NodesCloud:
             known |= {"level": self._levels[node], "untold": self._untold.get(node, [])}
         doc = msgspec.json.encode(known)
         if doc != self._store.fact(f"report.{node}"):
-            await self._store.set_fact(f"report.{node}", doc)
+            try:
+                await self._store.set_fact(f"report.{node}", doc, expect=self._store.fact_revision(f"report.{node}"))
+            except Conflict:  # another process leads, or did until now
+                return _LATER
         return None
 
 
