@@ -355,9 +355,7 @@ def test_a_full_export_refuses_its_publishers_and_nobody_elses(tmp_path: Path) -
             queue = edge.outbox.get(queue_name("default", "tight"))
             assert queue is not None
             kept = (await p.edge.jetstream().stream_info(queue.stream)).state.bytes
-            waiting = (await p.edge.jetstream().stream_info("$MQTT_msgs")).state.bytes
             assert kept <= bound
-            assert waiting <= bound // 2, "what the broker took until it was told"
 
             await edge.die()  # an agent that comes back goes on refusing
             again = Edge(p, closed=edge.closed)

@@ -208,18 +208,21 @@ class ExportsEdge:
                 failed, self._failed = self._failed, {}
                 for key, export in failed.items():
                     await self._try(key, export)
+        measured = set()
         for key in tuple(self._running):
             queue = self._outbox.get(queue_name(*key))
             if queue is not None:
                 with contextlib.suppress(EdgewardError):  # it says what it knew last
                     await queue.measure()
+                    measured.add(key)
         if self._told:
-            await self._refuse()
+            await self._refuse(measured)
         for key in tuple(self._running):
             self._tell(key)
 
-    async def _refuse(self) -> None:
-        """Has the broker take no more for the Exports that are full, and take more again for the others."""
+    async def _refuse(self, measured: set[tuple[str, str]]) -> None:
+        """Has the broker take no more for the Exports that are full, and take more again for those of which it was just
+        ``measured`` that they are not."""
         # of one that cannot be begun just now nobody knows whether it is full
         unknown = {subject for export in self._failed.values() for subject in filters(export.spec.source.mqtt)}
         wanted = unknown & self._turnstile.closed
@@ -230,6 +233,7 @@ class ExportsEdge:
                 continue
             waiting = queue.counters.pending_bytes
             full = is_full(running.full, running.capture.blocked, waiting, queue.spec.max_bytes)
+            full |= running.full and key not in measured
             if full != running.full and closable(running.subjects):
                 topic = running.spec.source.mqtt
                 if full:
