@@ -7,11 +7,13 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgeward.core import cgroup
+from edgeward.core.proc import find_by_env
 from edgeward.lab.publisher import Publisher
 
 HOG = "import time\nx = []\nwhile True:\n    x.append(b'x' * 1_000_000)\n    time.sleep(0.005)\n"
@@ -85,3 +87,50 @@ def test_an_export_that_refuses_does_so_on_a_cut_site_and_over_a_kill_of_the_age
 
     system.wait("all of it at the hub", lambda: len(ids()) >= len(sent))
     assert sorted(ids()) == sorted(sent), "each once"
+
+
+def test_the_cap_on_output_holds_whoever_is_killed(systems: Callable[..., Any]) -> None:
+    up = systems("a", "up")
+    cap = 1 << 20
+    spec = {"process": {"command": ["yes"]}, "logs": {"bytes": "1Mi"}}
+    up.apply({"kind": "App", "metadata": {"name": "loud"}, "spec": spec})
+    folder = up.data / "nodes" / "plant-1" / "logs" / "default" / "loud"
+    sizes: list[int] = []
+
+    def pids() -> list[int]:
+        return [i["pid"] for i in up.get("app", "loud")["status"]["instances"] if i["phase"] == "Running"]
+
+    def agent() -> int:
+        return int(up.context["nodes"][0]["pids"]["agent"] or 0)
+
+    def size() -> int:
+        total = 0
+        for path in folder.glob("*.log*"):
+            with contextlib.suppress(FileNotFoundError):  # the pump renames it
+                total += path.stat().st_size
+        sizes.append(total)
+        return total
+
+    def written() -> int:
+        size()
+        io = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+        return int(io["wchar"])
+
+    def goes_on(what: str) -> None:
+        before = written()
+        up.wait(what, lambda: written() > before + 2 * cap)
+
+    (pid,) = up.wait("it runs", pids)
+    goes_on("it writes")
+    for victims in (("agent",), ("pump",), ("agent", "pump")):
+        first = agent()
+        (pump,) = up.wait("its pump", lambda: find_by_env("EDGEWARD_PUMP", str(folder.parents[1])))
+        for victim in victims:
+            os.kill(first if victim == "agent" else pump.pid, signal.SIGKILL)
+        goes_on(f"it writes on without {victims}")
+        if "agent" in victims:
+            up.wait("the next agent", lambda first=first: agent() not in (0, first))
+    up.wait("it is adopted", lambda: pids() == [pid])
+    assert up.run("logs", "loud", "--tail", "2").endswith("y\n")
+    assert size() >= cap // 2
+    assert max(sizes) <= cap

@@ -16,7 +16,9 @@ import pytest
 from tests.core.pair import until
 
 from edgeward.agent.kinds import load
+from edgeward.core.proc import find_by_env, identify, kill_group, wait_exit
 from edgeward.core.resource import Resource, decode
+from edgeward.workloads import logs
 from edgeward.workloads.edge import AppsEdge
 
 SLEEP = ["sleep", "1000"]
@@ -134,6 +136,83 @@ def test_restart_policies(tmp_path: Path, policy: str, code: int, again: bool) -
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("code", "asked", "again"),
+    [("0", False, False), ("3", False, True), ("0", True, True)],
+)
+def test_a_job_that_ends_while_no_agent_is_there(tmp_path: Path, code: str, asked: bool, again: bool) -> None:
+    """Success is success, whoever saw it; what a signal asked to end (the machine goes down, say) did not finish."""
+
+    async def main() -> None:
+        node = Node(tmp_path / "data")
+        wait = f"touch $EDGEWARD_INSTANCE.up; while [ ! -e {tmp_path}/go ]; do sleep 0.01; done"
+        script = f"trap 'exit {code}' TERM; {wait}; exit {code}"
+        node.wish("job", ["sh", "-c", script], restart={"policy": "on-failure", "backoff": "20ms", "max": "50ms"})
+        async with node.agent(leave=True):
+            (one,) = await node.runs("job")
+            await until(lambda: any(node.data.rglob("*.up")))
+        process = identify(one["pid"])
+        assert process is not None
+        if asked:
+            kill_group(process, signal.SIGTERM)
+        else:
+            (tmp_path / "go").touch()
+        assert await wait_exit(process, 60)
+        async with node.agent():
+            if again:
+                await until(lambda: node.starts("job") >= 2, 30)
+            else:
+                await until(lambda: node.phase("job") == "Stopped", 30)
+                node.wish("other", SLEEP)
+                await node.runs("other")
+                assert node.starts("job") == 1
+
+    asyncio.run(main())
+
+
+def test_an_adopted_job_that_ends_under_the_next_agent(tmp_path: Path) -> None:
+    async def main() -> None:
+        node = Node(tmp_path / "data")
+        script = f"while [ ! -e {tmp_path}/go ]; do sleep 0.01; done"
+        node.wish("job", ["sh", "-c", script], restart={"policy": "on-failure"}, limits={"pids": 2})
+        async with node.agent(leave=True):
+            (one,) = await node.runs("job")
+        async with node.agent():
+            assert await node.runs("job") == [one]
+            (tmp_path / "go").touch()
+            await until(lambda: node.phase("job") == "Stopped", 30)
+            assert node.starts("job") == 1
+
+    asyncio.run(main())
+
+
+def test_nothing_is_kept_of_versions_that_failed(tmp_path: Path) -> None:
+    async def main() -> None:
+        node = Node(tmp_path)
+        quick = {"health": {"window": "20ms"}, "restart": {"backoff": "20ms", "max": "50ms"}}
+        async with node.agent() as edge:
+
+            def kept() -> set[str]:
+                return {d[:12] for (d,) in edge._db._db.execute("SELECT digest FROM versions")}
+
+            node.wish("web", SLEEP, **quick)
+            (good,) = await node.runs("web")
+            for n in range(5):
+                node.wish("web", ["sh", "-c", f"exit {n}"], **quick)
+                await until(lambda n=n: f"status {n} after" in node.said["web"].get("message", ""), 30)  # type: ignore[misc]
+                await until(lambda: node.phase("web") == "Degraded", 30)
+            assert kept() > {good["version"]}
+            assert len(kept()) == 2, "what serves, and what is asked for"
+            await until(lambda: len(list((tmp_path / "apps" / "default" / "web").iterdir())) == 1, 30)
+        lost = tmp_path / "apps" / "default" / "gone" / "gone-1"  # a kill between two steps left it
+        lost.mkdir(parents=True)
+        async with node.agent():
+            await until(lambda: bool(node.running("web")), 30)
+            assert not lost.exists()
+
+    asyncio.run(main())
+
+
 def test_back_off_doubles_up_to_its_longest(tmp_path: Path) -> None:
     """Read from what is recorded of the slot, not from a clock of the test's."""
 
@@ -211,7 +290,7 @@ def test_apps_start_in_their_order(tmp_path: Path) -> None:
         node.wish("alone", SLEEP)
         async with node.agent():
             await node.runs("alone")
-            await until(lambda: "waits for" in node.said.get("web", {}).get("message", ""), 30)
+            await until(lambda: node.said.get("web", {}).get("message", "") == "waits for db", 30)
             assert node.starts("db") == 1
             assert node.starts("web") == 0
             go.touch()
@@ -261,32 +340,87 @@ def test_apps_outlive_their_agent_and_the_last_three_versions_are_kept(tmp_path:
     asyncio.run(main())
 
 
-def test_a_loud_app_is_cut_and_a_removed_one_leaves_no_log(tmp_path: Path) -> None:
+def test_a_loud_app_is_held_and_a_removed_one_leaves_no_log(tmp_path: Path) -> None:
     async def main() -> None:
         node = Node(tmp_path)
-        script = "while :; do head -c 100000 /dev/zero | tr '\\0' x; echo; sleep 0.02; done"
-        node.wish("loud", ["sh", "-c", script], logs={"bytes": "256Ki"})
+        cap = 1 << 20
+        node.wish("loud", ["yes"], logs={"bytes": "1Mi"})
         folder = tmp_path / "logs" / "default" / "loud"
-        async with node.agent():
+        sizes: list[int] = []
+
+        def turned() -> bool:
+            sizes.append(sum(p.stat().st_size for p in folder.glob("*.log*")))
+            return any(folder.glob("*.log.1"))
+
+        async with node.agent(leave=True):
             (one,) = await node.runs("loud")
-            log = folder / f"{one['id']}.log"
-            ends: list[int] = []
-
-            def cut_thrice() -> bool:
-                size = log.stat().st_size
-                if ends and size < ends[-1]:
-                    ends.append(size)
-                elif ends:
-                    ends[-1] = size
-                else:
-                    ends.append(size)
-                return len(ends) > 3
-
-            await until(cut_thrice, 40)
-            assert log.with_name(log.name + ".1").stat().st_size == 128 * 1024
+            with contextlib.suppress(FileNotFoundError):  # made the old one under our eyes
+                await until(turned, 40)
+        async with node.agent() as edge:
+            assert await node.runs("loud") == [one]
+            assert node.said["loud"]["notEnforced"] == []
+            got = b""
+            async with contextlib.aclosing(edge.logs("default", "loud", tail=2, follow=True)) as pieces:  # type: ignore[type-var]
+                async for piece in pieces:
+                    got += piece
+                    if len(got) > cap:
+                        break
+            assert set(got.splitlines()) <= {b"y", b"", logs._GAP.strip()}
             node.unwish("loud")
             await until(lambda: node.said["loud"] == {}, 30)
             assert not folder.exists()
+        assert max(sizes) <= cap
+
+    asyncio.run(main())
+
+
+def test_a_line_of_an_ordinary_app_is_never_lost(tmp_path: Path) -> None:
+    """Over new files, an agent's end and the pump's; the app waits for us after each batch."""
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    batch = 400
+    lines = f"i=0; while read x; do n=$((i + {batch})); while [ $i -lt $n ]; do i=$((i + 1)); echo line $i; done; done"
+
+    async def main() -> None:
+        node = Node(tmp_path / "data")
+        node.wish("web", ["sh", "-c", f"{{ {lines}; }} < {go}"], logs={"bytes": "16Ki"})
+        fd = os.open(go, os.O_RDWR)
+        got = b""
+
+        async def some(edge: AppsEdge, count: int) -> None:
+            """So many batches, read as they come."""
+            nonlocal got
+            async with contextlib.aclosing(edge.logs("default", "web", tail=0, follow=True)) as pieces:  # type: ignore[type-var]
+                following = asyncio.ensure_future(anext(pieces))
+                await asyncio.sleep(0)  # it stands at the end of what was written
+                for _ in range(count):
+                    os.write(fd, b"go\n")
+                    wanted = got.count(b"\n") + batch
+                    while got.count(b"\n") < wanted:
+                        got += await following
+                        following = asyncio.ensure_future(anext(pieces))
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+
+        try:
+            async with node.agent(leave=True) as edge:
+                (one,) = await node.runs("web")
+                await some(edge, 3)
+                (pump,) = find_by_env("EDGEWARD_PUMP", str(tmp_path / "data" / "logs"))
+                os.kill(pump.pid, signal.SIGKILL)
+                await some(edge, 3)
+            os.write(fd, b"go\n")  # nobody is there to see it
+            async with node.agent() as edge:
+                assert await node.runs("web") == [one]
+                log = tmp_path / "data" / "logs" / "default" / "web" / f"{one['id']}.log"
+                await until(lambda: log.read_bytes().endswith(b"line %d\n" % (7 * batch)))
+                async with contextlib.aclosing(edge.logs("default", "web", tail=batch)) as pieces:  # type: ignore[type-var]
+                    async for piece in pieces:
+                        got += piece
+                await some(edge, 3)
+            assert got.split(b"\n") == [b"line %d" % n for n in range(1, 10 * batch + 1)] + [b""]
+        finally:
+            os.close(fd)
 
     asyncio.run(main())
 

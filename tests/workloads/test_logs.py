@@ -1,4 +1,4 @@
-"""Files with a hard cap: cut, read from the end, followed over a cut."""
+"""What instances wrote: read from the end, followed over new files, told apart."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from hypothesis import given, settings
@@ -16,94 +18,21 @@ from tests.core.pair import until
 from edgeward.agent.kinds import load
 from edgeward.core.errors import EdgewardError, NotFound
 from edgeward.core.resource import Resource, decode
-from edgeward.workloads import logs
+from edgeward.workloads import logs, pump
 from edgeward.workloads.edge import AppsEdge
 
 load()
 
 
-@pytest.mark.parametrize(("size", "cuts"), [(0, False), (50, False), (51, True), (1000, True)])
-def test_it_cuts_above_half_of_the_cap_and_keeps_the_newest(tmp_path: Path, size: int, cuts: bool) -> None:
-    path = tmp_path / "i.log"
-    data = bytes(n % 251 for n in range(size))
-    path.write_bytes(data)
-    assert logs.rotate(path, 100) is cuts
-    old = tmp_path / "i.log.1"
-    if cuts:
-        assert path.read_bytes() == b""
-        assert old.read_bytes() == data[-50:]
-    else:
-        assert path.read_bytes() == data
-        assert not old.exists()
-
-
-@settings(deadline=None)
-@given(st.lists(st.binary(max_size=300), max_size=30), st.integers(1, 400))
-def test_file_and_predecessor_stay_within_the_cap(pieces: list[bytes], cap: int) -> None:
-    """And together they are the end of what was written: nothing in between is lost."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "i.log"
-        old = Path(folder) / "i.log.1"
-        written = b""
-        for piece in pieces:
-            with path.open("ab") as f:
-                f.write(piece)
-            written += piece
-            logs.rotate(path, cap)
-            kept = (old.read_bytes() if old.exists() else b"") + path.read_bytes()
-            assert len(kept) <= cap
-            assert written.endswith(kept)
-            assert written == kept or len(kept) >= cap // 2, "it forgets no more than it must"
-
-
-def test_the_writer_goes_on_in_the_cut_file(tmp_path: Path) -> None:
-    path = tmp_path / "i.log"
-    with path.open("ab", buffering=0) as writer:
-        writer.write(b"x" * 80)
-        assert logs.rotate(path, 100)
-        writer.write(b"after\n")
-    assert path.read_bytes() == b"after\n", "no hole of zeros before it"
-
-
-def test_what_cannot_be_copied_is_cut_all_the_same(tmp_path: Path) -> None:
-    path = tmp_path / "i.log"
-    path.write_bytes(b"x" * 80)
-    (tmp_path / "i.log.1").symlink_to("/dev/full")
-    assert logs.rotate(path, 100)
-    assert path.stat().st_size == 0
-    assert not (tmp_path / "i.log.1").is_symlink()
-
-
-@settings(deadline=None)
-@given(st.floats(1, 1e9), st.integers(4096, 1 << 30))
-def test_the_faster_it_grows_the_sooner_it_is_looked_at(rate: float, cap: int) -> None:
-    """A steady writer is above its cap by no more than it writes between two of the soonest looks."""
-    growth = logs.Growth()
-    now, size, kept, warm = 1.0, 0.0, 0.0, 0
-    for _ in range(200):
-        pause = growth.look_in(now, int(size), cap)
-        assert logs.SOONEST <= pause <= logs.LATEST
-        if warm:  # after the first two looks its rate is known
-            assert size + kept <= cap + rate * logs.SOONEST + 1, "before it is cut"
-        if size > cap // 2:
-            kept, size, warm = cap // 2, 0.0, warm + 1
-            growth.cut()
-        now += pause
-        size += rate * pause
-
-
-def test_a_quiet_file_is_looked_at_seldom_and_a_pause_is_not_trusted() -> None:
-    growth = logs.Growth()
-    assert growth.look_in(1.0, 0, 1 << 20) == logs.LATEST
-    assert growth.look_in(2.0, 0, 1 << 20) == logs.LATEST
-    assert growth.look_in(2.1, 400_000, 1 << 20) == logs.SOONEST
-    assert growth.look_in(2.2, 400_000, 1 << 20) < logs.LATEST, "it may go on where it left off"
-
-
 def test_a_missing_file_is_no_error(tmp_path: Path) -> None:
     path = tmp_path / "none.log"
-    assert not logs.rotate(path, 100)
-    assert logs.tail(path, 5) == b""
+    output = logs.Output(path)
+    assert output.tail(5) == b""
+
+    async def body() -> None:
+        assert [piece async for piece in output.follow()] == []
+
+    asyncio.run(body())
     assert not logs.changed_since(path, 1e9)
 
 
@@ -133,7 +62,15 @@ def test_tail_is_the_end_of_both_files(written: list[bytes], cut: int, ended: bo
         path.with_name("i.log.1").write_bytes(before)
         parts = (before + now).split(b"\n")
         whole = [p + b"\n" for p in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
-        assert logs.tail(path, lines) == b"".join(whole[-lines:] if lines else [])
+        assert tail(path, lines) == b"".join(whole[-lines:] if lines else [])
+
+
+def tail(path: Path, lines: int) -> bytes:
+    output = logs.Output(path)
+    try:
+        return output.tail(lines)
+    finally:
+        output.close()
 
 
 def test_tail_reads_far_back_in_pieces(tmp_path: Path) -> None:
@@ -141,28 +78,115 @@ def test_tail_reads_far_back_in_pieces(tmp_path: Path) -> None:
     long = [b"%d " % n + b"y" * 40_000 + b"\n" for n in range(8)]  # no line fits the boundaries of the pieces
     path.write_bytes(b"".join(long))
     for lines in (1, 2, 7, 8, 9):
-        assert logs.tail(path, lines) == b"".join(long[-lines:])
+        assert tail(path, lines) == b"".join(long[-lines:])
 
 
-def test_follow_gives_each_byte_once_also_over_a_cut(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def written_by_a_pump(path: Path, cap: int) -> Iterator[Callable[[bytes], None]]:
+    """Puts bytes into an instance's files as the pump does, here and now."""
+    fifo = path.with_suffix(".pipe")
+    os.mkfifo(fifo)
+    source = pump.Source(str(fifo), path.stem, cap)
+    with fifo.open("wb", buffering=0) as out:
+
+        def write(data: bytes) -> None:
+            for at in range(0, len(data), 4096):
+                out.write(data[at : at + 4096])
+                with contextlib.suppress(BlockingIOError):
+                    while source.move():
+                        pass
+
+        yield write
+    source.close()
+
+
+_STEPS = st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=30)
+
+
+@given(_STEPS, st.integers(0, 4))
+def test_tail_and_follow_give_each_byte_once_over_new_files(steps: list[tuple[int, bool]], lines: int) -> None:
+    """A reader that looks at least once while a file is the newest or the one before misses nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "i.log"
+        with written_by_a_pump(path, 80) as write:
+            write(b"a\nb\nc\n")
+            output = logs.Output(path)
+            got = output.tail(lines)
+            written = b"".join([b"a\n", b"b\n", b"c\n"][3 - min(lines, 3) :])
+            assert got == written
+            unseen = 0
+            for n, (count, look) in enumerate(steps):
+                if look or unseen + count > 40:  # a file holds 40
+                    unseen = 0
+                    for _ in range(4):  # what is left of one file, the turn to the next, and that one's
+                        got += output._next() or b""
+                    assert got == written
+                data = b"%d" % (n % 10) * count
+                write(data)
+                written, unseen = written + data, unseen + count
+            output.close()
+
+
+def test_what_comes_between_two_looks_is_read_before_the_next_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "i.log"
-    path.write_bytes(b"skipped" + b"a" * 100_000)
+    same = logs._same
+    with written_by_a_pump(path, 80) as write:
+        output = logs.Output(path)
+        assert output.tail(1) == b""
+        late = [b"1" * 30 + b"2" * 20]
+
+        def looked(file: BinaryIO, where: Path) -> bool:
+            while late:  # right after it read and found nothing
+                write(late.pop())
+            return same(file, where)
+
+        monkeypatch.setattr(logs, "_same", looked)
+        assert [output._next() for _ in range(3)] == [b"1" * 30 + b"2" * 10, b"", b"2" * 10]
+        output.close()
+
+
+def test_who_reads_too_slowly_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "i.log"
+    with written_by_a_pump(path, 80) as write:
+        output = logs.Output(path)
+        assert output.tail(9) == b""
+        write(b"1" * 30)
+        assert output._next() == b"1" * 30
+        write(b"2" * 100)
+        got = [output._next() or b"" for _ in range(6)]
+        assert got[0] == b"\n" + logs._GAP
+        assert b"".join(got[1:]) == b"2" * 50, "and goes on with what there is: 40 before, 10 of now"
+        output.close()
+
+
+def test_follow_waits_for_more_until_the_files_are_gone(tmp_path: Path) -> None:
+    path = tmp_path / "i.log"
 
     async def body() -> None:
-        async with asyncio.timeout(90), contextlib.aclosing(logs.follow(path, 7)) as pieces:  # type: ignore[type-var]
-            got = b""
-            while len(got) < 100_000:
-                got += await anext(pieces)
-            assert got == b"a" * 100_000
-            with path.open("ab") as f:
-                f.write(b"more")
-            assert await anext(pieces) == b"more"
-            assert logs.rotate(path, 1000)
-            with path.open("ab") as f:
-                f.write(b"again")
-            assert await anext(pieces) == b"again"
-            path.unlink()
-            assert await anext(pieces, None) is None, "a file that is gone ends it"
+        output = logs.Output(path)
+        with written_by_a_pump(path, 400_000) as write:
+            write(b"skipped\n" + b"a" * 100_000)
+            assert output.tail(0) == b""
+            async with asyncio.timeout(90), contextlib.aclosing(output.follow()) as pieces:  # type: ignore[type-var]
+                later = asyncio.create_task(anext(pieces))
+                write(b"more")
+                assert await later == b"more"
+                os.truncate(path, 0)  # by an operator
+                later = asyncio.create_task(anext(pieces))
+                await asyncio.sleep(0)
+                write(b"again")
+                assert await later == b"again"
+                path.rename(path.with_name("i.log.1"))  # and the pump was killed right here
+                later = asyncio.create_task(anext(pieces))
+                await asyncio.sleep(0)
+                path.write_bytes(b"new")
+                assert await later == b"new"
+                path.unlink()
+                path.with_name("i.log.1").unlink()
+                assert await anext(pieces, None) is None, "files that are gone end it"
+        output.close()
 
     asyncio.run(body())
 
@@ -230,6 +254,7 @@ def test_the_lines_of_several_instances_and_a_reader_that_takes_its_time(tmp_pat
                 with pytest.raises(NotFound, match=r"App/none: wrote nothing on this node \(see: "):
                     [p async for p in apps.logs("default", "none")]
                 await until(lambda: len(list((tmp_path / "data").rglob("*.up"))) == 2)
+                await until(lambda: all(p.stat().st_size == 6 for p in (tmp_path / "data").rglob("*.log")))
                 ids = sorted(p.stem for p in (tmp_path / "data").rglob("*.up"))
                 now = b"".join([p async for p in apps.logs("default", "web")]).splitlines()
                 assert sorted(now) == [f"[{i}] {x}".encode() for i in ids for x in ("one", "tw")]

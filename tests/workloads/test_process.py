@@ -21,9 +21,17 @@ from edgeward.workloads.process import MARK, ProcessRuntime
 from edgeward.workloads.spec import AppSpec
 from edgeward.workloads.state import InstanceRow, Snapshot
 
+ON_FAILURE = {"policy": "on-failure"}
+
 
 def row(**more: Any) -> InstanceRow:
-    fields: dict[str, Any] = {"namespace": "default", "name": "web", "version": "0123456789abcdef", "slot": 0}
+    fields: dict[str, Any] = {
+        "namespace": "default",
+        "name": "web",
+        "version": "0123456789abcdef",
+        "slot": 0,
+        "piped": True,
+    }
     return InstanceRow(**{"id": f"i{os.getpid()}", **fields, **more})
 
 
@@ -40,13 +48,20 @@ def runtime(tmp_path: Path) -> Iterator[ProcessRuntime]:
         if found is not None:
             proc.kill_group(found, 9)
         popen.wait()
+    asyncio.run(made.close(leave=False))
 
 
 async def output(runtime: ProcessRuntime, r: InstanceRow, s: Snapshot, extra: Any = None) -> str:
     """What a short program wrote, when it ended."""
     started = runtime.start(r, s, extra or {})
     assert await proc.wait_exit(started.process, 30)
+    await written(runtime)
     return runtime.log_file(r).read_text()
+
+
+async def written(runtime: ProcessRuntime) -> None:
+    """All that ended wrote is in the files: the pump has taken their pipes away."""
+    await until(lambda: not runtime.pipes.needed())
 
 
 def test_the_environment_is_whole_and_nothing_leaks(runtime: ProcessRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +116,9 @@ def test_files_and_folder_are_private_and_the_working_folder(runtime: ProcessRun
         (Snapshot({}), "$.spec.process", "no process is declared"),
         (snapshot(["/nowhere/x"]), "$.spec.process.command", r"'/nowhere/x' cannot be started: No such file.*\(check"),
         (snapshot(["/dev/null"]), "$.spec.process.command", "cannot be started: Permission denied"),
+        (snapshot(["nope"], restart=ON_FAILURE), "$.spec.process.command", "'nope' cannot be started: No such file"),
+        (snapshot(["./no"], restart=ON_FAILURE), "$.spec.process.command", "'./no' cannot be started: No such file"),
+        (snapshot(["/dev/null"], restart=ON_FAILURE), "$.spec.process.command", "cannot be started: Permission denied"),
         (snapshot(["x", "${NO}"]), "$.spec.process.command[1]", r"\$\{NO\} is not known \(known: "),
         (snapshot(["x"], process={"args": ["${NO}"]}), "$.spec.process.args[0]", "is not known"),
         (snapshot(["x"], process={"env": {"A": "${NO}"}}), "$.spec.process.env.A", "is not known"),
@@ -130,8 +148,8 @@ def test_start_find_stop_and_exit_code(runtime: ProcessRuntime) -> None:
         assert proc.alive(started.process)
         r.process = str(started.process)
         assert await runtime.stop(r, msgspec.convert(s.spec, AppSpec))
-        assert runtime.exit_code(started.process) == 7
-        assert runtime.exit_code(started.process) is None, "no child of ours any more"
+        assert runtime.exit_code(r, msgspec.convert(s.spec, AppSpec)) == 7
+        assert runtime.exit_code(r, msgspec.convert(s.spec, AppSpec)) is None, "no child of ours any more"
         assert await runtime.stop(r, msgspec.convert(s.spec, AppSpec)), "what is gone is stopped"
         left = proc.find_by_env(MARK, r.id)
         runtime.clean(r)
@@ -154,17 +172,32 @@ def test_one_that_does_not_listen_is_killed_with_its_children(runtime: ProcessRu
         runtime.clean(r)
         for process in all_:
             assert await proc.wait_exit(process, 30)
-        assert runtime.exit_code(started.process) == -9
+        assert runtime.exit_code(r, msgspec.convert(s.spec, AppSpec)) == -9
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 7", 7), ("exit 0", 0), ("kill -9 $$", -9)])
+def test_who_witnessed_its_end_knows_the_status(runtime: ProcessRuntime, script: str, code: int) -> None:
+    s = snapshot(["./run", "a b", "$HOME"], files={"run": ""}, restart=ON_FAILURE)
+    spec, r = msgspec.convert(s.spec, AppSpec), row()
+    folder = runtime.folder(r)
+    folder.mkdir(parents=True)
+    (folder / "run").write_text(f'#!/bin/sh\nprintf "%s|" "$@"\n{script}\n')
+    (folder / "run").chmod(0o700)
+    s.files.clear()
+    got = asyncio.run(output(runtime, r, s))
+    assert got.splitlines()[0] == "a b|$HOME|" or got.startswith("a b|$HOME|"), "no shell looks into its arguments"
+    other = ProcessRuntime(node="plant-1", site="plant", data_dir=runtime.logs.parent)
+    assert other.exit_code(r, spec) == code, "also for one that is not its parent"
+    assert runtime.exit_code(r, spec) == code
+    assert other.exit_code(r, AppSpec()) is None
 
 
 def test_the_user_it_runs_as(runtime: ProcessRuntime, tmp_path: Path) -> None:
     mine = pwd.getpwuid(os.geteuid()).pw_name
     s = snapshot(["sh", "-c", "id -un; cat f"], process={"user": mine}, files={"f": "text\n"})
-    started = runtime.start(row(), s, {})
-    assert asyncio.run(proc.wait_exit(started.process, 30))
-    assert runtime.log_file(row()).read_text() == f"{mine}\ntext\n"
+    assert asyncio.run(output(runtime, row(), s)) == f"{mine}\ntext\n"
     other = "nobody"
     started = runtime.start(row(id="other"), snapshot(["id", "-un"], process={"user": other}), {})
     if os.geteuid() == 0:
@@ -218,6 +251,10 @@ def test_an_adopted_instance_is_limited_again(runtime: ProcessRuntime) -> None:
     runtime.resume(r, spec, started.process)
     assert (group / "pids.max").read_text().strip() == "7"
     assert (r.enforced, r.not_enforced) == (["pids", "user"], [])
+    r.piped = False  # an older release started it
+    for _ in range(2):
+        runtime.resume(r, spec, started.process)
+        assert [n["what"] for n in r.not_enforced] == ["logs"]
     r.process = str(started.process)
     proc.kill_group(started.process, 9)
     assert proc.wait_exit_blocking(started.process, 30)

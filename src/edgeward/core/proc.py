@@ -294,19 +294,21 @@ def spawn_detached(
     cwd: Path | str | None = None,
     stdout_path: Path | str | None = None,
     *,
+    stdout: int | None = None,
     stdin: int | IO[bytes] | None = None,
     user: int | None = None,
     group: int | None = None,
     extra_groups: Sequence[int] | None = None,
     umask: int = -1,
 ) -> tuple[ProcId, subprocess.Popen[bytes]]:
-    """Starts ``argv`` in an own session that outlives us; stdout and stderr are appended to ``stdout_path``.
+    """Starts ``argv`` in an own session that outlives us; stdout and stderr are appended to ``stdout_path``,
+    or are the descriptor ``stdout``.
 
     It can be found by its environment when this returns. No descriptor but 0, 1 and 2 is inherited. The caller keeps
     the Popen and polls it once the process has ended, so that no zombie stays. Raises OSError when the program cannot
     be started.
     """
-    out: int | IO[bytes] = subprocess.DEVNULL
+    out: int = subprocess.DEVNULL if stdout is None else stdout
     with contextlib.ExitStack() as stack:
         if stdout_path is not None:
             fd = os.open(stdout_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -318,7 +320,7 @@ def spawn_detached(
             cwd=cwd,
             stdin=subprocess.DEVNULL if stdin is None else stdin,
             stdout=out,
-            stderr=subprocess.STDOUT if stdout_path is not None else subprocess.DEVNULL,
+            stderr=out,
             start_new_session=True,
             user=user,
             group=group,

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import random
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,13 +22,13 @@ import msgspec
 from edgeward.core import cgroup, clock, proc
 from edgeward.core.errors import EdgewardError, NotFound
 from edgeward.core.files import ensure_dir
-from edgeward.core.quantity import parse_bytes, parse_duration
+from edgeward.core.quantity import parse_duration
 from edgeward.core.reconcile import Loop
 from edgeward.core.registry import extensions
 from edgeward.core.resource import Resource
 from edgeward.core.vault import Vault
-from edgeward.workloads import health, logs
-from edgeward.workloads.logs import Growth
+from edgeward.workloads import health
+from edgeward.workloads.logs import Marked, Output, changed_since
 from edgeward.workloads.plan import (
     Adopt,
     Forget,
@@ -46,6 +46,7 @@ from edgeward.workloads.plan import (
     plan,
     slot_key,
 )
+from edgeward.workloads.process import Runtime
 from edgeward.workloads.spec import AppSpec
 from edgeward.workloads.state import KEEP, InstanceRow, Snapshot, WorkloadState
 
@@ -110,7 +111,7 @@ class AppsEdge:
         self._address = address or "127.0.0.1"
         ensure_dir(data_dir)
         self._db = WorkloadState(data_dir / "workloads.db", vault)
-        self._runtime: Any = extensions.get("runtime", "process")(node=node, site=site, data_dir=data_dir)
+        self._runtime: Runtime = extensions.get("runtime", "process")(node=node, site=site, data_dir=data_dir)
         self._states = self._db.apps()
         self._live: dict[AppKey, dict[str, Live]] = {}
         self._loop: Loop[AppKey] = Loop("apps", self._reconcile, workers=8, timeout=120.0)
@@ -121,6 +122,7 @@ class AppsEdge:
         self._usage: dict[str, tuple[float, float]] = {}
         for row in self._db.instances():
             self._adopt(row)
+        self._runtime.sweep({i for all_ in self._live.values() for i in all_})
 
     # -- outside face --------------------------------------------------------------------------------------------------
 
@@ -138,7 +140,7 @@ class AppsEdge:
                     for live in instances.values():
                         self._look_after(live)
                 group.create_task(self._loop.run())
-                group.create_task(self._rotate())
+                group.create_task(self._runtime.run())
         finally:
             for task in tuple(self._tasks):
                 task.cancel()
@@ -158,6 +160,7 @@ class AppsEdge:
             for key, state in self._states.items():
                 stopped = {"phase": "Stopped", "instances": [], "version": state.current[:12]}
                 self._report(*key, {**stopped, "message": "the node's agent was stopped"})
+        await self._runtime.close(leave=leave)
         self._db.close()
 
     def enforced(self) -> list[str]:
@@ -204,42 +207,54 @@ class AppsEdge:
                 seconds = parse_duration(since)
             except ValueError as e:
                 raise EdgewardError(str(e), field="?since") from None
-            files = [f for f in files if logs.changed_since(f, seconds)]
+            files = [f for f in files if changed_since(f, seconds)]
         running = {i.row.id for i in self._live.get((namespace, name), {}).values() if i.alive}
         shown = files if len(files) == 1 else [f for f in files if f.stem in running] or files[-1:]
         several = len(shown) > 1
 
-        marks: dict[Path, logs.Marked] = {}
+        marks: dict[Path, Marked] = {}
+        outputs = {path: Output(path) for path in shown}
 
         def marked(path: Path, data: bytes) -> bytes:
             if path not in marks:
-                marks[path] = logs.Marked(f"[{path.stem}] ".encode() if several else b"")
+                marks[path] = Marked(f"[{path.stem}] ".encode() if several else b"")
             return marks[path].feed(data)
 
-        starts = {}
-        for path in shown:
-            starts[path] = path.stat().st_size
-            if data := marked(path, logs.tail(path, tail)):
-                yield data
-            if not follow and (data := marks[path].rest()):
-                yield data
-        if not follow:
-            return
+        try:
+            for path, output in outputs.items():
+                if data := marked(path, output.tail(tail)):
+                    yield data
+                if not follow and (data := marks[path].rest()):
+                    yield data
+            if not follow:
+                return
+            async with contextlib.aclosing(self._followed((namespace, name), outputs, marked, not instance)) as pieces:
+                async for data in pieces:
+                    yield data
+        finally:
+            for output in outputs.values():
+                output.close()
+
+    async def _followed(
+        self, key: AppKey, outputs: dict[Path, Output], marked: Callable[[Path, bytes], bytes], more: bool
+    ) -> AsyncGenerator[bytes]:
+        """What the outputs give, and (``more``) those of instances that come later."""
         queue: asyncio.Queue[bytes] = asyncio.Queue(64)
 
-        async def one(path: Path, at: int) -> None:
-            async for piece in logs.follow(path, at):
+        async def one(path: Path) -> None:
+            async for piece in outputs[path].follow():
                 if data := marked(path, piece):
                     await queue.put(data)
 
-        tasks = {p: asyncio.create_task(one(p, at)) for p, at in starts.items()}
+        tasks = {p: asyncio.create_task(one(p)) for p in outputs}
         try:
             while True:
                 # an update brings new instances: follow them too
-                for i in list(self._live.get((namespace, name), {}).values()):
+                for i in list(self._live.get(key, {}).values()):
                     path = self._runtime.log_file(i.row)
-                    if path not in tasks and not instance and path.exists():
-                        tasks[path] = asyncio.create_task(one(path, 0))
+                    if path not in tasks and more and path.exists():
+                        outputs[path] = Output(path)
+                        tasks[path] = asyncio.create_task(one(path))
                 data = b""
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1.0):
@@ -249,6 +264,7 @@ class AppsEdge:
         finally:
             for task in tasks.values():
                 task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
 
     # -- adoption -----------------------------------------------------------------------------------------------------
 
@@ -258,7 +274,6 @@ class AppsEdge:
         spec = msgspec.convert(snapshot.spec, AppSpec) if snapshot else AppSpec()
         live = Live(row, spec, process, adopted=True)
         live.alive = process is not None and proc.alive(process)
-        live.lost = not live.alive
         if process is not None and not row.process:
             row.process = str(process)
             self._db.save_instance(row)
@@ -267,6 +282,9 @@ class AppsEdge:
             self._runtime.resume(row, spec, process)
             if (row.enforced, row.not_enforced) != before:
                 self._db.save_instance(row)
+        else:
+            live.exit_code = self._runtime.exit_code(row, spec)
+            live.lost = live.exit_code is None
         self._live.setdefault((row.namespace, row.name), {})[row.id] = live
 
     # -- the loop ------------------------------------------------------------------------------------------
@@ -302,13 +320,15 @@ class AppsEdge:
     def _digest(snapshot: Snapshot) -> str:
         return hashlib.sha256(msgspec.json.encode(msgspec.to_builtins(snapshot), order="sorted")).hexdigest()
 
-    def _may_start(self, app: Resource) -> bool:
+    def _waits_for(self, app: Resource) -> list[str]:
+        """The apps of this node that must be healthy before it starts, and are not. What runs on other nodes is not
+        waited for: a cut site would wait for news that cannot come."""
         mine = self._source.apps()
-        for name in app.spec.dependsOn:
-            key = (app.metadata.namespace, name)
-            if key in mine and self._phases.get(key) not in ("Running", "Stopped"):
-                return False
-        return True
+        return [
+            name
+            for name in app.spec.dependsOn
+            if (key := (app.metadata.namespace, name)) in mine and self._phases.get(key) not in ("Running", "Stopped")
+        ]
 
     async def _reconcile(self, key: AppKey) -> float | None:
         if self._stopping:
@@ -317,12 +337,14 @@ class AppsEdge:
         wanted: str | None = None
         rules = Rules(0)
         message = ""
+        waits_for: list[str] = []
         may_start = True
         state = self._states.get(key) or State()
         if found is not None:
             app, replicas = found
             rules = _rules(app.spec, replicas)
-            may_start = self._may_start(app)
+            waits_for = self._waits_for(app)
+            may_start = not waits_for
             try:
                 snapshot = self._snapshot(app)
                 wanted = self._digest(snapshot)
@@ -355,7 +377,8 @@ class AppsEdge:
         if not may_start and again is None:
             again = 0.2  # what it depends on tells by its phase, looked at again soon
         generation = found[0].metadata.generation if found else 0
-        self._tell(key, state, p, generation, message or p.message or self._messages.get(key, ""))
+        waits = f"waits for {', '.join(waits_for)}" if p.waits and waits_for else ""
+        self._tell(key, state, p, generation, message or p.message or waits or self._messages.get(key, ""))
         return again
 
     def _seen(self, i: Live) -> Seen:
@@ -375,6 +398,7 @@ class AppsEdge:
                     state.candidate = "" if version == state.current else version
                     state.bad = {v: why for v, why in state.bad.items() if v == wanted}
                     self._save(key, state)
+                    self._trim(key, state, wanted)
                     again = True
                 case Start(version, slot):
                     self._start(key, state, version, slot, rules)
@@ -390,7 +414,7 @@ class AppsEdge:
                     old, state.current, state.candidate = state.current, version, ""
                     state.switched_at = clock.steady()
                     self._save(key, state)
-                    self._db.trim_versions(*key, {version, *state.history, *([wanted] if wanted else [])})
+                    self._trim(key, state, wanted)
                     what = f"version {version[:8]} serves" + (f", {old[:8]} is kept" if old else "")
                     self._event("Normal", "Switched", what, *key)
                     again = True
@@ -401,6 +425,7 @@ class AppsEdge:
                     state.bad[version] = why
                     state.candidate = ""
                     self._save(key, state)
+                    self._trim(key, state, wanted)
                     going_on = f"{state.current[:8]} goes on"
                     self._event("Warning", "RolledBack", f"version {version[:8]} failed: {why}; {going_on}", *key)
                     again = True
@@ -416,13 +441,19 @@ class AppsEdge:
         self._states[key] = state
         self._db.save_app(*key, state)
 
+    def _trim(self, key: AppKey, state: State, wanted: str | None) -> None:
+        """Keeps the versions that serve, served last, are asked for or still have an instance."""
+        living = {i.row.version for i in self._live.get(key, {}).values()}
+        asked = {wanted} if wanted else set()
+        self._db.trim_versions(*key, {state.current, state.candidate, *state.history, *asked, *living})
+
     def _start(self, key: AppKey, state: State, version: str, slot: int, rules: Rules) -> None:
         snapshot = self._db.version(*key, version)
         if snapshot is None:
             self._messages[key] = f"version {version[:8]} is not kept any more"
             return
         spec = msgspec.convert(snapshot.spec, AppSpec)
-        row = InstanceRow(f"{key[1]}-{clock.new_id(6)}", *key, version, slot, started_at=clock.steady())
+        row = InstanceRow(f"{key[1]}-{clock.new_id(6)}", *key, version, slot, started_at=clock.steady(), piped=True)
         live = Live(row, spec)
         try:
             record = state.slots.setdefault(slot_key(version, slot), Slot())
@@ -515,9 +546,9 @@ class AppsEdge:
         state.slots = {k: v for k, v in state.slots.items() if k.partition(":")[0] in live_versions}
         self._save(key, state)
         self._runtime.clean(live.row)
-        logs.rotate(self._runtime.log_file(live.row), parse_bytes(live.spec.logs.bytes))
         self._db.remove_instance(instance)
         self._usage.pop(instance, None)
+        self._drop_old_logs(key)
 
     # -- looking after instances --------------------------------------------------------------------------------------
 
@@ -539,7 +570,7 @@ class AppsEdge:
         checks = asyncio.create_task(self._check(live))
         try:
             await proc.wait_exit(live.process)
-            live.exit_code = self._runtime.exit_code(live.process)
+            live.exit_code = self._runtime.exit_code(live.row, live.spec)
         finally:
             checks.cancel()
             await asyncio.gather(checks, return_exceptions=True)
@@ -589,47 +620,16 @@ class AppsEdge:
             return await health.command(argv, env, self._runtime.folder(live.row), timeout, user)
         return ""
 
-    async def _rotate(self) -> None:
-        due: dict[str, float] = {}
-        growths: dict[str, Growth] = {}
-        tidy = 0.0
-        while True:
-            now = clock.monotonic()
-            living = {i.row.id: i for all_ in self._live.values() for i in all_.values()}
-            growths = {k: growths.get(k) or Growth() for k in living}
-            due = {k: due.get(k, now) for k in living}
-            for k, live in living.items():
-                if due[k] <= now:
-                    due[k] = await self._rotate_one(live, growths[k])
-            if now >= tidy:
-                tidy = now + 1.0
-                for key, instances in list(self._live.items()):
-                    self._drop_old_logs(key, set(instances))
-            pause = min([*due.values(), now + logs.LATEST]) - clock.monotonic()
-            await asyncio.sleep(max(logs.SOONEST / 2, pause))  # the period of looking at file sizes
-
-    async def _rotate_one(self, live: Live, growth: Growth) -> float:
-        """Looks at one file, cuts it when it must be; gives the time of the next look."""
-        path, cap = self._runtime.log_file(live.row), parse_bytes(live.spec.logs.bytes)
-        try:
-            size = path.stat().st_size
-        except OSError:
-            size = 0
-        now = clock.monotonic()
-        pause = growth.look_in(now, size, cap)
-        if size > cap // 2 and await asyncio.to_thread(logs.rotate, path, cap):
-            growth.cut()
-        return now + pause
-
-    def _drop_old_logs(self, key: AppKey, keep: set[str]) -> None:
+    def _drop_old_logs(self, key: AppKey) -> None:
+        """Keeps what the last few instances that are gone wrote."""
         folder = self._runtime.logs / key[0] / key[1]
-        if not folder.is_dir():
-            return
-        dead = [p for p in folder.glob("*.log") if p.stem not in keep]
-        if len(dead) <= _KEPT_LOGS:
-            return
-        dead.sort(key=lambda p: p.stat().st_mtime)
-        for path in dead[:-_KEPT_LOGS]:
+        keep = self._live.get(key, {})
+        dead = []
+        for path in folder.glob("*.log"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stem not in keep:
+                    dead.append((path.stat().st_mtime, path))
+        for _, path in sorted(dead)[:-_KEPT_LOGS]:
             path.unlink(missing_ok=True)
             path.with_name(path.name + ".1").unlink(missing_ok=True)
 

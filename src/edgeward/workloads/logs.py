@@ -1,100 +1,158 @@
-"""What instances wrote: files with a hard cap, read from the end, followed as they grow.
+"""What instances wrote: read from the end, followed as it grows.
 
-A process appends to its own file directly, so it needs nobody to go on writing while the agent is away. When a file
-passes half of its cap it is copied to ``.1`` and cut to nothing in place (the writer appends on). Between copy and cut
-a line may be lost. The faster a file grows the sooner it is looked at again (:class:`Growth`): a writer passes the cap
-by what it writes within ``SOONEST`` at most, and one that was quiet until then by what it writes within ``LATEST``.
+The pump (``pump.py``) writes ``<instance>.log`` and makes it ``.log.1`` when it is full. An :class:`Output` reads the
+two as the one text that they are: its ``follow`` goes on right behind its ``tail``, over any number of new files, and
+says so where the writer was faster than the reader.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import shutil
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import BinaryIO
 
 _CHUNK = 64 * 1024
-_LOOK = 0.2
-#: Seconds between two looks at a file's size: of one that grows fast, of one that does not.
-SOONEST, LATEST = 0.02, 0.1
+#: Seconds between two looks at a file that grew, and at one that does not.
+_LOOKS = (0.02, 0.2)
+_GAP = b"[edgeward: it wrote faster than this was read: something may be missing here]\n"
 
 
-def rotate(path: Path, cap: int) -> bool:
-    """Keeps file and predecessor together within ``cap`` bytes. True when it cut."""
+def _open(path: Path) -> BinaryIO | None:
     try:
-        size = path.stat().st_size
+        return path.open("rb", buffering=0)
+    except OSError:
+        return None
+
+
+def _same(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
         return False
-    if size <= cap // 2:
-        return False
-    old = path.with_name(path.name + ".1")
-    keep = min(size, cap // 2)
-    try:
-        with path.open("rb") as source, old.open("wb") as target:
-            source.seek(size - keep)
-            shutil.copyfileobj(source, target, _CHUNK)
-    except OSError:
-        # a full disk: what is cut is lost, but the app and the node live on
-        old.unlink(missing_ok=True)
-    os.truncate(path, 0)
-    return True
 
 
-class Growth:
-    """How fast a file grows, and so when its size must be looked at again. Time is an argument."""
+class Output:
+    """One instance's output, from a moment on. Close it; what it has open keeps no byte on the disk."""
 
-    def __init__(self) -> None:
-        self._at = self._rate = 0.0
-        self._size = 0
+    def __init__(self, path: Path) -> None:
+        self.path, self._old = path, path.with_name(path.name + ".1")
+        self._file: BinaryIO | None = None
+        self._at = 0
+        #: The last byte given ended a line.
+        self._even = True
 
-    def look_in(self, now: float, size: int, cap: int) -> float:
-        """Seconds until the next look, given the size at this one."""
-        if self._at and now > self._at:
-            # right after a cut all that is there is new
-            grown = size - self._size if size >= self._size else size
-            # one quiet look is no reason to trust it
-            self._rate = max(grown / (now - self._at), self._rate / 2)
-        self._at, self._size = now, size
-        if self._rate <= 0:
-            return LATEST
-        return min(LATEST, max(SOONEST, (cap / 2 - size) / self._rate / 2))
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
-    def cut(self) -> None:
-        """The file was cut to nothing."""
-        self._size = 0
+    def _pair(self) -> tuple[BinaryIO | None, BinaryIO | None]:
+        """The file that is written to and the one before it, as they were at one moment."""
+        for _ in range(20):
+            now = _open(self.path)
+            old = _open(self._old)
+            if now is not None and _same(now, self.path):
+                break
+            for file in (now, old):
+                if file is not None:
+                    file.close()
+            now = old = None
+        return now, old
+
+    def tail(self, lines: int) -> bytes:
+        """The last ``lines`` lines up to this moment; reads from the end, in pieces."""
+        self.close()
+        now, old = self._pair()
+        self._file = now
+        try:
+            self._at = os.fstat(now.fileno()).st_size if now is not None else 0
+            data = _behind(now, self._at, lines)
+            missing = lines - data.count(b"\n")
+            if missing >= 0 and old is not None:
+                data = _behind(old, os.fstat(old.fileno()).st_size, missing) + data
+        finally:
+            if old is not None:
+                old.close()
+        self._even = not data or data.endswith(b"\n")
+        # a line ends with a newline and nothing else: what a progress bar writes is one line
+        at = len(data) - data.endswith(b"\n")
+        for _ in range(lines):
+            at = data.rfind(b"\n", 0, at)
+            if at < 0:
+                return data
+        return data[at + 1 :]
+
+    async def follow(self) -> AsyncIterator[bytes]:
+        """What is written from where :meth:`tail` ended (or the beginning), until the files are gone."""
+        pause = _LOOKS[0]
+        while True:
+            piece = self._next()
+            if piece is None:
+                return
+            if piece:
+                pause = _LOOKS[0]
+                yield piece
+            else:
+                await asyncio.sleep(pause)  # the period of looking at a growing file
+                pause = min(pause * 2, _LOOKS[1])
+
+    def _next(self) -> bytes | None:
+        """What comes next, b"" when nothing is there yet, None when nothing will be."""
+        if self._file is None:
+            self._file, self._at = _open(self.path), 0
+        if self._file is None:  # between two files, or gone
+            return b"" if self._old.exists() else None
+        if piece := self._read(self._file):
+            return piece
+        if _same(self._file, self.path):
+            if os.fstat(self._file.fileno()).st_size < self._at:
+                self._at = 0  # cut in place
+            return b""
+        # a new one was begun: what came before that and after our last look is in ours
+        return self._read(self._file) or self._turn(self._file)
+
+    def _read(self, file: BinaryIO) -> bytes:
+        piece = os.pread(file.fileno(), _CHUNK, self._at)
+        self._at += len(piece)
+        if piece:
+            self._even = piece.endswith(b"\n")
+        return piece
+
+    def _turn(self, mine: BinaryIO) -> bytes | None:
+        """Goes on to the file behind ours."""
+        if not self.path.exists():
+            return b"" if self._old.exists() else None
+        now, old = self._pair()
+        if now is None:
+            if old is not None:
+                old.close()
+            return b""
+        in_time = old is None or _same(mine, self._old)
+        mine.close()
+        self._at = 0
+        if in_time or old is None:
+            self._file = now
+            if old is not None:
+                old.close()
+            return b""
+        self._file = old
+        now.close()
+        return _GAP if self._even else b"\n" + _GAP
 
 
-def tail(path: Path, lines: int) -> bytes:
-    """The last ``lines`` lines of a file and its predecessor; reads from the end, in pieces."""
-    data = _behind(path, lines)
-    missing = lines - data.count(b"\n")
-    if missing >= 0:
-        data = _behind(path.with_name(path.name + ".1"), missing) + data
-    # a line ends with a newline and nothing else: what a progress bar writes is one line
-    at = len(data) - data.endswith(b"\n")
-    for _ in range(lines):
-        at = data.rfind(b"\n", 0, at)
-        if at < 0:
-            return data
-    return data[at + 1 :]
-
-
-def _behind(path: Path, newlines: int) -> bytes:
-    """The file's end with more than so many newlines; all of it when it has no more."""
-    try:
-        with path.open("rb") as f:
-            at = f.seek(0, os.SEEK_END)
-            data = b""
-            while at > 0 and data.count(b"\n") <= newlines:
-                step = min(_CHUNK, at)
-                at -= step
-                f.seek(at)
-                data = f.read(step) + data
-            return data
-    except OSError:
-        return b""
+def _behind(file: BinaryIO | None, end: int, newlines: int) -> bytes:
+    """The part of a file before ``end`` with more than so many newlines; all of it when it has no more."""
+    data = b""
+    with contextlib.suppress(OSError):
+        while file is not None and end > 0 and data.count(b"\n") <= newlines:
+            step = min(_CHUNK, end)
+            end -= step
+            data = os.pread(file.fileno(), step, end) + data
+    return data
 
 
 class Marked:
@@ -116,27 +174,6 @@ class Marked:
     def rest(self) -> bytes:
         """The line that was begun and not ended."""
         return self.feed(b"\n") if self._begun else b""
-
-
-async def follow(path: Path, start: int) -> AsyncIterator[bytes]:
-    """What is appended behind byte ``start``, without end; a cut file is read from its beginning."""
-    at = start
-    while True:
-        try:
-            size = path.stat().st_size
-            if size < at:
-                at = 0
-            if size > at:
-                with path.open("rb") as f:
-                    f.seek(at)
-                    piece = f.read(min(_CHUNK, size - at))
-                at += len(piece)
-                if piece:
-                    yield piece
-                    continue
-        except FileNotFoundError:
-            return
-        await asyncio.sleep(_LOOK)  # the period of looking at a growing file
 
 
 def changed_since(path: Path, seconds: float) -> bool:

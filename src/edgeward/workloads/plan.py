@@ -109,6 +109,8 @@ class Plan(msgspec.Struct):
     look_at: float = float("inf")
     phase: str = "Pending"
     message: str = ""
+    #: Something is not started because of what it depends on.
+    waits: bool = False
 
     def look(self, at: float) -> None:
         self.look_at = min(self.look_at, at)
@@ -207,7 +209,7 @@ def _keep(p: Plan, version: str, rules: Rules, state: State, live: list[Seen], n
         if slot in taken or record.done:
             continue
         if not may_start:
-            p.message = "waits for what it depends on"
+            p.waits = True
             continue
         if now < record.not_before <= now + rules.backoff_max + 1:  # farther off: from before the clock was set back
             p.look(record.not_before)

@@ -1,13 +1,15 @@
 """The process runtime: a version's snapshot becomes a process of the node, in its own session, folder and limits.
 
 A runtime is an extension (``runtime/process``); container, wasm and Kubernetes join by the same face: ``start`` starts
-an instance, ``stop`` ends it, ``find`` finds one again and ``resume`` limits it again, ``clean`` leaves nothing of it
-behind but its log, and ``forget``, once the app is gone, not even that.
+an instance, ``stop`` ends it, ``find`` finds one again and ``resume`` takes it over, ``clean`` leaves nothing of it
+behind but its log, and ``forget``, once the app is gone, not even that. What instances write goes into pipes
+(``pipes.py``), which :meth:`ProcessRuntime.run` looks after.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pwd
 import shutil
@@ -24,12 +26,18 @@ from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.files import ensure_dir
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.registry import extensions
+from edgeward.workloads.pipes import Pipes
 from edgeward.workloads.spec import AppSpec, check_path, substitute
 from edgeward.workloads.state import InstanceRow, Snapshot
 
 MARK = "EDGEWARD_INSTANCE"
 #: Passed on from the agent; everything else of its environment stays with it.
 _INHERIT = ("LANG", "LC_ALL", "TZ", "HOME", "TMPDIR")
+#: Stands above a program whose exit status matters and leaves it in a file: an agent that adopted the program is not
+#: its parent and cannot ask. One that a signal asked to end did not finish, so nothing is left of it.
+_WITNESS = 'trap _ew_t=1 TERM INT QUIT HUP USR1; "$@"; _ew_s=$?; [ "$_ew_t" ] || echo "$_ew_s" >"$0"; exit "$_ew_s"'
+_STATUS = ".exit-status"
+_OLDER = "it was started by an older release, which let it write into the file; restart it"
 
 
 class Started(msgspec.Struct):
@@ -39,17 +47,29 @@ class Started(msgspec.Struct):
 
 
 class Runtime(Protocol):
+    logs: Path
+
+    def folder(self, row: InstanceRow) -> Path: ...
+    def log_file(self, row: InstanceRow) -> Path: ...
+    def check(
+        self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]
+    ) -> tuple[list[str], dict[str, str], dict[str, Any]]: ...
     def start(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> Started: ...
     async def stop(self, row: InstanceRow, spec: AppSpec) -> bool: ...
     def find(self, row: InstanceRow) -> proc.ProcId | None: ...
     def resume(self, row: InstanceRow, spec: AppSpec, process: proc.ProcId) -> None: ...
+    def exit_code(self, row: InstanceRow, spec: AppSpec) -> int | None: ...
     def clean(self, row: InstanceRow) -> None: ...
     def forget(self, namespace: str, name: str) -> None: ...
+    def sweep(self, known: set[str]) -> None: ...
+    async def run(self) -> None: ...
+    async def close(self, *, leave: bool) -> None: ...
 
 
 def _limits(spec: AppSpec) -> cgroup.Limits:
     memory = parse_bytes(spec.limits.memory) if spec.limits.memory is not None else None
-    return cgroup.Limits(memory, spec.limits.cpu, spec.limits.pids)
+    pids = None if spec.limits.pids is None else spec.limits.pids + _witnessed(spec)
+    return cgroup.Limits(memory, spec.limits.cpu, pids)
 
 
 def _even_chance(process: proc.ProcId) -> None:
@@ -66,6 +86,7 @@ class ProcessRuntime:
         self.node, self.site = node, site
         self.apps = data_dir / "apps"
         self.logs = data_dir / "logs"
+        self.pipes = Pipes(self.logs)
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
     def folder(self, row: InstanceRow) -> Path:
@@ -125,21 +146,26 @@ class ProcessRuntime:
             for p in owned:
                 os.chown(p, uid, gid if gid is not None else -1)
         self._open_to(folder, uid)
-        log_file = self.log_file(row)
-        ensure_dir(log_file.parent)
         verdict = cgroup.prepare(self.node, row.id, _limits(spec))
+        command, out = argv[0], -1
         try:
+            if _witnessed(spec):
+                argv = ["/bin/sh", "-c", _WITNESS, str(folder / _STATUS), _program(command, env, folder), *argv[1:]]
+            out = self.pipes.make(self.log_file(row), parse_bytes(spec.logs.bytes), uid, gid)
             process, popen = proc.spawn_detached(
-                argv, env, folder, log_file, user=uid, group=gid, extra_groups=groups, umask=0o077
+                argv, env, folder, stdout=out, user=uid, group=gid, extra_groups=groups, umask=0o077
             )
         except (OSError, ValueError, subprocess.SubprocessError) as e:
             cgroup.remove(self.node, row.id)
             reason = getattr(e, "strerror", None) or str(e)
             raise EdgewardError(
-                f"{argv[0]!r} cannot be started: {reason}",
+                f"{command!r} cannot be started: {reason}",
                 field="$.spec.process.command",
                 remedy="check the program's name, the files and the user",
             ) from None
+        finally:
+            if out >= 0:
+                os.close(out)
         self._children[process.pid] = popen
         _even_chance(process)
         enforced, missed = self._enter(row, process, verdict)
@@ -155,8 +181,11 @@ class ProcessRuntime:
         if not verdict.enforced:
             return [], dict(verdict.refused)
         try:
+            # itself first: what it starts from then on is born there
+            cgroup.enter(self.node, row.id, process.pid)
             for pid in proc.group_pids(process):
-                cgroup.enter(self.node, row.id, pid)
+                with contextlib.suppress(ProcessLookupError):
+                    cgroup.enter(self.node, row.id, pid)
         except OSError as e:
             if proc.alive(process):
                 why = f"the process cannot be moved into its group: {e.strerror}"
@@ -165,11 +194,17 @@ class ProcessRuntime:
 
     def resume(self, row: InstanceRow, spec: AppSpec, process: proc.ProcId) -> None:
         """Sets the limits of an adopted instance again, and says in ``row`` which of them hold now."""
+        if row.piped:
+            self.pipes.adopt(self.log_file(row))
+        else:
+            self.pipes.cut(self.log_file(row), parse_bytes(spec.logs.bytes), process.pid)
         verdict = cgroup.prepare(self.node, row.id, _limits(spec))
         enforced, refused = self._enter(row, process, verdict)
         own = {*verdict.enforced, *verdict.refused}
         row.enforced = [*enforced, *(what for what in row.enforced if what not in own)]
         others = [one for one in row.not_enforced if one["what"] not in own]
+        if not row.piped and "logs" not in {one["what"] for one in others}:
+            others.append({"what": "logs", "why": _OLDER})
         row.not_enforced = [*({"what": k, "why": v} for k, v in refused.items()), *others]
 
     def check(
@@ -222,10 +257,17 @@ class ProcessRuntime:
             f.write(text)
         return [*made, target]
 
-    def exit_code(self, process: proc.ProcId) -> int | None:
-        """The status of a child of ours that ended; None for an adopted one (its parent is not us)."""
-        popen = self._children.pop(process.pid, None)
-        return popen.wait(5) if popen is not None else None
+    def exit_code(self, row: InstanceRow, spec: AppSpec) -> int | None:
+        """The status of an instance that ended, negative for a signal; None when nobody can tell (an adopted one whose
+        policy does not ask, or that was asked to end)."""
+        popen = self._children.pop(proc.ProcId.parse(row.process).pid, None) if row.process else None
+        code = popen.wait(5) if popen is not None else None
+        if not _witnessed(spec):
+            return code
+        with contextlib.suppress(OSError, ValueError):
+            code = int((self.folder(row) / _STATUS).read_text("ascii"))
+        # so a shell says that a signal ended what it ran
+        return 128 - code if code is not None and 128 < code <= 192 else code
 
     async def stop(self, row: InstanceRow, spec: AppSpec) -> bool:
         if not row.process:
@@ -251,6 +293,34 @@ class ProcessRuntime:
         """The app is gone from this node: so is what it wrote."""
         for root in (self.apps, self.logs):
             shutil.rmtree(root / namespace / name, ignore_errors=True)
+        self.pipes.poke()
+
+    def sweep(self, known: set[str]) -> None:
+        """Takes away the folders of instances that are not among ``known``: a kill may have left them."""
+        for folder in self.apps.glob("*/*/*"):
+            if folder.name not in known:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    async def run(self) -> None:
+        """Until cancelled: keeps what moves the instances' output."""
+        await self.pipes.run()
+
+    async def close(self, *, leave: bool) -> None:
+        """The agent ends. ``leave``: its instances go on, and so does what they need."""
+        await self.pipes.close(leave=leave)
+
+
+def _witnessed(spec: AppSpec) -> bool:
+    return spec.restart.policy == "on-failure"
+
+
+def _program(name: str, env: Mapping[str, str], folder: Path) -> str:
+    """The program's path. Raises ``OSError`` as starting it would (a shell that cannot start it only ends)."""
+    found = shutil.which(folder / name if "/" in name else name, path=env.get("PATH", os.defpath))
+    if found is None:
+        code = errno.EACCES if "/" in name and (folder / name).exists() else errno.ENOENT
+        raise OSError(code, os.strerror(code))
+    return name if "/" in name else found
 
 
 if "process" not in extensions.names("runtime"):

@@ -119,7 +119,10 @@ class Limits(_Struct):
 
 
 class Restart(_Struct):
-    policy: Annotated[Literal["always", "on-failure", "never"], Meta(description="When to start it again")] = "always"
+    policy: Annotated[
+        Literal["always", "on-failure", "never"],
+        Meta(description="When to start it again; on-failure: not after status 0"),
+    ] = "always"
     backoff: Annotated[Duration, Meta(description="First pause; doubles with each failure")] = "200ms"
     max: Annotated[Duration, Meta(description="Longest pause")] = "30s"
 
@@ -131,7 +134,9 @@ class Stop(_Struct):
 
 
 class Logs(_Struct):
-    bytes: Annotated[Size, Meta(description="Hard cap on disk for one instance's output")] = "8Mi"
+    bytes: Annotated[Size, Meta(description="Hard cap on disk for one instance's output; the oldest goes first")] = (
+        "8Mi"
+    )
 
 
 class AppSpec(_Struct):
@@ -148,7 +153,12 @@ class AppSpec(_Struct):
     restart: Annotated[Restart, Meta(description="When it ends by itself")] = msgspec.field(default_factory=Restart)
     stop: Annotated[Stop, Meta(description="How it is ended")] = msgspec.field(default_factory=Stop)
     logs: Annotated[Logs, Meta(description="What is kept of its output")] = msgspec.field(default_factory=Logs)
-    dependsOn: Annotated[list[str], Meta(description="Apps of the namespace that must be healthy first")] = []
+    dependsOn: Annotated[
+        list[str],
+        Meta(
+            description="Apps of the namespace that must be healthy on the same node first; others are not waited for"
+        ),
+    ] = []
 
 
 class ServiceSpec(_Struct):
@@ -335,7 +345,8 @@ kinds.add(
         "services",
         ServiceSpec,
         reported=True,
-        doc="A name for an app's endpoints within a site.",
+        doc="A name for an app's endpoints within a site. Apps of the namespace find them in EDGEWARD_SERVICE_<NAME>, "
+        "as they were when the app started.",
         scope="follows",
         short=("svc",),
         refs=_service_refs,

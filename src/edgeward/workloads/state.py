@@ -57,6 +57,8 @@ class InstanceRow(msgspec.Struct):
     started_at: float = 0.0
     enforced: list[str] = []
     not_enforced: list[dict[str, str]] = []
+    #: Its output goes through a pipe; instances of older releases write into the file themselves.
+    piped: bool = False
 
 
 class WorkloadState:
