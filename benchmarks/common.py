@@ -151,6 +151,15 @@ def web(name: str) -> dict[str, Any]:
     }
 
 
+def process_tree(pid: int) -> list[int]:
+    """The process and all below it; its threads' children, too."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += process_tree(int(child))
+    return found
+
+
 def answers(port: int) -> bool:
     import http.client
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import PYTHON, Row, free_ports, row, system, wait
+from benchmarks.common import PYTHON, Row, free_ports, process_tree, row, system, wait
 from edgeward.core import proc
 
 ROUNDS = int(os.environ.get("EDGEWARD_BENCH_RUNS", "3"))
@@ -52,15 +52,6 @@ def cpu(pids: list[int]) -> float:
     return sum(u.cpu for u in found if u is not None)
 
 
-def children(pid: int) -> list[int]:
-    """The process and all below it; its threads' children, too."""
-    found = [pid]
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += children(int(child))
-    return found
-
-
 def load(port: int, paths: list[str], seconds: float = SECONDS, connections: int = CONNECTIONS) -> dict[str, Any]:
     argv = [PYTHON, "-m", "benchmarks.gateway_peers", "load", str(port), str(seconds), str(connections), *paths]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
@@ -69,7 +60,7 @@ def load(port: int, paths: list[str], seconds: float = SECONDS, connections: int
 
 
 def per_cpu(pid: int, port: int, paths: list[str]) -> tuple[float, dict[str, Any]]:
-    pids = children(pid)
+    pids = process_tree(pid)
     before = cpu(pids)
     got = load(port, paths)
     used = cpu(pids) - before

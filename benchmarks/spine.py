@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks import sources
-from benchmarks.common import Row, System, answers, bare_web, percentile, row, system, wait, web
+from benchmarks.common import Row, System, answers, bare_web, percentile, process_tree, row, system, wait, web
 from edgeward.core.daemon import memory_mb
 from edgeward.core.errors import EdgewardError
 from edgeward.core.natsserver import find_binary
@@ -90,10 +90,12 @@ def memory() -> list[Row]:
         hub = memory_mb(c["pids"]["hub"]) + memory_mb(c["pids"]["nats"])
         node = c["nodes"][0]["pids"]
         agent = memory_mb(node["agent"]) + memory_mb(node["nats"])
+        plane = sum(memory_mb(p) for p in process_tree(node["plane"]))
         of_agent = ("its nats-server alone", memory_mb(node["nats"]))
         of_hub = ("its nats-server alone", memory_mb(c["pids"]["nats"]))
     return [
         row("agent and its nats-server idle, PSS", agent, "MB", 80, base=of_agent),
+        row("agent, its nats-server and its plane idle, PSS", agent + plane, "MB", 80, base=of_agent),
         row("hub and its nats-server idle, PSS", hub, "MB", 150, base=of_hub),
     ]
 

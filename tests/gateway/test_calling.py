@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from tests.gateway.rig import Client, Rig
 
 from edgeward.core.invocation import MAX_BODY, Call, CallFailed, Reply
 from edgeward.gateway.rules import CacheConfig
-from tests.gateway.rig import Client, Rig
 
 Connect = Callable[[], Client]
 
@@ -33,17 +33,34 @@ def function(rig: Rig, answer: Callable[[Call], Any], path: str = "/f", **more: 
 
 def test_a_call_and_its_answer(rig: Rig, client: Connect) -> None:
     calls = function(
-        rig, lambda c: Reply(201, [("Content-Type", "text/plain"), ("X-A", "1")], b"<" + c.event.data + b">"), version="canary"
+        rig, lambda c: Reply(201, [("Content-Type", "text/plain"), ("X-A", "1")], b"<" + c.event.data + b">"),
+        version="canary",
     )  # fmt: skip
     c = client()
-    got = c.get("/f?a=b", "Content-Type: text/x", "X-Forwarded-For: evil", "Connection: close", method="POST", body=b"edge")
-    assert (got.status, got.body, got.headers["content-type"], got.headers["x-a"]) == (201, b"<edge>", "text/plain", "1")
+    got = c.get(
+        "/f?a=b", "Content-Type: text/x", "X-Forwarded-For: evil", "Connection: close", method="POST", body=b"edge"
+    )
+    assert (got.status, got.body, got.headers["content-type"], got.headers["x-a"]) == (
+        201,
+        b"<edge>",
+        "text/plain",
+        "1",
+    )
     (call,) = calls
     event = call.event
     assert (call.function, call.version, call.key) == ("default/f", "canary", "127.0.0.1")
-    assert (event.source, event.type, event.datacontenttype) == ("/routes/default/r0", "edgeward.http.request", "text/x")
+    assert (event.source, event.type, event.datacontenttype) == (
+        "/routes/default/r0",
+        "edgeward.http.request",
+        "text/x",
+    )
     assert event.http is not None
-    assert (event.http.method, event.http.path, event.http.query, event.http.client) == ("POST", "/f", "a=b", "127.0.0.1")
+    assert (event.http.method, event.http.path, event.http.query, event.http.client) == (
+        "POST",
+        "/f",
+        "a=b",
+        "127.0.0.1",
+    )
     assert [h for h in event.http.headers if h[0] in ("x-forwarded-for", "connection")] == []
     c = client()
     assert [c.get("/f", method="POST", body=b"%d" % n).body for n in range(3)] == [b"<0>", b"<1>", b"<2>"]
@@ -57,7 +74,7 @@ def test_a_call_and_its_answer(rig: Rig, client: Connect) -> None:
 def test_refusals_name_function_and_limit(rig: Rig, client: Connect) -> None:
     def fails(call: Call) -> Reply:
         kind = call.event.data.decode()
-        raise CallFailed(kind, "no", function="f", limit={"timeout": "2s"}, retry_after=2.0 if kind == "busy" else 0)  # type: ignore[arg-type]
+        raise CallFailed(kind, "no", function="f", limit={"timeout": "2s"}, retry_after=2.0 if kind == "busy" else 0)  # type: ignore[arg-type]  # noqa: E501
 
     function(rig, fails)
     c = client()
@@ -80,7 +97,8 @@ def test_an_event_has_its_bound(rig: Rig, client: Connect) -> None:
 def test_what_a_function_says_is_not_trusted_to_be_http(rig: Rig, client: Connect) -> None:
     headers = [
         ("X-Ok", "1"), ("Bad Name", "1"), ("X-Split", "a\r\nSet-Cookie: evil"), ("Content-Length", "999"),
-        ("Transfer-Encoding", "chunked"), ("Connection", "upgrade"), ("X\r\nY", "1"), ("X-Nul", "a\0"), ("X-Wide", "\u4e00"),
+        ("Transfer-Encoding", "chunked"), ("Connection", "upgrade"), ("X\r\nY", "1"),
+        ("X-Nul", "a\0"), ("X-Wide", "\u4e00"),
     ]  # fmt: skip
     function(rig, lambda c: Reply(200, headers, b"body"))
     c = client()

@@ -113,6 +113,9 @@ def test_a_gateway_through_changes_and_kills(systems: Callable[..., Any], news: 
     assert "circuit closed" in system.run("gateway", "explain", "/web")
     system.run("gateway", "purge", "--prefix", "/news/")
     assert door.get("/news/a")[1] == b"/news/a 2"
+    assert "route     default/news" in system.run("gateway", "explain", "/news/b", "--node", "plant-1")
+    assert "forgotten" in system.run("gateway", "purge", "/news/b", "--node", "plant-1")
+    system.run("gateway", "explain", "/news/b", "--node", "plant-9", code=5)
     connection = _UnixConnection(node["api"], 10.0)
     connection.request("GET", "/metrics")
     metrics = connection.getresponse().read().decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -15,22 +16,8 @@ from edgeward.core.api import parse_body, read_body
 from edgeward.core.describe import described
 from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.streaming import json, only
+from edgeward.gateway.relay import BODY, EXPLAIN, Purge, Purged, explain_args, purge_args
 from edgeward.gateway.stats import HELP
-
-_BODY = 16 * 1024
-
-
-class Purge(msgspec.Struct):
-    """Exactly one of url, prefix, tag; ``host`` narrows it."""
-
-    url: str = ""
-    prefix: str = ""
-    tag: str = ""
-    host: str = ""
-
-
-class Purged(msgspec.Struct):
-    purged: int
 
 
 class GatewayRoutes:
@@ -43,38 +30,24 @@ class GatewayRoutes:
             Route("/api/v1/gateway/purge", needs("update", "Route")(self.purge), methods=["POST"]),
         ]
 
-    @described(
-        "What the gateway would do with a request, and why",
-        query={
-            "url": ("string", "A URL or a path"),
-            "method": ("string", "GET if left out"),
-            "header": ("string", "NAME:VALUE; may be given several times"),
-        },
-    )
+    @described("What the gateway would do with a request, and why", query=EXPLAIN)
     async def explain(self, request: Request) -> Response:
-        """``?url=&method=&header=NAME:VALUE`` (several): what the gateway would do, and why."""
-        only(request, "url", "method", "header")
+        only(request, *EXPLAIN)
         query = request.query_params
-        headers = {}
-        for text in query.getlist("header"):
-            name, colon, value = text.partition(":")
-            if not colon:
-                raise Invalid(f"{text[:60]!r} is no header field", field="?header", remedy="write NAME:VALUE")
-            headers[name.strip()] = value.strip()
-        args: dict[str, Any] = {"url": query.get("url", ""), "method": query.get("method", "GET"), "headers": headers}
-        if not args["url"]:
-            raise Invalid("is required", field="?url", remedy="write e.g. /hello or http://host/hello")
+        args = explain_args(query.get("url", ""), query.get("method", ""), query.getlist("header"))
         return json(await self._plane.one("gateway.explain", **args))
 
     @described("Makes the gateway forget stored answers", body=Purge, answer=Purged)
     async def purge(self, request: Request) -> Response:
-        """``{url | prefix | tag, host}`` -> ``{purged}``."""
-        doc = parse_body(await read_body(request, _BODY), request.headers.get("content-type", "application/json"))
-        if not isinstance(doc, dict) or not all(isinstance(v, str) for v in doc.values()):
-            raise Invalid("expected an object of texts", field="$", remedy='send {"prefix": "/news/"}')
-        if unknown := sorted(set(doc) - {"url", "prefix", "tag", "host"}):
-            raise Invalid("unknown field", field=f"$.{unknown[0][:60]}", remedy="url, prefix, tag, host")
-        return json(await self._plane.one("gateway.purge", **doc))
+        doc = parse_body(await read_body(request, BODY), request.headers.get("content-type", "application/json"))
+        return json(await self._plane.one("gateway.purge", **purge_args(doc)))
+
+    async def called(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
+        """The hub asks for somebody who may."""
+        verb, asked = args.get("verb"), args.get("args")
+        if verb not in ("explain", "purge") or not isinstance(asked, dict):
+            raise Invalid(f"the gateway knows no call {str(verb)[:40]!r}")
+        yield msgspec.json.encode(await self._plane.one(f"gateway.{verb}", **asked))
 
     async def metrics(self) -> tuple[dict[str, float], dict[str, str]]:
         """The gateway's numbers and what they mean; none when the plane does not answer."""

@@ -59,6 +59,7 @@ from edgeward.functions.edge import Sections, read_logs
 from edgeward.functions.relay import INVOKE, LONGEST, SILENCE, answer, call_args, log_args, pieces_of, to_plane
 from edgeward.functions.relay import LOGS as FUNCTION_LOGS
 from edgeward.gateway import edge as gateway
+from edgeward.gateway.relay import CALL
 from edgeward.gateway.rules import Listen
 from edgeward.nodes.calls import CallServer, Handler
 from edgeward.nodes.door import Door
@@ -554,6 +555,7 @@ class Agent:
             "usage": self._usage,
             "renew": self._renew,
             "invoke": self._invoke,
+            CALL: self.doors.called,
             "function-logs": lambda args: read_logs(self.data / "functions", args),
         }
 

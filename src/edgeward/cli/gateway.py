@@ -1,6 +1,7 @@
 """`gateway explain` and `gateway purge`: what a node's gateway would do with a request, and what its cache forgets.
 
-A URL of a context's ``gateway_url`` says which node is meant; else it is the one of ``--at``, or the only one.
+A URL of a context's ``gateway_url`` says which node is meant; else it is the one of ``--at``, or the only one. With
+``--node`` the hub asks it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,26 @@ import typer
 from edgeward.cli.context import load_context
 from edgeward.cli.output import emit, write
 from edgeward.cli.session import Session, UsageError, command
+from edgeward.core.resource import check_name
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The doors of the nodes.")
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="A URL of the gateway, or a path.", show_default=False)]
 
 
-def _at(session: Session, url: str) -> Session:
-    """The session that talks to the node whose gateway the URL is of."""
+Node = Annotated[str, typer.Option("--node", metavar="NODE", help="Of this node, asked by the hub.")]
+
+
+def _at(session: Session, url: str, node: str) -> tuple[Session, str]:
+    """The session that talks to the node whose gateway is meant, and the path of its gateway there."""
+    if node:
+        if session.at is not None:
+            raise UsageError("--node asks by the hub, --at asks the node itself: give one of them")
+        return session, f"/api/v1/nodes/{check_name(node, '--node', '')}/gateway"
+    return _direct(session, url), "/api/v1/gateway"
+
+
+def _direct(session: Session, url: str) -> Session:
     if session.at is not None:
         return session
     context = load_context(session.context)
@@ -32,7 +45,7 @@ def _at(session: Session, url: str) -> Session:
     if len(context.nodes) == 1:
         return replace(session, at=context.nodes[0].name)
     names = ", ".join(n.name for n in context.nodes)
-    raise UsageError(f"which node? give a URL that begins with its gateway_url, or --at NODE ({names})")
+    raise UsageError(f"which node? give a URL that begins with its gateway_url, or --node NODE ({names})")
 
 
 def explain(
@@ -42,12 +55,14 @@ def explain(
     header: Annotated[
         list[str], typer.Option("--header", "-H", metavar="NAME:VALUE", help="A header field; may be given often.")
     ] = [],  # noqa: B006 - typer copies it
+    node: Node = "",
 ) -> None:
     """Say which Route answers a request, from where, what the cache has, and why the others do not."""
     output = session.output(allowed=("table", "json", "yaml"))
-    with _at(session, url).api() as api:
+    session, base = _at(session, url, node)
+    with session.api() as api:
         query = urlencode([("url", url), ("method", method), *(("header", h) for h in header)])
-        got: dict[str, Any] = api.request("GET", f"/api/v1/gateway/explain?{query}")
+        got: dict[str, Any] = api.request("GET", f"{base}/explain?{query}")
     if output != "table":
         emit(got, output)
         return
@@ -82,14 +97,16 @@ def purge(
     url: Annotated[str, typer.Argument(metavar="[URL]", help="Exactly this one.")] = "",
     prefix: Annotated[str, typer.Option("--prefix", metavar="PATH", help="All below this path.")] = "",
     tag: Annotated[str, typer.Option("--tag", metavar="TAG", help="All answers with this Cache-Tag.")] = "",
+    node: Node = "",
 ) -> None:
     """Make a node's gateway forget stored answers: by URL, by prefix or by tag."""
     output = session.output(allowed=("table", "json", "yaml"))
     asked = {k: v for k, v in (("url", url), ("prefix", prefix), ("tag", tag)) if v}
     if len(asked) != 1:
         raise UsageError("what? give a URL, --prefix PATH or --tag TAG")
-    with _at(session, url).api() as api:
-        got: dict[str, Any] = api.request("POST", "/api/v1/gateway/purge", body=asked)
+    session, base = _at(session, url, node)
+    with session.api() as api:
+        got: dict[str, Any] = api.request("POST", f"{base}/purge", body=asked)
     if output != "table":
         emit(got, output)
     else:

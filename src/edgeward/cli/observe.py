@@ -31,7 +31,7 @@ Limit = Annotated[str, typer.Option("--limit", metavar="N", help="At most the la
 EVENT_COLUMNS = ("time", "type", "node", "resource", "reason", "message")
 JOURNAL_COLUMNS = ("time", "resource", "site", "node", "rule", "outcome", "loser", "why")
 AUDIT_COLUMNS = ("time", "actor", "verb", "kind", "namespace", "name", "revision", "outcome", "source")
-NODE_COLUMNS = ("name", "site", "online", "load1", "agentMB", "natsMB")
+NODE_COLUMNS = ("name", "site", "online", "load1", "agentMB", "planeMB", "natsMB")
 WAN_COLUMNS = ("name", "site", "online", "sent", "received", "kbitUp", "kbitDown", "rttMs", "connections")
 APP_COLUMNS = ("namespace", "name", "node", "instance", "cpu", "memory")
 

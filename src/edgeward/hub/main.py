@@ -48,6 +48,7 @@ from edgeward.hub.backup import backup_routes, sealing_key
 from edgeward.hub.enrol import EnrolRoutes
 from edgeward.hub.failover import Failover
 from edgeward.hub.front import Links, front_protocol
+from edgeward.hub.gateways import GatewayRelay
 from edgeward.hub.kinds import load
 from edgeward.hub.oidc import SignIn
 from edgeward.hub.routes import HubRoutes
@@ -182,6 +183,7 @@ class Hub:
             extra_routes=[
                 *routes.routes(),
                 *self.sign_in.routes(),
+                *GatewayRelay(self.store, self.bus.client, self.nodes).routes(),
                 *EnrolRoutes(
                     self.enrolment, identity, tell=self._have_renew, online=self.nodes.is_online, new_ca=self._new_ca
                 ).routes(),
