@@ -74,7 +74,7 @@ def test_a_call_and_its_answer(rig: Rig, client: Connect) -> None:
 def test_refusals_name_function_and_limit(rig: Rig, client: Connect) -> None:
     def fails(call: Call) -> Reply:
         kind = call.event.data.decode()
-        raise CallFailed(kind, "no", function="f", limit={"timeout": "2s"}, retry_after=2.0 if kind == "busy" else 0)  # type: ignore[arg-type]  # noqa: E501
+        raise CallFailed(kind, "no", function="f", limit={"timeout": "2s"}, retry_after=2.0 if kind == "busy" else 0)  # type: ignore[arg-type]
 
     function(rig, fails)
     c = client()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from benchmarks import fleet
 
+from benchmarks import fleet
 from edgeward.core.errors import Unreachable
 from edgeward.hub.kinds import load
 
