@@ -111,6 +111,11 @@ def test_an_agent_without_root_limits_its_apps_in_its_units_group() -> None:
     assert "EDGEWARD_DELEGATED" not in unit(wanted("agent")) + unit(wanted("hub", user="edge"))
 
 
+def test_a_function_may_keep_the_right_to_read_python() -> None:
+    """functions/sandbox.py keeps CAP_DAC_READ_SEARCH where Python lies in a closed folder, as install.sh's does."""
+    assert "CAP_DAC_READ_SEARCH" in values(unit(wanted("agent")), "CapabilityBoundingSet")[0].split()
+
+
 def test_a_node_that_left_is_not_started_again() -> None:
     """`leave` ends the agent; systemd starts it anew, and finds nothing to start it for."""
     assert values(unit(wanted("agent", "/srv/a b%h")), "ConditionPathExists") == ["/srv/a b%%h/identity/node.creds"]

@@ -157,8 +157,9 @@ def _system_lines(w: Wanted, hub: bool) -> list[str]:
             # the cgroup file system is what limits are written to
             "ReadWritePaths=-/sys/fs/cgroup",
             # it starts apps as other users, in cgroups and namespaces of their own, and reads devices
-            "CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER CAP_KILL CAP_NET_BIND_SERVICE CAP_SETGID "
-            "CAP_SETUID CAP_SYS_RESOURCE CAP_SYS_ADMIN CAP_SYS_PTRACE"
+            # (CAP_DAC_READ_SEARCH: functions of another user read a Python that lies below the node's closed folder)
+            "CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_KILL "
+            "CAP_NET_BIND_SERVICE CAP_SETGID CAP_SETUID CAP_SYS_RESOURCE CAP_SYS_ADMIN CAP_SYS_PTRACE"
             if root
             else f"CapabilityBoundingSet={rights}",
             f"AmbientCapabilities={rights}" if rights and not root else "",
@@ -382,7 +383,7 @@ def _next(name: str, system: bool, no_start: bool, changed: bool) -> list[str]:
     return lines if system else [*lines, "loginctl enable-linger"]
 
 
-def await_ready(folder: Path, trouble: Callable[[bool], str], patience: float = 60.0) -> None:
+def await_ready(folder: Path, trouble: Callable[[bool], str], patience: float = 120.0) -> None:
     """Returns when what runs in the folder says that it is ready; raises ``EdgewardError`` with what ``trouble`` tells.
 
     systemd calls a service started when its program was executed, which says nothing of whether it can do its work.
