@@ -14,7 +14,6 @@ from tests.core.pair import Pair, until
 
 from edgeward.core.outbox import Outbox
 from edgeward.core.resource import Resource, decode
-from edgeward.streams.capture import Pace
 from edgeward.streams.edge import ExportsEdge, queue_name
 from edgeward.streams.turnstile import Turnstile
 
@@ -227,22 +226,6 @@ def test_the_hub_keeps_what_is_declared_and_every_cursor(tmp_path: Path) -> None
                 await again.die()
 
     asyncio.run(main())
-
-
-def test_a_pace_is_kept_over_any_batches_and_follows_its_rate() -> None:
-    now, rate = 0.0, 100.0
-    pace = Pace(lambda: rate, lambda: now)
-    taken = 0
-    while now < 10:
-        batch = pace.most(500)
-        assert batch == 100
-        taken += batch
-        now += pace.took(batch)
-    assert taken == 1000
-    rate = 10.0
-    assert (pace.most(500), pace.took(20)) == (10, 2.0)
-    rate = 0.0
-    assert (pace.most(500), pace.took(500)) == (500, 2.0), "what was booked is paid, then there is no limit"
 
 
 def test_a_quota_of_readings_holds_for_all_exports_of_a_namespace_and_loses_nothing(tmp_path: Path) -> None:

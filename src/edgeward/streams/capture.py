@@ -22,12 +22,13 @@ from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from edgeward.core.bus import Bus, cancellable
-from edgeward.core.delivery import Bucket, Cursor, taken_over
+from edgeward.core.delivery import Cursor, taken_over
 from edgeward.core.errors import Conflict, EdgewardError, Refused, Unreachable
 from edgeward.core.files import remove, write_atomic
 from edgeward.core.jsread import Message, read_batch
 from edgeward.core.outbox import Queue, Reading, stamp_of
 from edgeward.streams.dedupe import Window, identity_of
+from edgeward.streams.pace import Pace
 from edgeward.streams.topics import filters, to_topic
 
 log = logging.getLogger("edgeward.capture")
@@ -86,24 +87,6 @@ async def wake_broker(host: str, port: int, user: str, password: str, timeout: f
         raise Unreachable(f"the node's MQTT listener does not answer: {e or type(e).__name__}") from e
     if answer[3] != 0:
         raise EdgewardError(f"the node's MQTT listener refused the agent (code {answer[3]})")
-
-
-class Pace:
-    """What the Exports of one namespace may take together, in readings a second; 0: as many as come."""
-
-    def __init__(self, rate: Callable[[], float], now: Callable[[], float]) -> None:
-        self._rate, self._now = rate, now
-        self._bucket = Bucket(0.0)
-
-    def most(self, batch: int) -> int:
-        """Readings to fetch at once: no more than a second's worth."""
-        rate = self._rate()
-        return max(1, min(batch, int(rate))) if rate > 0 else batch
-
-    def took(self, readings: int) -> float:
-        """Seconds to wait after these were taken."""
-        self._bucket.rate = self._rate()
-        return self._bucket.book(self._now(), readings)
 
 
 class Capture:

@@ -19,7 +19,8 @@ from edgeward.core.files import ensure_dir
 from edgeward.core.outbox import Outbox, QueueSpec
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
-from edgeward.streams.capture import STREAM, Capture, Pace, wake_broker
+from edgeward.streams.capture import STREAM, Capture, wake_broker
+from edgeward.streams.pace import Pace
 from edgeward.streams.refusal import closable, is_full
 from edgeward.streams.spec import ExportSpec
 from edgeward.streams.topics import filters
