@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from edgeward.core.delivery import Bucket, Cursor, Mark, ack_timeout, age, batch_size, start_at, taken_over
+from edgeward.core.delivery import Bucket, Cursor, Mark, ack_timeout, age, batch_size, is_later, start_at, taken_over
 
 
 def test_the_age_of_a_batch_does_not_depend_on_who_sets_the_clock() -> None:
@@ -24,6 +24,15 @@ def test_the_age_of_a_batch_does_not_depend_on_who_sets_the_clock() -> None:
     assert age(100.0, before, now, here) == 5000, "stamped by a clock that was never set: at least since the start"
     assert age(now - day, before, 100.0, here) == 5000, "the clock is not set yet"
     assert age(now - day, None, now, here) == day
+
+
+def test_a_message_of_this_run_is_not_in_a_cursor_of_an_earlier_one() -> None:
+    now = Mark("run2", 5.0)
+    assert is_later(now, "run1", "run2"), "whatever its number and its time stamp are"
+    assert not is_later(now, "run2", "run2")
+    assert not is_later(Mark("run1", 5.0), "run1", "run2")
+    assert not is_later(now, "", "run2"), "a cursor of an earlier release"
+    assert not is_later(None, "run1", "run2")
 
 
 class Simulation:

@@ -7,15 +7,18 @@ import os
 import random
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from tests.core.pair import Pair, fill, readings, spec, until
 
+from edgeward.core import clock
 from edgeward.core.delivery import SRC
 from edgeward.core.errors import Conflict, EdgewardError, Refused
 from edgeward.core.jsread import read_batch
 from edgeward.core.outbox import Gate, Outbox, Queue, QueueSpec, stamp_of
+from edgeward.lab.skew import possible, set_skew
 
 
 async def drained(queue: Queue) -> None:
@@ -309,6 +312,47 @@ def test_a_torn_last_write_loses_nothing_acknowledged(tmp_path: Path, how: str) 
             await fill(queue, 1000, 1500, step=50)
             await drained(queue)
             assert await p.ids("s") == list(range(1500))
+
+    asyncio.run(main())
+
+
+@pytest.mark.skipif(bool(possible()), reason=possible() or "it can")
+def test_a_power_cut_that_takes_a_tail_and_the_time_loses_nothing_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of what was lost are given out again, under time stamps of 1970."""
+
+    async def main() -> None:
+        async with Pair(tmp_path) as p:
+            await p.stream("s")
+            queue = await p.outbox().open(spec(max_bytes=1 << 26))
+            await fill(queue, 0, 400, step=50)
+            await drained(queue)
+            p.kill("edge")
+            await until(lambda: not p.edge.connected)
+            shutil.copytree(tmp_path / "e", tmp_path / "kept")
+            p.start("edge")
+            await p.edge.wait_connected(60)
+            await fill(queue, 400, 500, step=10)
+            await drained(queue)
+            p._tasks[0].cancel()  # the agent, and with it all that it knows
+            await asyncio.gather(p._tasks[0], return_exceptions=True)
+            p.kill("edge")
+            await until(lambda: not p.edge.connected)
+            shutil.rmtree(tmp_path / "e")
+            shutil.copytree(tmp_path / "kept", tmp_path / "e")
+            p.start("edge")
+            await p.edge.wait_connected(60)
+            set_skew(p._running["edge"].pid, 100 - int(time.time()))
+            monkeypatch.setattr(clock, "boot", lambda: "another")
+            queue = await p.outbox().open(spec(max_bytes=1 << 26))
+            await fill(queue, 500, 550, step=10)
+
+            async def there() -> bool:  # the queue's own count is of before
+                return len(await p.ids("s")) >= 550
+
+            await until(there)
+            assert await p.ids("s") == list(range(550))
 
     asyncio.run(main())
 

@@ -15,6 +15,9 @@ from edgeward.core.certs import Authority
 
 class Proxy:
     def __init__(self, folder: Path, *, inspects: bool, login: str = "", upstream_ca: Path | None = None) -> None:
+        #: Connections on which nothing came for so many seconds are dropped, and how many were.
+        self.idle = 0.0
+        self.dropped = 0
         self._login, self._inspects = login, inspects
         self.authority = Authority(folder)
         self.authority.server(folder / "tls.pem", ["127.0.0.1"])
@@ -57,16 +60,36 @@ class Proxy:
         if self._inspects:
             await writer.start_tls(self._server_tls)
 
+        heard = asyncio.Event()
+
+        async def watch() -> None:
+            while self.idle:
+                heard.clear()
+                try:
+                    async with asyncio.timeout(self.idle):
+                        await heard.wait()
+                except TimeoutError:
+                    self.dropped += 1
+                    writer.close()
+                    up_writer.close()
+                    return
+
         async def pump(a: asyncio.StreamReader, b: asyncio.StreamWriter, keep: bool) -> None:
             with contextlib.suppress(OSError, ssl.SSLError):
                 while data := await a.read(65536):
+                    heard.set()
                     if keep and len(self.seen) < 1 << 20:
                         self.seen += data
                     b.write(data)
                     await b.drain()
             b.close()
 
-        await asyncio.gather(pump(reader, up_writer, True), pump(up_reader, writer, False))
+        watching = asyncio.create_task(watch())
+        try:
+            await asyncio.gather(pump(reader, up_writer, True), pump(up_reader, writer, False))
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
 
 
 @asynccontextmanager

@@ -45,6 +45,27 @@ def test_through_a_connect_proxy(tmp_path: Path) -> None:
     run(body())
 
 
+def test_a_proxy_that_drops_idle_links_is_dialled_again_each_time(tmp_path: Path) -> None:
+    """Nothing crosses but what is sent here: with an agent no link is idle for 60 s, see test_liveness.py."""
+
+    async def body() -> None:
+        async with open_hub(tmp_path) as hub, proxy(tmp_path / "p") as p:
+            identity = await hub.join(await hub.token())
+            p.idle = 1.0
+            async with hub.leaf(identity, "box", proxy=f"http://127.0.0.1:{p.port}") as leaf:
+                for dropped in range(3):
+                    await until(leaf.linked)
+                    await until(lambda dropped=dropped: _holds(p.dropped > dropped))
+                p.idle = 0.0
+                await until(leaf.linked)
+
+    run(body())
+
+
+async def _holds(what: bool) -> bool:
+    return what
+
+
 def test_through_a_proxy_that_looks_into_tls(tmp_path: Path) -> None:
     """With its CA given: the box gets in, the link works; and what the proxy saw is of no use to it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 
 import pytest
@@ -171,6 +172,7 @@ class Link:
         self.cut = False
         self.flips: list[tuple[float, str, bool]] = []
         self.beats = 0
+        self.asked: list[float] = []
         self.now = 0.0
 
     def run(self, until: float) -> None:
@@ -189,6 +191,7 @@ class Link:
             if self.now >= self.pace.due(online=self.node.online, jitter=self.rng.random()):
                 self.pace.ask(self.now)
                 self.beats += 1
+                self.asked.append(self.now)
                 self.up.send(self.now, self.now)
 
     def _saw(self, who: str, flipped: bool, live: Liveness) -> None:
@@ -226,6 +229,8 @@ def test_a_good_link_carries_one_beat_each_period_and_its_cut_is_seen_at_both_en
     beats = link.beats
     link.run(60.0 + 1100.0)
     assert 98 <= link.beats - beats <= 108
+    gaps = [b - a for a, b in itertools.pairwise(link.asked)]
+    assert max(gaps) < 15, "proxies drop what is idle for 60 s, and mobile networks some for 30 s"
     assert link.flips == []
     link.cut = True
     link.run(link.now + 15.5)

@@ -21,6 +21,8 @@ LOST = "Ew-Lost"
 TO = "Ew-To"
 #: When a batch was taken in, by a clock that does not step: :class:`Mark`.
 AT = "Ew-At"
+#: At the hub: the run of the node's machine in which the cursor's message was taken in.
+RUN = "Ew-Run"
 #: A clock that says less was never set: no release of Edgeward is older (seconds since 1970).
 NEVER_SET = 1_760_000_000.0
 _NUMBER = re.compile(r"\d{1,12}(\.\d+)?")
@@ -47,28 +49,6 @@ class Cursor(NamedTuple):
         return cls(parts[0], int(parts[1]), int(parts[2]))
 
 
-def taken_over(cursor: Cursor | None, lineage: str, seq: int, stamp: int) -> bool:
-    """Whether the destination has this source message already.
-
-    The number alone is not enough: after a power cut a new message may carry a number that was given out before; its
-    time stamp is then later than the cursor's. The time stamp alone is not enough: a clock may be set back.
-    """
-    return cursor is not None and cursor.lineage == lineage and seq <= cursor.seq and stamp <= cursor.stamp
-
-
-def start_at(cursor: Cursor | None, lineage: str, first: int, last: int, stamp_at_cursor: int | None) -> int:
-    """The source sequence to read from. ``stamp_at_cursor``: the time stamp of the source's message with the cursor's
-    number, None when there is none. What is read must still pass :func:`taken_over`."""
-    if cursor is None or cursor.lineage != lineage:
-        return first
-    if cursor.seq < first:
-        return first
-    if cursor.seq <= last and stamp_at_cursor == cursor.stamp:
-        return cursor.seq + 1
-    # the tail was lost: what is there with the cursor's numbers may be new
-    return first
-
-
 class Mark(NamedTuple):
     """A moment of one run of a machine: which run, and seconds since its start."""
 
@@ -82,6 +62,36 @@ class Mark(NamedTuple):
     def parse(cls, text: str) -> Mark | None:
         boot, _, up = text.rpartition(":")
         return cls(boot, float(up)) if boot and _NUMBER.fullmatch(up) else None
+
+
+def taken_over(cursor: Cursor | None, lineage: str, seq: int, stamp: int) -> bool:
+    """Whether the destination has this source message already.
+
+    The number alone is not enough: after a power cut a new message may carry a number that was given out before; its
+    time stamp is then later than the cursor's. The time stamp alone is not enough: a clock may be set back.
+    """
+    return cursor is not None and cursor.lineage == lineage and seq <= cursor.seq and stamp <= cursor.stamp
+
+
+def is_later(mark: Mark | None, cursor_run: str, here: str) -> bool:
+    """Whether a source message is of this run of the machine (``here``) and the cursor of an earlier one: it is new.
+
+    A power cut takes a tail whose numbers are given out again, and without a battery the new time stamps are older.
+    """
+    return mark is not None and mark.boot == here and cursor_run not in ("", here)
+
+
+def start_at(cursor: Cursor | None, lineage: str, first: int, last: int, stamp_at_cursor: int | None) -> int:
+    """The source sequence to read from. ``stamp_at_cursor``: the time stamp of the source's message with the cursor's
+    number, None when there is none. What is read must still pass :func:`taken_over`."""
+    if cursor is None or cursor.lineage != lineage:
+        return first
+    if cursor.seq < first:
+        return first
+    if cursor.seq <= last and stamp_at_cursor == cursor.stamp:
+        return cursor.seq + 1
+    # the tail was lost: what is there with the cursor's numbers may be new
+    return first
 
 
 def age(stamp: float, mark: Mark | None, wall: float, here: Mark) -> float:

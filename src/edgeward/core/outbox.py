@@ -29,6 +29,7 @@ from edgeward.core.delivery import (
     AT,
     COUNT,
     LOST,
+    RUN,
     SPAN,
     SRC,
     TO,
@@ -39,6 +40,7 @@ from edgeward.core.delivery import (
     ack_timeout,
     age,
     batch_size,
+    is_later,
     parse_lost,
     start_at,
     taken_over,
@@ -186,6 +188,7 @@ class Queue:
         self._to = ""
         self._hub_seq = 0
         self._hub_cursor: Cursor | None = None
+        self._hub_run = ""
         self._sent_total: int | None = None
         self._lost_full = self._lost_age = 0
         #: Dropped for age while it was not known what the hub has: part of the next gap.
@@ -381,6 +384,7 @@ class Queue:
             full, age = parse_lost(last.headers.get(LOST, ""))
             self._lost_full, self._lost_age = max(self._lost_full, full), max(self._lost_age, age)
         self._to, self._hub_seq, self._hub_cursor = to, last.seq if last else 0, cursor
+        self._hub_run = last.headers.get(RUN, "") if last else ""
         return cursor
 
     async def _send(self, got: list[Message], at: int) -> int:
@@ -389,7 +393,7 @@ class Queue:
         if to != self._to:
             await self._look(to)
         parts: list[msgspec.Raw] = []
-        size, end, cursor = 0, at, None
+        size, end, cursor, run = 0, at, None, ""
         total = self._sent_total
         lost_full, lost_age = self._lost_full, self._lost_age
         while end < len(got):
@@ -398,7 +402,9 @@ class Queue:
             count, running = int(headers.get(COUNT, 0)), int(headers.get(TOTAL, 0))
             if headers.get(TO, self.spec.stream) != to:
                 break
-            if not taken_over(self._hub_cursor, self.lineage, seq, stamp):
+            mark = Mark.parse(headers.get(AT, ""))
+            known = taken_over(self._hub_cursor, self.lineage, seq, stamp)
+            if not known or is_later(mark, self._hub_run, self._boot):
                 aged = self._is_aged(headers, stamp)
                 if parts and (aged or len(parts) + count > SPAN or size + len(data) > self._size):
                     break
@@ -413,7 +419,7 @@ class Queue:
                 else:
                     parts += _decode_raw(data)
                     size += len(data)
-                    cursor = Cursor(self.lineage, seq, stamp)
+                    cursor, run = Cursor(self.lineage, seq, stamp), mark.boot if mark else ""
             end += 1
         if parts and cursor is not None:
             body = _encode(parts)
@@ -423,12 +429,14 @@ class Queue:
                 await asyncio.sleep(wait)  # the declared rate
                 self._gate.want(self, self.spec.priority)
             headers = {SRC: str(cursor), COUNT: str(len(parts)), TOTAL: str(total), LOST: f"{lost_full},{lost_age}"}
+            if run:
+                headers[RUN] = run
             async with self._gate.turn(self.spec.priority):
                 started = clock.monotonic()
                 seq = await self._deliver(body, headers)
                 self._took = clock.monotonic() - started
             self._size = batch_size(self._size, self._took, len(body))
-            self._hub_seq, self._hub_cursor = seq, cursor
+            self._hub_seq, self._hub_cursor, self._hub_run = seq, cursor, run
             if self._failing:
                 self._failing = False
                 self._recovered()

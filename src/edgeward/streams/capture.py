@@ -116,6 +116,8 @@ class Capture:
         self._soft: list[Reading] = []
         self._doubt = False
         self._appended = self._floor = 0
+        #: The broker's sequence up to which this run has looked at everything.
+        self._looked = 0
         self._cursor: Cursor | None = None
         #: The queue has no room for the batch that is next, and is to refuse rather than drop.
         self.blocked = False
@@ -243,6 +245,7 @@ class Capture:
             await self._take([(m[0], stamp_of(m[2]), m[1], m[3]) for m in found])
             await self._pay()
             at = end + 1
+        self._looked = int(state.last_seq)
 
     async def _pump(self) -> None:
         subscription = await self._js.pull_subscribe_bind(consumer=self.durable, stream=STREAM)
@@ -259,7 +262,10 @@ class Capture:
                 if self._doubt:
                     raise Unreachable("the node's nats-server was away")
                 if msgs:
-                    await self._take([_consumed(m) for m in msgs])
+                    # what is given out again: by its number, for the clock may have been set back since
+                    found = [m for m in map(_consumed, msgs) if m[0] > self._looked]
+                    await self._take(found)
+                    self._looked = max(self._looked, *(m[0] for m in found), 0)
                     await self._acknowledge(msgs[-1])
                 await self._pay()
         finally:
