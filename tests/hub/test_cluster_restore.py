@@ -141,11 +141,12 @@ def test_one_hub_becomes_three(tmp_path: Path) -> None:
 
             await cloud.until("a has what was written without it", there)
             cloud.hubs["c"].start()
+            await cloud.until("the witness is back", lambda: ready("c"))
             # and back: the cluster's backup makes a single hub
             taken = tmp_path / "cluster.backup"
-            async with client.stream("GET", f"{cloud.urls['a']}/backup", timeout=120) as answer:
-                assert answer.status_code == 200
-                taken.write_bytes(await answer.aread())
+            answer = await client.get(f"{cloud.urls['a']}/backup", timeout=120)
+            assert answer.status_code == 200, answer.text
+            taken.write_bytes(answer.content)
         single = tmp_path / "single"
         report = await restore(taken, single, RecoveryKey.parse(key.read_text()))
         assert report.nodes == ["n1"]

@@ -14,6 +14,7 @@ the buckets do not name yet, never the other way round.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import sqlite3
@@ -179,9 +180,10 @@ async def streams_of(client: Client) -> list[dict[str, Any]]:
     until = clock.monotonic() + _LEADERS
     while True:
         listing = Listing()
-        while not listing.done:
-            listing.take(await js_api(client, "STREAM.LIST", {"offset": listing.at}))
-        if listing.whole:
+        with contextlib.suppress(Unreachable):  # a cluster that elects who answers for it does not answer
+            while not listing.done:
+                listing.take(await js_api(client, "STREAM.LIST", {"offset": listing.at}))
+        if listing.done and listing.whole:
             return [listing.found[name] for name in sorted(listing.found)]
         if clock.monotonic() >= until:
             raise Unreachable("some of the hub's streams have no leader", remedy="wait for its other servers")
