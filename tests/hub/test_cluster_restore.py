@@ -125,6 +125,13 @@ def test_one_hub_becomes_three(tmp_path: Path) -> None:
             bearer = {"Authorization": f"Bearer {made.json()['token']}"}
             answer = await client.get(f"{cloud.urls['b']}/configs/c1", headers=bearer)
             assert answer.status_code == 200
+            # the node, which knew the one address, is told of the others
+            known = agent.directory / "identity" / "urls.json"
+
+            async def told() -> bool:
+                return known.exists() and len(json.loads(known.read_text())) == 2
+
+            await cloud.until("the node knows both addresses", told)
             # every stream has three copies: any of the three may go
             cloud.hubs["a"].kill()
 
@@ -132,6 +139,12 @@ def test_one_hub_becomes_three(tmp_path: Path) -> None:
                 return (await client.post(f"{cloud.urls['b']}/configs", json=config(100))).status_code in (201, 409)
 
             await cloud.until("a write without a", written)
+
+            async def answers() -> bool:
+                top = (await client.get(f"{cloud.urls['b']}/top")).json()
+                return any(n["name"] == "n1" and n.get("agentMB") for n in top["nodes"])
+
+            await cloud.until("the node answers at b", answers)
             cloud.hubs["a"].start()
             await cloud.until("a is back", lambda: ready("a"))
             cloud.hubs["c"].kill()

@@ -40,6 +40,9 @@ _AT_ONCE = 64
 _READ, _WORK = 10.0, 30.0
 #: Nodes that are told at once to renew: each starts its nats-server anew when the CAs are others.
 _TELL_AT_ONCE = 8
+#: Seconds between two looks for nodes that are online and have not heard of other CAs or addresses; and until a node
+#: that was told, and did not renew, is told again.
+_LOOK, _AGAIN = 5.0, 600.0
 #: Asks of one source that may fail at once, and how fast that grows back.
 _FAILURES, _FAILURES_PER_SECOND = 20, 0.5
 
@@ -75,10 +78,13 @@ class EnrolRoutes:
         tell: Callable[[str], Awaitable[None]],
         online: Callable[[str], bool],
         new_ca: Callable[[], None],
+        leads: Callable[[], bool] = lambda: True,
     ) -> None:
         """``tell``: has an online node renew now. ``new_ca``: the listener's certificate is to be made anew."""
         self._enrolment, self._identity = enrolment, identity
         self._tell, self._online, self._new_ca = tell, online, new_ca
+        self._leads = leads
+        self._told_at: dict[str, float] = {}
         self._telling: asyncio.Task[None] | None = None
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._failures = Throttle(burst=_FAILURES, rate=_FAILURES_PER_SECOND)
@@ -149,6 +155,7 @@ class EnrolRoutes:
     async def rotate(self, request: Request) -> Response:
         """Makes the next CA; nodes that are online are told at once, the others when they are back."""
         self._identity.authority.rotate()
+        self._told_at.clear()
         self._tell_nodes()
         return await self.state(request)
 
@@ -164,6 +171,7 @@ class EnrolRoutes:
         if self._identity.authority.next is not None:
             raise Conflict("a next CA waits", remedy="activate it first")
         self._identity.authority.retire()
+        self._told_at.clear()
         self._tell_nodes()
         return await self.state(request)
 
@@ -181,6 +189,13 @@ class EnrolRoutes:
             }
         )
 
+    async def run(self) -> None:
+        """A hub whose addresses are others than a node was told has it renew: one that became three, say."""
+        while True:
+            await asyncio.sleep(_LOOK)  # the period
+            if self._leads():
+                self._tell_nodes()
+
     def _tell_nodes(self) -> None:
         if self._telling is None or self._telling.done():
             self._telling = asyncio.get_running_loop().create_task(self._tell_all())
@@ -190,10 +205,14 @@ class EnrolRoutes:
 
         async def one(node: str) -> None:
             async with slots:
+                self._told_at[node] = clock.monotonic()
                 with contextlib.suppress(EdgewardError):  # it renews when it is back
                     await self._tell(node)
 
-        await asyncio.gather(*(one(n) for n in self._enrolment.waiting() if self._online(n)))
+        now = clock.monotonic()
+        waiting = [n for n in self._enrolment.waiting() if self._online(n)]
+        self._told_at = {n: at for n, at in self._told_at.items() if n in waiting}
+        await asyncio.gather(*(one(n) for n in waiting if now - self._told_at.get(n, -_AGAIN) >= _AGAIN))
 
     # -- an operator's -----------------------------------------------------------------------------------------------
 

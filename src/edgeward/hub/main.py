@@ -176,6 +176,14 @@ class Hub:
             name = identity.tokens.verify(token)
             return administrator(name) if name is not None else self.tokens.verify(token)
 
+        enrol_routes = EnrolRoutes(
+            self.enrolment,
+            identity,
+            tell=self._have_renew,
+            online=self.nodes.is_online,
+            new_ca=self._new_ca,
+            leads=lambda: self.peers.leads,
+        )
         self.app = app = build_app(
             self.resources,
             self.store,
@@ -184,9 +192,7 @@ class Hub:
                 *routes.routes(),
                 *self.sign_in.routes(),
                 *GatewayRelay(self.store, self.bus.client, self.nodes).routes(),
-                *EnrolRoutes(
-                    self.enrolment, identity, tell=self._have_renew, online=self.nodes.is_online, new_ca=self._new_ca
-                ).routes(),
+                *enrol_routes.routes(),
                 *backup_routes(self.bus.client, self.data, sealing_key(self.data), vault),
             ],
             health=self._health,
@@ -218,6 +224,7 @@ class Hub:
                     self.peers.run,
                     self.nodes.run,
                     self.enrolment.run,
+                    enrol_routes.run,
                     self._controllers,
                     self._retention,
                     self._listener,

@@ -205,7 +205,7 @@ class Member(msgspec.Struct, omit_defaults=True):
     expires: float = 0.0
     #: Serial number of the present certificate, hex.
     serial: str = ""
-    #: A digest of the CAs that it was last given to trust.
+    #: A digest of the CAs that it was last given to trust, and of the hub's addresses.
     trusts: str = ""
     #: From an earlier release: a key is known by the user JWT that it got.
     legacy: bool = False

@@ -54,11 +54,13 @@ class _Made(msgspec.Struct, frozen=True):
     expires: float
     #: All CAs to trust, PEM.
     ca: str
+    #: A digest of what the node is told with it.
+    told: str
 
     def on(self, member: Member) -> Member:
         serial = f"{self.certificate.serial_number:x}"
         return msgspec.structs.replace(
-            member, issued=self.issued, expires=self.expires, serial=serial, trusts=_digest(self.ca)
+            member, issued=self.issued, expires=self.expires, serial=serial, trusts=self.told
         )
 
 
@@ -386,7 +388,9 @@ class Enrolment:
 
     def _certificate(self, csr: x509.CertificateSigningRequest, node: str, now: float) -> _Made:
         issued, expires = float(int(now)), float(int(now + self._life))
-        return _Made(self._identity.authority.node(csr, node, expires), issued, expires, self._trusted())
+        return _Made(
+            self._identity.authority.node(csr, node, expires), issued, expires, self._trusted(), self._told_now()
+        )
 
     def _trusted(self) -> str:
         """All CAs to trust. In an order that an activation does not change: it is no news to a node."""
@@ -398,9 +402,13 @@ class Enrolment:
 
     # -- the hub's own CA ------------------------------------------------------------------------------------------
 
+    def _told_now(self) -> str:
+        """A digest of what a renewal tells: the CAs to trust, and the hub's addresses where its operator named them."""
+        return _digest(self._trusted() + "\n".join(sorted(self._named)))
+
     def waiting(self) -> list[str]:
-        """Nodes that have not heard of the CAs that are to be trusted now."""
-        now = _digest(self._trusted())
+        """Nodes that have not heard of the CAs that are to be trusted now, or of the hub's addresses."""
+        now = self._told_now()
         return sorted(n for n, m in self.members().items() if m.key and m.trusts != now)
 
     def proof(self, request: bytes, grant: bytes) -> bytes:
