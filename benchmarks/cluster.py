@@ -439,8 +439,14 @@ class Bare:
         return True
 
     async def keys(self) -> set[str]:
-        bucket = await self.clients[0].jetstream(timeout=30).key_value("b")
-        return set(await bucket.keys())
+        """All of the bucket, as the stream's leader counts them."""
+
+        async def look() -> set[str]:
+            info = await self.clients[0].jetstream(timeout=30).stream_info("KV_b", subjects_filter="$KV.b.>")
+            return {subject.removeprefix("$KV.b.") for subject in info.state.subjects or {}}
+
+        found: set[str] = await _until("the bare cluster says what it has", look)
+        return found
 
     async def close(self) -> None:
         for client in self.clients:
