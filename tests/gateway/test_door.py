@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
-from tests.gateway.rig import Client, Rig, plain
+from tests.gateway.rig import Client, Rig, Target, plain
 
-from edgeward.gateway import door
+from edgeward.gateway import door, gate
+from edgeward.gateway.rules import CacheConfig
 
 Connect = Callable[[], Client]
 
@@ -182,3 +184,59 @@ def test_expect_continue(rig: Rig, client: Connect) -> None:
     assert target.bodies == [b"hello"]
     c = client().send(b"PUT / HTTP/1.1\r\n" + HOST + b"Expect: 100-continue\r\nContent-Length: 50\r\n\r\n")
     assert c.answer().status == 413
+
+
+def test_what_is_sent_ahead_is_not_kept_without_bound(rig: Rig, client: Connect) -> None:
+    async def silent(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    rig.route("/", rig.target(silent).port)
+    c = client()
+    c.socket.settimeout(0.5)
+    one = b"GET / HTTP/1.1\r\nHost: h\r\nX: " + b"a" * 1000 + b"\r\n\r\n"
+    with pytest.raises(TimeoutError):  # the gateway reads no more
+        for _ in range(64):
+            c.send(one * 1000)
+    (held,) = rig.gate.doors
+    assert len(held._buffer) < 512 * 1024
+
+
+def test_idle_connections_make_room_for_new_ones(rig: Rig, client: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "CONNECTIONS", 3)
+    go = asyncio.Event()
+
+    async def waits(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await target.request(reader)
+        await go.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await writer.drain()
+
+    rig.route("/", rig.target(plain(b"x")).port)
+    rig.route("/busy", rig.target(waits).port)
+    busy = client().send(b"GET /busy HTTP/1.1\r\nHost: h\r\n\r\n")
+    idle = [client() for _ in range(2)]
+    for c in idle:
+        assert c.get("/").status == 200
+    for _ in range(4):  # each takes the place of one that does nothing
+        assert client().get("/").status == 200
+    assert all(c.closed() for c in idle)
+    rig.call(go.set)
+    assert busy.answer().status == 200
+
+
+def test_a_client_that_asks_too_often(rig: Rig, client: Connect) -> None:
+    target = rig.target(plain(b"x", "Cache-Control: max-age=60"))
+    rig.route("/", target.port, rate=0.001, burst=3)
+    rig.route("/cached", target.port, rate=0.001, burst=2, cache=CacheConfig())
+    c = client()
+    assert [c.get("/").status for _ in range(5)] == [200, 200, 200, 429, 429]
+    got = c.get("/")
+    assert int(got.headers["retry-after"]) > 0
+    assert b"limits.rate" in got.body
+    # what is in the memory is bounded as well; an unrelated change gives nobody more
+    assert [c.get("/cached").status for _ in range(3)] == [200, 200, 429]
+    rig.route("/other", target.port)
+    assert c.get("/cached").status == 429
+    refused = client().send(b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 26\r\n\r\nGET /other HTTP/1.1\r\n\r\n123")
+    assert refused.answer().status == 429
+    assert refused.closed()

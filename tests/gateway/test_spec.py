@@ -48,6 +48,8 @@ def test_the_documents_of_the_issue() -> None:
         ({"cache": {"object": "1Gi"}}, "$.spec.cache.object"),
         ({"cors": {}}, "cors"),
         ({"rateLimit": {}}, "rateLimit"),
+        ({"limits": {"rate": {"requests": 0}}}, "requests"),
+        ({"limits": {"rate": {"requests": 1, "per": "0s"}}}, "$.spec.limits.rate.per"),
         ({"prefer": "edge"}, "prefer"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 from edgeward.core import clock
 from edgeward.gateway.answers import problem
 from edgeward.gateway.cache import choose
-from edgeward.gateway.http1 import CHUNKED, Bad, Chunks, Request, check_partial
+from edgeward.gateway.http1 import CHUNKED, Bad, Chunks, Headers, Request, check_partial
 from edgeward.gateway.match import NotAllowed
 from edgeward.gateway.rules import Rule
 from edgeward.gateway.serving import from_store
@@ -164,6 +164,11 @@ class Door(asyncio.Protocol):
         config = rule.config
         if gate.via_name in request.fields.get("via", ""):
             self.refuse(508, "the request has been here before: a target leads back to this gateway", request)
+            return
+        if rule.pace is not None and (wait := rule.pace.take(self.client, gate.loop.time())):
+            after = [("retry-after", str(max(1, round(wait))))]
+            why = f"more than {config.burst} requests at once, or {config.rate:g} a second (limits.rate)"
+            self.refuse(429, why, request, keep=request.length == 0, headers=after)
             return
         if request.length > config.body:
             self.refuse(413, f"a body of more than {config.body} bytes", request)
@@ -338,12 +343,20 @@ class Door(asyncio.Protocol):
             if self._buffer:
                 self._heads()
 
-    def refuse(self, status: int, why: str, request: Request | None = None, *, keep: bool = False) -> None:
+    def refuse(
+        self,
+        status: int,
+        why: str,
+        request: Request | None = None,
+        *,
+        keep: bool = False,
+        headers: Headers | None = None,
+    ) -> None:
         """A refusal by the gateway itself. Without ``keep`` the connection ends: what follows is not to be trusted."""
         self.gate.refused(self.client, request, status)
         head = request is not None and request.method == "HEAD"
         close = not keep or request is None or not request.keep
-        self.write(problem(status, why, close=close, head=head))
+        self.write(problem(status, why, close=close, head=head, headers=headers or ()))
         if close:
             self._linger()
 
@@ -393,6 +406,11 @@ class Door(asyncio.Protocol):
         if self._roomy is not None and not self._roomy.done():
             self._roomy.set_result(None)
         self._roomy = None
+
+    @property
+    def idle(self) -> bool:
+        """Between two requests, or before the first."""
+        return self.exchange is None and not (self.waiting or self._buffer or self._body or self._full)
 
     async def room(self) -> None:
         """Until the client takes more."""

@@ -69,6 +69,8 @@ def route_config(route: Resource, endpoints: Endpoints) -> RouteConfig:
         body=parse_bytes(spec.limits.body),
         requests=spec.limits.requests,
         cache=cache,
+        rate=spec.limits.rate.requests / parse_duration(spec.limits.rate.per) if spec.limits.rate else 0.0,
+        burst=(spec.limits.rate.burst or spec.limits.rate.requests) if spec.limits.rate else 0,
         **_target(namespace, spec, endpoints),
     )
 

@@ -219,7 +219,12 @@ class Gate:
 
     def entered(self, door: Door) -> bool:
         if len(self.doors) >= CONNECTIONS:
-            return False
+            idle = [d for d in self.doors if d.idle]
+            if not idle:
+                return False
+            oldest = min(idle, key=lambda d: d.deadline)
+            self.doors.discard(oldest)
+            oldest.drop()  # who does nothing makes room for who wants something
         self.doors.add(door)
         self._busy.set()
         return True

@@ -15,6 +15,7 @@ import msgspec
 from edgeward.core.errors import Invalid
 from edgeward.gateway.balance import Balance, Budget, Endpoint
 from edgeward.gateway.match import Table
+from edgeward.gateway.pace import Pace
 
 #: Upper bounds of the latency histogram, in seconds.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -51,6 +52,9 @@ class RouteConfig(msgspec.Struct, frozen=True):
     body: int = 64 * 1024**2
     requests: int = 1024
     cache: CacheConfig | None = None
+    #: Requests a second of one client, and how many at once; 0: no limit.
+    rate: float = 0.0
+    burst: int = 0
 
 
 class Listen(msgspec.Struct, frozen=True):
@@ -96,7 +100,7 @@ class Rule:
 
     __slots__ = (
         "active", "balance", "budget", "cache", "config", "counters", "host", "key", "match_headers", "methods",
-        "owner", "path",
+        "owner", "pace", "path",
     )  # fmt: skip
 
     def __init__(self, config: RouteConfig, old: Rule | None) -> None:
@@ -109,6 +113,10 @@ class Rule:
         same = old is not None and old.config.budget == config.budget
         self.budget: Budget = old.budget if old is not None and same else Budget(config.budget)
         self.counters: Counters = old.counters if old is not None else Counters()
+        paced = old is not None and (old.config.rate, old.config.burst) == (config.rate, config.burst)
+        self.pace: Pace | None = None
+        if config.rate:
+            self.pace = old.pace if old is not None and paced else Pace(config.rate, config.burst)
         #: Requests in progress.
         self.active: list[int] = old.active if old is not None else [0]
 

@@ -71,9 +71,22 @@ class Breaker(_Struct):
     pause: Annotated[Duration, Meta(description="How long it is left alone")] = "5s"
 
 
+class Rate(_Struct):
+    """How often one client address may ask; more gets 429 with Retry-After."""
+
+    requests: Annotated[int, Meta(description="Requests", ge=1, le=1_000_000)]
+    per: Annotated[Duration, Meta(description="In this time, on each node")] = "1s"
+    burst: Annotated[
+        Annotated[int, Meta(ge=1, le=1_000_000)] | None,
+        Meta(description="So many at once, when it was quiet before; as many as requests if left out"),
+    ] = None
+
+
 class RouteLimits(_Struct):
     body: Annotated[Size, Meta(description="A request's body; a function's is at most 6Mi")] = "64Mi"
     requests: Annotated[int, Meta(description="In progress at once on a node; more are refused (503)", ge=1)] = 1024
+
+    rate: Annotated[Rate | None, Meta(description="Of each client; left out: no limit")] = None
 
 
 class Cache(_Struct):
@@ -158,6 +171,8 @@ def _check_target(to: RouteTarget) -> None:
 def _check_durations(spec: RouteSpec) -> None:
     found = [(f"timeouts.{n}", getattr(spec.timeouts, n), 0.01) for n in ("connect", "answer", "idle")]
     found.append(("breaker.pause", spec.breaker.pause, 0.1))
+    if spec.limits.rate is not None:
+        found.append(("limits.rate.per", spec.limits.rate.per, 0.001))
     if spec.cache is not None:
         found += [(f"cache.{n}", getattr(spec.cache, n), 0.0) for n in ("staleIfError", "staleWhileRevalidate")]
     for name, value, least in found:

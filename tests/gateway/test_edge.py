@@ -1,0 +1,90 @@
+"""From declared Routes to the plane's section, and back to rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from edgeward.core.errors import Invalid
+from edgeward.core.resource import Resource, decode
+from edgeward.gateway import rules
+from edgeward.gateway.balance import Endpoint
+from edgeward.gateway.cloud import fold_route
+from edgeward.gateway.edge import section
+from edgeward.gateway.rules import CacheConfig, Listen
+from edgeward.hub.kinds import load
+
+load()
+
+
+def route(name: str, **spec: Any) -> Resource:
+    meta = {"name": name, "namespace": "shop"}
+    return decode({"apiVersion": "edgeward/v1", "kind": "Route", "metadata": meta, "spec": spec})
+
+
+def endpoints(namespace: str, service: str) -> list[dict[str, Any]] | None:
+    known = [{"address": "10.0.0.1", "port": 80, "here": True}, {"address": "10.0.0.2", "port": 80, "here": False}]
+    return known if (namespace, service) == ("shop", "web") else None
+
+
+def test_the_section() -> None:
+    routes = [
+        route("up", to={"upstream": "https://Example.org"}, cache={"staleIfError": "1h", "object": "2Ki"}),
+        route(
+            "web",
+            path="/w/",
+            to={"service": "web"},
+            headers={"X-A": "1"},
+            limits={"rate": {"requests": 60, "per": "1m"}},
+        ),
+        route("f", path="/f", to={"function": "hello@canary"}, methods=["POST"], timeouts={"answer": "2s"}),
+        route("none", path="/n", to={"service": "none"}),
+        route("local", path="/l", to={"upstream": "http://[::1]:8080/"}),
+    ]
+    made = section("n1", routes, endpoints, {"memory": "1Mi", "accessLog": "errors"}, [Listen("127.0.0.1", 80)])
+    config = rules.decode(msgspec.json.decode(msgspec.json.encode(made)))
+    assert (config.node, config.memory, config.access_log, config.listen) == (
+        "n1",
+        2**20,
+        "errors",
+        (Listen("127.0.0.1", 80),),
+    )
+    f, local, none, up, web = config.routes
+    assert (f.key, f.to, f.function, f.version, f.methods, f.answer) == (
+        "shop/f", "function", "shop/hello", "canary", ("POST",), 2.0,
+    )  # fmt: skip
+    assert (local.endpoints, local.send_host) == ((Endpoint("::1", 8080),), "[::1]:8080")
+    assert none.endpoints == ()
+    assert (up.endpoints, up.send_host) == ((Endpoint("example.org", 443, True),), "example.org")
+    assert up.cache == CacheConfig(2048, 3600.0)
+    assert web.endpoints == (Endpoint("10.0.0.1", 80, here=True), Endpoint("10.0.0.2", 80))
+    assert (web.headers, web.rate, web.burst, web.cache) == ((("x-a", "1"),), 1.0, 60, None)
+
+
+def test_rules_keep_what_they_learnt() -> None:
+    def config(budget: float, *ports: int) -> dict[str, Any]:
+        where = [{"host": "h", "port": p} for p in ports]
+        return {"routes": [{"key": "a/b", "to": "upstream", "target": "t", "endpoints": where, "budget": budget}]}
+
+    first = rules.table(rules.decode(config(0.2, 1, 2)))
+    rule = first.rules[0]
+    rule.counters.count(200, 0.1, 5, "hit")
+    rule.balance.circuits[Endpoint("h", 1)].bad(0.0)
+    second = rules.table(rules.decode(config(0.2, 1, 3)), first).rules[0]
+    assert second.counters is rule.counters
+    assert second.budget is rule.budget
+    assert {str(e): c.failures for e, c in second.balance.circuits.items()} == {"h:1": 1, "h:3": 0}
+    assert rules.table(rules.decode(config(0.5, 1)), first).rules[0].budget is not rule.budget
+    with pytest.raises(Invalid):
+        rules.decode({"routes": "x"})
+
+
+def test_the_status_of_a_route() -> None:
+    r = route("up", to={"upstream": "http://h"})
+    assert fold_route(r, [], {}) == {"phase": "Pending", "nodes": {}}
+    ready, none = {"phase": "Ready"}, {"phase": "NoEndpoints", "message": "no"}
+    assert fold_route(r, [], {"a": ready, "b": ready})["phase"] == "Ready"
+    both = fold_route(r, [], {"a": ready, "b": none})
+    assert (both["phase"], both["message"]) == ("Degraded", "b: no")
