@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from edgeward.core.api import build_app
 from edgeward.core.authz import administrator
 from edgeward.core.errors import NotFound
 from edgeward.core.resource import CLUSTER, Key
+from edgeward.core.streaming import Piece
 from edgeward.hub.routes import HubRoutes
+from edgeward.nodes import calls
 from edgeward.nodes.calls import CallServer
 from edgeward.nodes.wire import BeatAnswer, BeatAsk
 from edgeward.streams.cloud import StreamsCloud
@@ -27,7 +29,9 @@ LONG = "x" * 70_000
 
 
 @asynccontextmanager
-async def api(root: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Fleet, list[dict[str, Any]]]]:
+async def api(
+    root: Path, logs_of_all: Callable[[dict[str, Any]], AsyncIterator[bytes]] | None = None
+) -> AsyncIterator[tuple[httpx.AsyncClient, Fleet, list[dict[str, Any]]]]:
     """The API, its fleet, and with what arguments nodes were called; plant-1 and shop-1 are there, plant-2 is not."""
     async with fleet(root) as f:
         asked: list[dict[str, Any]] = []
@@ -45,7 +49,7 @@ async def api(root: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Fleet, list[
             async def usage(_: dict[str, Any]) -> AsyncIterator[bytes]:
                 yield msgspec.json.encode({"nodes": [{"name": node, "cpu": 0.5}], "apps": [{"name": f"on-{node}"}]})
 
-            return {"logs": logs, "usage": usage}
+            return {"logs": logs_of_all or logs, "usage": usage}
 
         routes = HubRoutes(
             store=f.store,
@@ -224,5 +228,30 @@ def test_records(tmp_path: Path, name: str) -> None:
             assert [r["mark"] for r in later] == [2]
             refused(await client.get(f"/{name}?limit=0"), 422, field="?limit")
             assert f.store.find(Key("Node", CLUSTER, "plant-1")) is not None
+
+    asyncio.run(body())
+
+
+def test_followed_logs_go_on_when_the_nodes_agent_ends_and_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "_SILENCE", 0.5)
+
+    async def logs(args: dict[str, Any]) -> AsyncIterator[bytes]:
+        done = int(args.get("after", {}).get("i", 0))
+        if done < 3:
+            yield Piece(b"%d\n" % (done + 1), {"i": str(done + 1)})
+            await asyncio.Event().wait()  # the agent is gone without a word
+        if done == 3:
+            yield Piece(b"end\n", {"i": "4"})
+
+    async def body() -> None:
+        async with api(tmp_path, logs) as (client, f, _):
+            await run_on(f, "plant-1")
+            answer = await client.get(f"{LOGS}?follow=true")
+            assert answer.text == "1\n2\n3\nend\n"
+            await run_on(f, "plant-1")  # else it is not asked twice
+            answer = await client.get(LOGS)
+            assert answer.text.startswith("1\nedgeward: Node/plant-1: node plant-1 does not answer")
 
     asyncio.run(body())

@@ -365,7 +365,7 @@ def test_a_loud_app_is_held_and_a_removed_one_leaves_no_log(tmp_path: Path) -> N
                     got += piece
                     if len(got) > cap:
                         break
-            assert set(got.splitlines()) <= {b"y", b"", logs._GAP.strip()}
+            assert set(got.splitlines()) <= {b"y", b"", logs.GAP.strip()}
             node.unwish("loud")
             await until(lambda: node.said["loud"] == {}, 30)
             assert not folder.exists()
@@ -386,18 +386,23 @@ def test_a_line_of_an_ordinary_app_is_never_lost(tmp_path: Path) -> None:
         node.wish("web", ["sh", "-c", f"{{ {lines}; }} < {go}"], logs={"bytes": "16Ki"})
         fd = os.open(go, os.O_RDWR)
         got = b""
+        mark: dict[str, str] = {}
 
-        async def some(edge: AppsEdge, count: int) -> None:
-            """So many batches, read as they come."""
-            nonlocal got
-            async with contextlib.aclosing(edge.logs("default", "web", tail=0, follow=True)) as pieces:  # type: ignore[type-var]
+        async def some(edge: AppsEdge, count: int, total: int) -> None:
+            """So many batches more, read as they come behind what was read before, to so many lines."""
+            nonlocal got, mark
+            logs = edge.logs("default", "web", tail=0, follow=True, after=mark)
+            async with contextlib.aclosing(logs) as pieces:  # type: ignore[type-var]
                 following = asyncio.ensure_future(anext(pieces))
                 await asyncio.sleep(0)  # it stands at the end of what was written
+                wanted = total - count * batch
                 for _ in range(count):
                     os.write(fd, b"go\n")
-                    wanted = got.count(b"\n") + batch
+                    wanted += batch
                     while got.count(b"\n") < wanted:
-                        got += await following
+                        piece = await following
+                        got += piece
+                        mark = getattr(piece, "mark", mark)
                         following = asyncio.ensure_future(anext(pieces))
                 following.cancel()
                 await asyncio.gather(following, return_exceptions=True)
@@ -405,19 +410,16 @@ def test_a_line_of_an_ordinary_app_is_never_lost(tmp_path: Path) -> None:
         try:
             async with node.agent(leave=True) as edge:
                 (one,) = await node.runs("web")
-                await some(edge, 3)
+                await some(edge, 3, 3 * batch)
                 (pump,) = find_by_env("EDGEWARD_PUMP", str(tmp_path / "data" / "logs"))
                 os.kill(pump.pid, signal.SIGKILL)
-                await some(edge, 3)
-            os.write(fd, b"go\n")  # nobody is there to see it
+                await some(edge, 3, 6 * batch)
+            log = tmp_path / "data" / "logs" / "default" / "web" / f"{one['id']}.log"
+            os.write(fd, b"go\n")  # no agent is there to see it
+            await until(lambda: log.read_bytes().endswith(b"line %d\n" % (7 * batch)))
             async with node.agent() as edge:
                 assert await node.runs("web") == [one]
-                log = tmp_path / "data" / "logs" / "default" / "web" / f"{one['id']}.log"
-                await until(lambda: log.read_bytes().endswith(b"line %d\n" % (7 * batch)))
-                async with contextlib.aclosing(edge.logs("default", "web", tail=batch)) as pieces:  # type: ignore[type-var]
-                    async for piece in pieces:
-                        got += piece
-                await some(edge, 3)
+                await some(edge, 3, 10 * batch)
             assert got.split(b"\n") == [b"line %d" % n for n in range(1, 10 * batch + 1)] + [b""]
         finally:
             os.close(fd)

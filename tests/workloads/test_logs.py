@@ -118,6 +118,10 @@ def test_tail_and_follow_give_each_byte_once_over_new_files(steps: list[tuple[in
             for n, (count, look) in enumerate(steps):
                 if look or unseen + count > 40:  # a file holds 40
                     unseen = 0
+                    if n % 3 == 0 and (mark := output.mark()):  # the agent was ended meanwhile
+                        output.close()
+                        output = logs.Output(path)
+                        assert output.resume(mark)
                     for _ in range(4):  # what is left of one file, the turn to the next, and that one's
                         got += output._next() or b""
                     assert got == written
@@ -156,8 +160,31 @@ def test_who_reads_too_slowly_is_told(tmp_path: Path) -> None:
         assert output._next() == b"1" * 30
         write(b"2" * 100)
         got = [output._next() or b"" for _ in range(6)]
-        assert got[0] == b"\n" + logs._GAP
+        assert got[0] == b"\n" + logs.GAP
         assert b"".join(got[1:]) == b"2" * 50, "and goes on with what there is: 40 before, 10 of now"
+        output.close()
+
+
+def test_a_mark_of_what_is_gone_or_another_files(tmp_path: Path) -> None:
+    path = tmp_path / "i.log"
+    with written_by_a_pump(path, 80) as write:
+        assert logs.Output(path).mark() == ""
+        write(b"1" * 30)
+        output = logs.Output(path)
+        assert output.tail(1) == b"1" * 30
+        mark = output.mark()
+        assert output.mark(31) == ""
+        inode, at, total = mark.split(".")
+        mine = [f"{inode}.{at}.0", f"{inode}.31.{total}", f"{inode}.x.{total}"]
+        for wrong in ("", "x", "1.2", "..", f"1.{at}.{total}", *mine):
+            assert not output.resume(wrong)
+            assert output._next() == b"1" * 30, "it begins with the oldest"
+        assert output.resume(mark)
+        assert output._next() == b""
+        write(b"2" * 100)
+        assert not output.resume(mark)
+        assert output._next() == b"2" * 40
+        assert [output._next(), output._next()] == [b"", b"2" * 10]
         output.close()
 
 

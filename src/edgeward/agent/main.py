@@ -605,6 +605,7 @@ class Agent:
             follow=bool(args.get("follow")),
             since=str(args.get("since", "")),
             instance=str(args.get("instance", "")),
+            after={str(k): str(v) for k, v in dict(args.get("after") or {}).items()},
         )
         async for piece in pieces:
             yield piece

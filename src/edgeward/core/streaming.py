@@ -17,6 +17,17 @@ from starlette.responses import Response, StreamingResponse
 from edgeward.core.errors import Invalid
 
 
+class Piece(bytes):
+    """A piece of a stream that can be asked for again from behind it, by its ``mark``."""
+
+    mark: dict[str, str]
+
+    def __new__(cls, data: bytes, mark: dict[str, str]) -> Piece:
+        made = super().__new__(cls, data)
+        made.mark = mark
+        return made
+
+
 def number(request: Request, name: str, default: int, *, low: int = 0, high: int = 2**53) -> int:
     """A bounded number of the query string."""
     text = request.query_params.get(name)

@@ -201,7 +201,7 @@ class HubRoutes:
             try:
                 if not self._nodes.is_online(node):
                     raise Unreachable(f"node {node} is not connected; its logs are on it")
-                async for piece in call(self._nc, node, verb, args):
+                async for piece in self._again(node, verb, args):
                     if data := marked.feed(piece):
                         await queue.put(data)
             except EdgewardError as e:
@@ -223,6 +223,20 @@ class HubRoutes:
             finally:
                 for task in tasks:
                     task.cancel()
+
+    async def _again(self, node: str, verb: str, args: dict[str, Any]) -> AsyncIterator[bytes]:
+        """A node's answer; what is followed goes on behind its last mark when the node's agent ends and comes again."""
+        mark: dict[str, str] = {}
+        while True:
+            try:
+                async for piece in call(self._nc, node, verb, {**args, "after": mark} if mark else args):
+                    mark = getattr(piece, "mark", mark)
+                    yield piece
+                return
+            except Unreachable:
+                if not (mark and args.get("follow")):
+                    raise
+            await asyncio.sleep(1.0)  # the pace of asking for a node that is away
 
     @described("What nodes and apps use now")
     async def top(self, request: Request) -> Response:

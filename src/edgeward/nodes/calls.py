@@ -2,7 +2,8 @@
 
 The hub publishes ``ew.node.<node>.call.<verb>`` with a reply subject of that node's own; the node sends each piece as a
 *request* on it and waits for the answer before the next one. So a slow reader slows the sender, nothing piles up in
-between, and a caller that went away (no responders) ends the stream within one piece. An empty piece is the end.
+between, and a caller that went away (no responders) ends the stream within one piece. An empty piece is the end. A
+``Piece`` comes with its mark, by which a handler that knows ``after`` goes on behind it for a caller that asks again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from nats.aio.msg import Msg
 from edgeward.core import clock
 from edgeward.core.bus import cancellable
 from edgeward.core.errors import EdgewardError, Unreachable, from_problem
+from edgeward.core.streaming import Piece
 
 log = logging.getLogger("edgeward.calls")
 
@@ -28,11 +30,11 @@ Handler = Callable[[dict[str, Any]], AsyncIterator[bytes]]
 #: Calls a node serves at once.
 _AT_ONCE = 32
 #: Seconds without a piece after which a mark finds out whether somebody still listens.
-_IDLE = 20.0
+_IDLE = 5.0
 #: How long a node waits until its piece is taken.
 _TAKEN = 20.0
 #: How long a caller waits for the next piece or mark.
-_SILENCE = 40.0
+_SILENCE = 15.0
 
 
 async def call(
@@ -64,7 +66,8 @@ async def call(
                 continue
             if not msg.data:
                 return
-            yield msg.data
+            mark = msgspec.json.decode(headers["Ew-Mark"], type=dict[str, str]) if "Ew-Mark" in headers else None
+            yield msg.data if mark is None else Piece(msg.data, mark)
     finally:
         with contextlib.suppress(nats.errors.Error):
             await sub.unsubscribe()
@@ -128,7 +131,10 @@ class CallServer:
                 if not piece:
                     return
                 for at in range(0, len(piece), 65536):
-                    await self._send(client, reply, piece[at : at + 65536])
+                    last = at + 65536 >= len(piece)
+                    mark = getattr(piece, "mark", None) if last else None
+                    headers = {"Ew-Mark": msgspec.json.encode(mark).decode()} if mark else None
+                    await self._send(client, reply, piece[at : at + 65536], headers)
                 following = asyncio.ensure_future(anext(pieces, b""))
         finally:
             if not following.done():

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import random
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,9 +26,10 @@ from edgeward.core.quantity import parse_duration
 from edgeward.core.reconcile import Loop
 from edgeward.core.registry import extensions
 from edgeward.core.resource import Resource
+from edgeward.core.streaming import Piece
 from edgeward.core.vault import Vault
 from edgeward.workloads import health
-from edgeward.workloads.logs import Marked, Output, changed_since
+from edgeward.workloads.logs import GAP, Marked, Output, changed_since
 from edgeward.workloads.plan import (
     Adopt,
     Forget,
@@ -193,9 +194,50 @@ class AppsEdge:
         return found
 
     async def logs(
-        self, namespace: str, name: str, *, tail: int = 200, follow: bool = False, since: str = "", instance: str = ""
+        self,
+        namespace: str,
+        name: str,
+        *,
+        tail: int = 200,
+        follow: bool = False,
+        since: str = "",
+        instance: str = "",
+        after: Mapping[str, str] | None = None,
     ) -> AsyncIterator[bytes]:
-        """The last lines that the app wrote, then (``follow``) what it writes, of all its instances here."""
+        """The last lines that the app wrote, then (``follow``) what it writes, of all its instances here. ``after``:
+        the mark of the last :class:`Piece` of a call that broke off, to go on behind it."""
+        known = after or {}
+        shown, several = self._shown(namespace, name, since, instance, known)
+        outputs = {path: Output(path) for path in shown}
+        marks = {path: Marked(f"[{path.stem}] ".encode() if several else b"") for path in shown}
+        at = dict(known)
+        try:
+            for path, output in outputs.items():
+                if known:
+                    there = output.resume(known.get(path.stem, ""))
+                    data = marks[path].feed(GAP) if path.stem in known and not there else b""
+                else:
+                    data = marks[path].feed(output.tail(tail))
+                    at[path.stem] = output.mark(marks[path].begun)
+                if data:
+                    yield Piece(data, dict(at))
+                if not follow and (data := marks[path].rest()):
+                    yield data
+            if not follow:
+                return
+            pieces = self._followed((namespace, name), outputs, marks, several, not instance)
+            async with contextlib.aclosing(pieces):
+                async for stem, data, mark in pieces:
+                    at[stem] = mark or at.get(stem, "")
+                    yield Piece(data, dict(at))
+        finally:
+            for output in outputs.values():
+                output.close()
+
+    def _shown(
+        self, namespace: str, name: str, since: str, instance: str, known: Mapping[str, str]
+    ) -> tuple[list[Path], bool]:
+        """The files to show, and whether their lines are to be told apart."""
         folder = self._runtime.logs / namespace / name
         files = sorted(folder.glob("*.log"), key=lambda p: p.stat().st_mtime) if folder.is_dir() else []
         if instance:
@@ -207,44 +249,21 @@ class AppsEdge:
                 seconds = parse_duration(since)
             except ValueError as e:
                 raise EdgewardError(str(e), field="?since") from None
-            files = [f for f in files if changed_since(f, seconds)]
-        running = {i.row.id for i in self._live.get((namespace, name), {}).values() if i.alive}
-        shown = files if len(files) == 1 else [f for f in files if f.stem in running] or files[-1:]
-        several = len(shown) > 1
-
-        marks: dict[Path, Marked] = {}
-        outputs = {path: Output(path) for path in shown}
-
-        def marked(path: Path, data: bytes) -> bytes:
-            if path not in marks:
-                marks[path] = Marked(f"[{path.stem}] ".encode() if several else b"")
-            return marks[path].feed(data)
-
-        try:
-            for path, output in outputs.items():
-                if data := marked(path, output.tail(tail)):
-                    yield data
-                if not follow and (data := marks[path].rest()):
-                    yield data
-            if not follow:
-                return
-            async with contextlib.aclosing(self._followed((namespace, name), outputs, marked, not instance)) as pieces:
-                async for data in pieces:
-                    yield data
-        finally:
-            for output in outputs.values():
-                output.close()
+            files = [f for f in files if changed_since(f, seconds) or f.stem in known]
+        wanted = {i.row.id for i in self._live.get((namespace, name), {}).values() if i.alive} | known.keys()
+        shown = files if len(files) == 1 else [f for f in files if f.stem in wanted] or files[-1:]
+        return shown, len(shown) > 1
 
     async def _followed(
-        self, key: AppKey, outputs: dict[Path, Output], marked: Callable[[Path, bytes], bytes], more: bool
-    ) -> AsyncGenerator[bytes]:
-        """What the outputs give, and (``more``) those of instances that come later."""
-        queue: asyncio.Queue[bytes] = asyncio.Queue(64)
+        self, key: AppKey, outputs: dict[Path, Output], marks: dict[Path, Marked], several: bool, more: bool
+    ) -> AsyncGenerator[tuple[str, bytes, str]]:
+        """What the outputs give, and (``more``) those of instances that come later: instance, data, mark."""
+        queue: asyncio.Queue[tuple[str, bytes, str]] = asyncio.Queue(64)
 
         async def one(path: Path) -> None:
             async for piece in outputs[path].follow():
-                if data := marked(path, piece):
-                    await queue.put(data)
+                if data := marks[path].feed(piece):
+                    await queue.put((path.stem, data, outputs[path].mark(marks[path].begun)))
 
         tasks = {p: asyncio.create_task(one(p)) for p in outputs}
         try:
@@ -254,13 +273,15 @@ class AppsEdge:
                     path = self._runtime.log_file(i.row)
                     if path not in tasks and more and path.exists():
                         outputs[path] = Output(path)
+                        outputs[path].resume("")
+                        marks[path] = Marked(f"[{path.stem}] ".encode() if several else b"")
                         tasks[path] = asyncio.create_task(one(path))
-                data = b""
+                got = None
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1.0):
-                        data = await queue.get()
-                if data:  # given outside of the timeout, which would cancel a slow reader
-                    yield data
+                        got = await queue.get()
+                if got is not None:  # given outside of the timeout, which would cancel a slow reader
+                    yield got
         finally:
             for task in tasks.values():
                 task.cancel()

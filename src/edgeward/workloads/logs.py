@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import time
+import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +19,7 @@ from typing import BinaryIO
 _CHUNK = 64 * 1024
 #: Seconds between two looks at a file that grew, and at one that does not.
 _LOOKS = (0.02, 0.2)
-_GAP = b"[edgeward: it wrote faster than this was read: something may be missing here]\n"
+GAP = b"[edgeward: it wrote faster than this was read: something may be missing here]\n"
 
 
 def _open(path: Path) -> BinaryIO | None:
@@ -86,6 +87,32 @@ class Output:
                 return data
         return data[at + 1 :]
 
+    def mark(self, back: int = 0) -> str:
+        """Where it stands, or ``back`` bytes before that, for :meth:`resume`; "" when it cannot be said."""
+        at = self._at - back
+        if self._file is None or at < 0:
+            return ""
+        return f"{os.fstat(self._file.fileno()).st_ino}.{at}.{_sum(self._file, at)}"
+
+    def resume(self, mark: str) -> bool:
+        """Goes on where a reader of an earlier process stood. False: what was behind that may be gone, and it begins
+        with the oldest (as for no mark at all)."""
+        self.close()
+        now, old = self._pair()
+        inode, _, rest = mark.partition(".")
+        at = int(rest.partition(".")[0] or 0) if rest.partition(".")[0].isdecimal() else 0
+        found = None
+        for file in (now, old):
+            if file is not None and found is None:
+                stat = os.fstat(file.fileno())
+                if str(stat.st_ino) == inode and stat.st_size >= at and mark == f"{inode}.{at}.{_sum(file, at)}":
+                    found = file
+        self._file, self._at = (found, at) if found is not None else (old or now, 0)
+        for file in (now, old):
+            if file is not None and file is not self._file:
+                file.close()
+        return found is not None
+
     async def follow(self) -> AsyncIterator[bytes]:
         """What is written from where :meth:`tail` ended (or the beginning), until the files are gone."""
         pause = _LOOKS[0]
@@ -141,7 +168,13 @@ class Output:
             return b""
         self._file = old
         now.close()
-        return _GAP if self._even else b"\n" + _GAP
+        return GAP if self._even else b"\n" + GAP
+
+
+def _sum(file: BinaryIO, at: int) -> int:
+    """Of the bytes before ``at``: an inode's number comes again, what was written does not."""
+    start = max(0, at - 256)
+    return zlib.crc32(os.pread(file.fileno(), at - start, start))
 
 
 def _behind(file: BinaryIO | None, end: int, newlines: int) -> bytes:
@@ -170,6 +203,11 @@ class Marked:
         if len(self._begun) > _CHUNK:
             lines, self._begun = [*lines, self._begun], b""
         return b"".join(b"%b%b\n" % (self._mark, line) for line in lines)
+
+    @property
+    def begun(self) -> int:
+        """Bytes of a line that was begun: fed, and not given yet."""
+        return len(self._begun)
 
     def rest(self) -> bytes:
         """The line that was begun and not ended."""
