@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 from tests.core.pair import Pair, fill, readings, spec, until
+from tests.skewing import skew
 
 from edgeward.core import clock
 from edgeward.core.delivery import SRC
 from edgeward.core.errors import Conflict, EdgewardError, Refused
 from edgeward.core.jsread import read_batch
 from edgeward.core.outbox import Gate, Outbox, Queue, QueueSpec, stamp_of
-from edgeward.lab.skew import possible, set_skew
 
 
 async def drained(queue: Queue) -> None:
@@ -316,7 +316,6 @@ def test_a_torn_last_write_loses_nothing_acknowledged(tmp_path: Path, how: str) 
     asyncio.run(main())
 
 
-@pytest.mark.skipif(bool(possible()), reason=possible() or "it can")
 def test_a_power_cut_that_takes_a_tail_and_the_time_loses_nothing_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,7 +342,7 @@ def test_a_power_cut_that_takes_a_tail_and_the_time_loses_nothing_new(
             shutil.copytree(tmp_path / "kept", tmp_path / "e")
             p.start("edge")
             await p.edge.wait_connected(60)
-            set_skew(p._running["edge"].pid, 100 - int(time.time()))
+            skew(p._running["edge"].pid, 100 - int(time.time()))
             monkeypatch.setattr(clock, "boot", lambda: "another")
             queue = await p.outbox().open(spec(max_bytes=1 << 26))
             await fill(queue, 500, 550, step=10)

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from tests.skewing import skew
 
 from edgeward.core.errors import NotFound
 from edgeward.lab.skew import possible, set_skew
@@ -37,7 +38,7 @@ def test_a_process_sees_another_wall_clock_by_every_call_and_no_other_monotonic_
 
         ask()
         for seconds in (-3600, 86400, 100 - int(time.time()), 0):
-            set_skew(child.pid, seconds)
+            skew(child.pid, seconds)
             before, up = time.time(), time.monotonic()
             *walls, monotonic = ask()
             after = time.time()
@@ -55,7 +56,7 @@ def test_only_that_process(monkeypatch: pytest.MonkeyPatch) -> None:
     before = time.time()
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        set_skew(child.pid, -86400)
+        skew(child.pid, -86400)
         assert time.time() >= before
         assert (
             subprocess.run(
