@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 from tests.core.pair import until
 from tests.functions.node import HELLO, Node, function, looped
 
+from edgeward.core import cgroup
 from edgeward.core.invocation import CallFailed
 from edgeward.core.proc import alive, identify
 
+ROOT = Path(__file__).parents[2]
 #: Does what the event says, so that one function can misbehave once and be well again.
 MOODS = """
 import os, signal, time
@@ -399,3 +402,23 @@ async def test_nothing_is_left_when_it_ends(tmp_path: Path) -> None:
     assert (await going_on).kind == "unavailable"
     await until(lambda: not alive(worker) and not alive(zygote), 20)
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@looped
+async def test_a_dispatcher_that_is_killed_leaves_no_worker_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "tests.functions.driver", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([p for p in sys.path if p] + [str(ROOT)])}
+    process = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.PIPE, env=env, cwd=ROOT)
+    assert process.stdout
+    async with asyncio.timeout(60):
+        pids = [int(n) for n in (await process.stdout.readline()).split()]
+    known = [identify(pid) for pid in pids]
+    process.kill()
+    await process.wait()
+    await until(lambda: not any(p and alive(p) for p in known), 20)
+    async with Node(tmp_path) as node:
+        assert list((tmp_path / "tmp").iterdir()) == []
+        assert cgroup.leftovers("n1", node.d._prefix) == []
+        node.d.configure([function("f", HELLO)])
+        await node.call("f", b"a")
+    assert cgroup.leftovers("n1", node.d._prefix) == []

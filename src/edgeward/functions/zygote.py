@@ -126,6 +126,8 @@ def _child(data: bytes, fd: int, others: tuple[socket.socket, ...]) -> None:
             other.close()
         spawn = _decode(memoryview(data)[NUMBER.size :])
         signal.set_wakeup_fd(-1)
+        os.dup2(0, 1)  # /dev/null: the zygote's log is not theirs to fill
+        os.dup2(0, 2)
         os.setsid()
         os.environ.update(spawn.env)
         verdict = sandbox.enter(spawn.cage)
