@@ -60,7 +60,15 @@ def test_a_secret_makes_a_version_by_its_revision_and_never_by_its_value() -> No
         ({"envFrom": [{}]}, "$.spec.envFrom[0]", "config or a secret"),
         ({"require": ["cpu"]}, "$.spec.require", "limits.cpu"),
         ({"require": ["network"], "limits": {"network": "all"}}, "$.spec.require", "open"),
-        ({"triggers": []}, "$.spec", "triggers"),
+        ({"triggers": [{}]}, "$.spec.triggers[0]", "cron"),
+        ({"triggers": [{"mqtt": {}}]}, "$.spec.triggers[0]", "mqtt"),
+        ({"triggers": [{"cron": {"schedule": "* * *"}}]}, "$.spec.triggers[0].cron.schedule", "five fields"),
+        (
+            {"triggers": [{"cron": {"schedule": "* * * * *", "zone": "Mars/Base"}}]},
+            "$.spec.triggers[0].cron.zone",
+            "zone",
+        ),
+        ({"aliases": {}}, "$.spec", "aliases"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_its_field(spec: dict[str, Any], field: str, words: str) -> None:

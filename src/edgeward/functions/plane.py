@@ -20,6 +20,7 @@ from edgeward.core import clock
 from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.files import read_json, write_atomic
 from edgeward.core.invocation import Call, CallFailed, Event, Reply
+from edgeward.functions.clockwork import Clockwork
 from edgeward.functions.dispatcher import Dispatcher
 from edgeward.functions.edge import place
 from edgeward.functions.relay import Head
@@ -63,6 +64,7 @@ class FunctionsPart:
             tell=lambda type, reason, message, ns, name: voice.event(type, reason, message, ns, name, "Function"),
             good=self._good,
         )
+        self._clockwork = Clockwork(data / "functions" / "cron.json", node, self.dispatcher.invoke, self._failed)
         self._node = node
         self._known: dict[str, Entry] = {}
         self._keep = data / "functions" / "good.json"
@@ -80,6 +82,13 @@ class FunctionsPart:
 
     async def invoke(self, call: Call) -> Reply:
         return await self.dispatcher.invoke(call)
+
+    def _failed(self, key: str, error: CallFailed) -> None:
+        """A call that nobody waits for has failed."""
+        namespace, _, name = key.partition("/")
+        self._voice.event(
+            "Warning", "TriggerFailed", f"called by its schedule: {error.message}", namespace, name, "Function"
+        )
 
     # -- configuration -------------------------------------------------------------------------------------------------
 
@@ -114,6 +123,7 @@ class FunctionsPart:
             self._kept = {k: v for k, v in self._kept.items() if k in known}
             self._unwritten.set()
         self.dispatcher.configure(configs, fallbacks)
+        self._clockwork.configure({c.version.key: c.policy.crons for c in configs})
         if configs:
             self._some.set()
 
@@ -166,6 +176,7 @@ class FunctionsPart:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.dispatcher.run())
             group.create_task(self._write_kept())
+            group.create_task(self._clockwork.run())
             await self._some.wait()
             try:
                 await self.dispatcher.probe()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 from msgspec import Meta
@@ -13,6 +14,7 @@ from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import Resource
+from edgeward.functions.cron import Schedule
 
 Duration = Annotated[str, Meta(pattern=DURATION_PATTERN)] | float | int
 Size = Annotated[str, Meta(pattern=BYTES_PATTERN)] | int
@@ -74,6 +76,27 @@ class Check(_Struct):
     data: Annotated[str, Meta(description="The event's data")] = ""
 
 
+class Cron(_Struct):
+    """A call at times of the node's own clock, with and without the link."""
+
+    schedule: Annotated[str, Meta(description="minute hour day month weekday, or six fields with seconds first")]
+    zone: Annotated[str, Meta(description="Time zone, e.g. Europe/Berlin", max_length=64)] = "UTC"
+    jitter: Annotated[Duration, Meta(description="Each node calls later, by a time of its own up to this")] = "0s"
+    missed: Annotated[
+        Literal["skip", "once"], Meta(description="What was due while the node was off: nothing, or one call")
+    ] = "skip"
+    overlap: Annotated[
+        Literal["forbid", "allow"], Meta(description="Whether it is called while the last such call still runs")
+    ] = "forbid"
+    data: Annotated[str, Meta(description="The event's data")] = ""
+
+
+class Trigger(_Struct):
+    """What calls the function by itself, on every node that has it."""
+
+    cron: Annotated[Cron | None, Meta(description="At times")] = None
+
+
 class Logs(_Struct):
     bytes: Annotated[Size, Meta(description="Hard cap on each node's disk, oldest first to go")] = "10Mi"
     level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="What is less is not kept")] = (
@@ -106,6 +129,7 @@ class FunctionSpec(_Struct):
         int, Meta(description="Calls in hand on one node, waiting ones too; one more is answered 503", ge=1, le=10_000)
     ] = 100
     scale: Annotated[Scale, Meta(description="How many instances")] = msgspec.field(default_factory=Scale)
+    triggers: Annotated[list[Trigger], Meta(description="What calls it beside Routes and people", max_length=32)] = []
     check: Annotated[Check | None, Meta(description="How a new version proves itself")] = None
     logs: Annotated[Logs, Meta(description="What is kept of its log")] = msgspec.field(default_factory=Logs)
     placement: Annotated[Placement, Meta(description="Where")] = msgspec.field(default_factory=Placement)
@@ -172,6 +196,26 @@ def _check_numbers(spec: FunctionSpec) -> None:
         raise Invalid("min is more than max", field="$.spec.scale.min", remedy=f"at most {spec.scale.max}")
 
 
+def _check_triggers(spec: FunctionSpec) -> None:
+    for n, trigger in enumerate(spec.triggers):
+        if trigger.cron is None:
+            raise Invalid("says nothing", field=f"$.spec.triggers[{n}]", remedy="write cron: {schedule: ...}")
+        at = f"$.spec.triggers[{n}].cron"
+        try:
+            Schedule.parse(trigger.cron.schedule)
+        except ValueError as e:
+            raise Invalid(str(e), field=f"{at}.schedule", remedy="e.g. 0 6 * * mon-fri") from None
+        try:
+            ZoneInfo(trigger.cron.zone)
+        except (ValueError, OSError, ZoneInfoNotFoundError):
+            remedy = "e.g. UTC or Europe/Berlin"
+            raise Invalid(f"there is no zone {trigger.cron.zone!r}", field=f"{at}.zone", remedy=remedy) from None
+        try:
+            parse_duration(trigger.cron.jitter)
+        except ValueError as e:
+            raise Invalid(str(e), field=f"{at}.jitter") from None
+
+
 def _check(r: Resource) -> None:
     spec: FunctionSpec = r.spec
     if spec.runtime not in RUNTIMES:
@@ -182,6 +226,7 @@ def _check(r: Resource) -> None:
         )
     _check_source(spec)
     _check_numbers(spec)
+    _check_triggers(spec)
     for name in spec.env:
         if not _ENV.fullmatch(name):
             raise Invalid(f"{name[:60]!r} is no variable name", field="$.spec.env", remedy="letters, digits, _")

@@ -14,7 +14,7 @@ import msgspec
 
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
-from edgeward.functions.spec import FunctionSpec
+from edgeward.functions.spec import Cron, FunctionSpec
 
 #: Characters of a digest that are shown and compared; 48 bits are plenty among the versions of one function.
 DIGEST = 12
@@ -54,6 +54,17 @@ class Version(msgspec.Struct, omit_defaults=True):
         return _USERS + zlib.crc32(self.key.encode()) % _USER_SPAN
 
 
+class CronPlan(msgspec.Struct, omit_defaults=True):
+    """A trigger by time. ``jitter`` in seconds, as declared."""
+
+    schedule: str
+    zone: str = "UTC"
+    jitter: float = 0.0
+    once: bool = False
+    overlap: bool = False
+    data: bytes = b""
+
+
 class Policy(msgspec.Struct, omit_defaults=True):
     """How many, how long, and what is kept: changed without a new version."""
 
@@ -66,6 +77,7 @@ class Policy(msgspec.Struct, omit_defaults=True):
     generation: int = 0
     #: A call that a new version must answer well before it takes over; None: it must only load.
     check: bytes | None = None
+    crons: list[CronPlan] = []
 
 
 class Config(msgspec.Struct, omit_defaults=True):
@@ -79,6 +91,11 @@ def digest_of(parts: dict[str, Any]) -> str:
     """The digest of plain values, whatever the order of their keys."""
     text = msgspec.json.encode(parts, order="deterministic")
     return hashlib.sha256(text).hexdigest()[:DIGEST]
+
+
+def _plan(cron: Cron) -> CronPlan:
+    jitter, once, overlap = parse_duration(cron.jitter), cron.missed == "once", cron.overlap == "allow"
+    return CronPlan(cron.schedule, cron.zone, jitter, once, overlap, cron.data.encode())
 
 
 def config_of(function: Resource, env: dict[str, str], secret: dict[str, str], marks: list[str]) -> Config:
@@ -128,5 +145,6 @@ def config_of(function: Resource, env: dict[str, str], secret: dict[str, str], m
             log_level=spec.logs.level,
             generation=meta.generation,
             check=None if spec.check is None else spec.check.data.encode(),
+            crons=[_plan(t.cron) for t in spec.triggers if t.cron is not None],
         ),
     )
