@@ -90,3 +90,12 @@ def test_a_remedy_names_what_it_is_about() -> None:
     assert "8443" in taken.remedy
     assert "3600 s behind" in d.clock(NOW, synchronised=True, hub_offset=-3600)[0].message
     assert "needs root" in d.kernel({}, cgroups=[], why_not="needs root")[0].message
+
+
+def test_a_folder_may_be_passed_through_and_not_looked_into() -> None:
+    """The process runtime opens it so for apps of other users; `chmod 700` would lock them out."""
+    assert d.private("/d", 0o40700) is None
+    assert d.private("/d", 0o40701) is None
+    for mode in (0o704, 0o702, 0o740, 0o755, 0o710):
+        found = d.private("/d", mode)
+        assert found is not None and found.state == "fail"

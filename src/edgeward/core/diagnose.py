@@ -228,7 +228,8 @@ def recovery_key(lies_there: bool) -> Check:
 
 
 def private(path: str, mode: int) -> Check | None:
-    """A folder with keys in it, open to others."""
-    if mode & 0o077:
+    """A folder with keys in it, open to others. To pass through (o+x) is none: apps of other users walk to their own
+    folders so, and the agent opens that way for them."""
+    if mode & 0o076:
         return Check("permissions", "fail", f"{path} is open to others ({mode & 0o777:o})", f"chmod 700 {path}")
     return None
