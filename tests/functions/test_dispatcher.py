@@ -287,6 +287,21 @@ async def test_a_reader_that_is_slow_or_goes_away_costs_no_memory_and_no_worker(
 
 
 @looped
+async def test_what_was_made_before_the_deadline_can_be_read_behind_it(tmp_path: Path) -> None:
+    code = "import time\ndef handler(e, c):\n    for _ in range(9):\n        yield b'x' * 100_000\n    time.sleep(1000)"
+    async with Node(tmp_path) as node:
+        node.d.configure([function("s", code, limits={"timeout": "1s"})])
+        reply = await node.call("s")
+        assert reply.chunks is not None
+        await until(lambda: node.d.counters()["default/s"]["failed"] == {"timeout": 1}, 20)
+        got = 0
+        with pytest.raises(CallFailed, match="did not answer within 1 s"):
+            async for piece in reply.chunks:
+                got += len(piece)
+        assert 256 * 1024 < got <= 900_000
+
+
+@looped
 async def test_what_is_required_and_not_enforced_is_refused_with_the_reason(tmp_path: Path) -> None:
     async with Node(tmp_path) as node:
         probed = await node.d.probe()

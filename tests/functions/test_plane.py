@@ -22,6 +22,7 @@ from edgeward.functions.edge import Sections, read_logs
 from edgeward.functions.logs import Line, wanted
 from edgeward.functions.plane import FunctionsPart
 from edgeward.functions.relay import call_args
+from edgeward.functions.stats import HELP
 
 
 def resource(name: str, code: str = HELLO, **spec: Any) -> Resource:
@@ -100,6 +101,10 @@ async def test_what_the_agent_declares_is_what_answers_and_secrets_are_sealed_on
         await take(part, sections.section(wanted))
         await until(lambda: (voice.statuses.get("default/f") or {}).get("version") != head["version"], 20)
         assert json.loads((await invoke(part, "f"))[1])[0] == "treasure-8"
+        numbers = (await anext(part.verbs["functions.stats"]({})))["metrics"]
+        assert numbers['edgeward_function_calls_total{function="default/f"}'] >= 2
+        assert numbers['edgeward_function_latency_total{function="default/f",le="+Inf"}'] >= 2
+        assert {n.partition("{")[0] for n in numbers} <= set(HELP)
         failed, problem = await invoke(part, "nobody")
         assert failed["status"] == 404
         assert json.loads(problem)["kind"] == "unknown"

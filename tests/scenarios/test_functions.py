@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from edgeward.cli.client import _UnixConnection
+
 HELLO = """\
 apiVersion: edgeward/v1
 kind: Function
@@ -76,6 +78,9 @@ def test_a_function_answers_at_hub_node_and_gateway_and_outlives_the_agent(syste
     lines = up.run("functions", "logs", "moody", "--level", "warning", "--grep", "mood loop").splitlines()
     assert len(lines) >= 3
     assert up.run("--at", "plant-1", "functions", "logs", "moody", "--tail", "1", "-o", "json").count("\n") == 1
+    with contextlib.closing(_UnixConnection(up.context["nodes"][0]["api"], 30.0)) as node:
+        node.request("GET", "/metrics")
+        assert b'edgeward_function_failed_total{function="default/moody",kind="timeout"}' in node.getresponse().read()
     up.run("invoke", "nobody", code=5)
     up.run("invoke", "moody", "--node", "elsewhere", code=5)
 

@@ -58,6 +58,7 @@ from edgeward.core.vault import Vault
 from edgeward.functions.edge import Sections, read_logs
 from edgeward.functions.relay import INVOKE, LONGEST, SILENCE, answer, call_args, log_args, pieces_of, to_plane
 from edgeward.functions.relay import LOGS as FUNCTION_LOGS
+from edgeward.functions.stats import HELP as FUNCTION_HELP
 from edgeward.gateway import edge as gateway
 from edgeward.gateway.relay import CALL
 from edgeward.gateway.rules import Listen
@@ -653,7 +654,9 @@ class Agent:
                     if isinstance(v, int | float):
                         values[f'edgeward_outbox_{_METRIC.get(k, k)}{{queue="{queue}"}}'] = float(v)
         of_gateway, meanings = await self.doors.metrics()
-        return daemon.metrics_text(values | of_gateway, _HELP | meanings)
+        with contextlib.suppress(EdgewardError):  # a plane that does not answer has no numbers
+            values |= (await self.plane.one("functions.stats", timeout=2.0))["metrics"]
+        return daemon.metrics_text(values | of_gateway, _HELP | meanings | FUNCTION_HELP)
 
 
 def main() -> int:

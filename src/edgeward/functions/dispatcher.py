@@ -29,6 +29,7 @@ from edgeward.functions.logs import Line, LogFile, level_name, log_path
 from edgeward.functions.nursery import Nursery
 from edgeward.functions.pool import Job, Pool, deadline_of
 from edgeward.functions.sandbox import Cage, Verdict
+from edgeward.functions.stats import BUCKETS
 from edgeward.functions.versions import Config, Policy, Version
 
 log = logging.getLogger("edgeward.functions")
@@ -37,8 +38,6 @@ log = logging.getLogger("edgeward.functions")
 Report = Callable[[str, str, dict[str, Any] | None], None]
 #: (type, reason, message, namespace, name)
 Tell = Callable[[str, str, str, str, str], None]
-#: Upper bounds of the latency histogram, seconds.
-BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 #: A log line waits so long for others to be written with it. Seconds.
 _GATHER = 0.05
 #: A status is told so long after it changed; counts of instances change often, so they are told less often.
@@ -497,6 +496,7 @@ class Dispatcher:
                 "seconds": f.seconds,
                 "cold": sum(p.cold for p in self._pools(f)),
                 "in_hand": f.in_hand,
+                "instances": sum(len(p.links) for p in self._pools(f)),
                 "log_dropped": f.log.dropped if f.log else 0,
             }
             for key, f in sorted(self._functions.items())
@@ -592,4 +592,4 @@ class Dispatcher:
         await self.nursery.close()
 
 
-__all__ = ["BUCKETS", "Dispatcher", "Policy"]
+__all__ = ["Dispatcher", "Policy"]

@@ -24,6 +24,7 @@ from edgeward.functions.clockwork import Clockwork
 from edgeward.functions.dispatcher import Dispatcher
 from edgeward.functions.edge import place
 from edgeward.functions.relay import Head
+from edgeward.functions.stats import metrics
 from edgeward.functions.versions import Config
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class FunctionsPart:
         self._some = asyncio.Event()
         self.verbs: Mapping[str, Verb] = {
             "invoke": self._invoke,
-            "functions.counters": self._counters,
+            "functions.stats": self._stats,
             "functions.enforced": self._enforced,
         }
 
@@ -226,8 +227,8 @@ class FunctionsPart:
         finally:
             await reply.chunks.aclose()  # type: ignore[attr-defined]
 
-    async def _counters(self, _: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        yield {"counters": self.dispatcher.counters(), "zygote": self.dispatcher.nursery.pid}
+    async def _stats(self, _: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        yield {"metrics": metrics(self.dispatcher.counters())}
 
     async def _enforced(self, _: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         probed = self.dispatcher.probed

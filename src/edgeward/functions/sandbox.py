@@ -37,7 +37,7 @@ PROMISES = {
     "exec": "starts no program",
     "user": "has a system user of its own, with no rights",
     "signals": "signals no process but its own",
-    "kernel": "cannot mount, trace, load modules, make namespaces or use keys",
+    "kernel": "cannot mount, trace, load modules, make namespaces, use keys or memory that outlives it",
 }
 
 
@@ -206,6 +206,7 @@ _ARCH: dict[str, tuple[int, dict[str, int]]] = {
         "adjtimex": 159, "acct": 163, "quotactl": 179, "personality": 135, "execve": 59, "execveat": 322,
         "setsid": 112, "setpgid": 109, "clone": 56, "fork": 57, "vfork": 58, "socket": 41, "mknod": 133,
         "mknodat": 259, "fanotify_init": 300, "kcmp": 312, "syslog": 103, "iopl": 172, "ioperm": 173,
+        "shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240,
         "modify_ldt": 154,
     }),
     "aarch64": (0xC00000B7, {
@@ -217,7 +218,7 @@ _ARCH: dict[str, tuple[int, dict[str, int]]] = {
         "sethostname": 161, "setdomainname": 162, "settimeofday": 170, "clock_settime": 112, "clock_adjtime": 266,
         "adjtimex": 171, "acct": 89, "quotactl": 60, "personality": 92, "execve": 221, "execveat": 281,
         "setsid": 157, "setpgid": 154, "clone": 220, "socket": 198, "mknodat": 33, "fanotify_init": 262,
-        "kcmp": 272, "syslog": 116,
+        "kcmp": 272, "syslog": 116, "shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180,
     }),
 }  # fmt: skip
 _NEWER = {

@@ -1,0 +1,39 @@
+"""The functions' numbers in Prometheus' names. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: Upper bounds of the latency's histogram, seconds.
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+HELP = {
+    "edgeward_function_calls_total": "Calls that came to an end.",
+    "edgeward_function_failed_total": "Calls without an answer, by what went wrong.",
+    "edgeward_function_seconds_total": "Time that calls took.",
+    "edgeward_function_latency_total": "Calls that took at most `le` seconds.",
+    "edgeward_function_in_hand": "Calls that run or wait.",
+    "edgeward_function_instances": "Instances that are there.",
+    "edgeward_function_cold_starts_total": "Instances started, of the versions that are there.",
+    "edgeward_function_log_dropped_total": "Log lines that were not kept because the disk could not keep up.",
+}
+
+
+def metrics(counters: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """From ``Dispatcher.counters()``."""
+    p, values = "edgeward_function_", dict[str, float]()
+    for key, c in counters.items():
+        function = f'function="{key}"'
+        values[f"{p}calls_total{{{function}}}"] = float(c["calls"])
+        values[f"{p}seconds_total{{{function}}}"] = float(c["seconds"])
+        values[f"{p}in_hand{{{function}}}"] = float(c["in_hand"])
+        values[f"{p}instances{{{function}}}"] = float(c["instances"])
+        values[f"{p}cold_starts_total{{{function}}}"] = float(c["cold"])
+        values[f"{p}log_dropped_total{{{function}}}"] = float(c["log_dropped"])
+        for kind, n in c["failed"].items():
+            values[f'{p}failed_total{{{function},kind="{kind}"}}'] = float(n)
+        total = 0
+        for bound, n in zip((*map(str, BUCKETS), "+Inf"), c["latency"], strict=True):
+            total += n
+            values[f'{p}latency_total{{{function},le="{bound}"}}'] = float(total)
+    return values
