@@ -68,21 +68,23 @@ async def api(
             metrics=lambda: "",
             info={},
         )
-        tasks = []
-        for node in ("plant-1", "shop-1"):
-            bus = await f.bus(node)
-            before = len(bus.client._subs)
-            tasks.append(asyncio.create_task(CallServer(node, handlers(node)).run(bus.client)))
-            while len(bus.client._subs) == before:  # noqa: ASYNC110 - turn by turn
-                await asyncio.sleep(0)
-            await bus.flush()
-            await f.ask(node, "beat", BeatAsk(1, "run"), BeatAnswer)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://hub/api/v1") as client:
-            yield client, f, asked
-        assert not any(t.done() for t in tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            for node in ("plant-1", "shop-1"):
+                bus = await f.bus(node)
+                before = len(bus.client._subs)
+                tasks.append(asyncio.create_task(CallServer(node, handlers(node)).run(bus.client)))
+                while len(bus.client._subs) == before:  # noqa: ASYNC110 - turn by turn
+                    await asyncio.sleep(0)
+                await bus.flush()
+                await f.ask(node, "beat", BeatAsk(1, "run"), BeatAnswer)
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://hub/api/v1") as client:
+                yield client, f, asked
+            assert not any(t.done() for t in tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def refused(answer: httpx.Response, status: int, **members: Any) -> None:

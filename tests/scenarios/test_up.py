@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -75,6 +76,12 @@ def test_up_runs_restarts_its_children_and_keeps_its_state(systems: Callable[...
     assert again.get("app", "web")["metadata"]["uid"] == app["metadata"]["uid"]
 
 
+def send(pid: int, sig: int) -> None:
+    """To a process that may have ended by itself."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, sig)
+
+
 def test_all_killed_at_once_comes_back_as_it_was(systems: Callable[..., Any]) -> None:
     """The power goes: supervisor, hub, agent, both brokers and the apps, in one moment."""
     up = systems("a", "up")
@@ -96,13 +103,19 @@ def test_all_killed_at_once_comes_back_as_it_was(systems: Callable[..., Any]) ->
     up.wait("some readings", lambda: publisher.acked_count() > 50)
     before = [up.get(kind)["items"] for kind in ("apps", "services", "exports", "nodes")]
 
-    pids = [up.process.pid, *up.context["pids"].values(), *up.processes()]
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    # in one moment: first nobody moves any more, so nobody sees another one die and starts it again
+    os.kill(up.process.pid, signal.SIGSTOP)
+    stopped = {up.process.pid}
+    while new := {*up.context["pids"].values(), *up.processes()} - stopped:
+        for pid in new:
+            send(pid, signal.SIGSTOP)
+        stopped |= new
+    for pid in stopped:
+        send(pid, signal.SIGKILL)
     up.process.wait()
     publisher.end(0)
     acked = publisher.acked()
-    assert up.processes() == []
+    up.wait("nothing is left", lambda: not up.processes())
     up.ready_file.unlink()
     again = systems("a", "up")
     assert again.context["nodes"][0]["mqtt_url"] == node["mqtt_url"], "devices find it where it was"
