@@ -219,6 +219,9 @@ def test_variants() -> None:
     assert got(shelf, "/b") == (False, False)
     # two fields that mean one value together are one variant; another route's answers are none of ours
     assert got(shelf, "/a", "Accept: x, y", "Accept-Language: de", owner="other") == (False, False)
+    for owner in ("one", "two"):
+        put(shelf, "/o", owner=owner)
+    assert got(shelf, "/o", owner="one") == got(shelf, "/o", owner="two") == (True, False)
     for n in range(VARIANTS * 3):
         put(shelf, "/v", "Vary: X", ask=(f"X: {n}",))
     assert got(shelf, "/v", f"X: {VARIANTS * 3 - 1}") == (True, False)

@@ -149,8 +149,14 @@ def test_stays_up_when_the_target_is_gone(rig: Rig, client: Connect, now: Clock)
     assert (got.status, got.body) == (200, b"1")
     assert got.headers["cache-status"] == "edgeward; hit; ttl=-40; detail=stale-if-error-503"
     assert c.get("/strict/").status == 503
+    port = target.port
+    rig.routes.clear()
+    rig.route("/", key="default/r0", cache=CacheConfig(stale_if_error=600.0))  # no endpoint at all
+    assert c.get("/").headers["cache-status"] == "edgeward; hit; ttl=-40; detail=stale-if-error-503"
+    rig.routes.clear()
+    rig.route("/", port, key="default/r0", cache=CacheConfig(stale_if_error=600.0), failures=2, pause=3600.0)
     rig.call(target.server.close)
-    for _ in range(3):
+    for _ in range(5):  # nobody listens, and then the circuit is open
         assert c.get("/").status == 200
     now.at += 600
     assert c.get("/").status in (502, 503)

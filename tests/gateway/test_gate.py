@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -388,3 +389,18 @@ def test_events_pass_as_they_come(rig: Rig, client: Connect) -> None:
     rig.call(more.set)
     c.until(b"data: 2\n\n")
     c.until(b"0\r\n\r\n")
+
+
+def test_a_listener_that_is_taken_away(rig: Rig, client: Connect) -> None:
+    rig.route("/", rig.target(plain(b"x")).port)
+    before = client()
+    assert before.get("/").status == 200
+    old = rig.port
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        rig.port = s.getsockname()[1]
+    rig.apply()
+    assert client().get("/").status == 200  # at the new one
+    assert before.get("/").status == 200  # what is open stays
+    with pytest.raises(ConnectionRefusedError):
+        Client(old)

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ import pytest
 
 from edgeward.lab.emulated import _UnixConnection
 
+ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import http.server, os, sys
 class H(http.server.BaseHTTPRequestHandler):
@@ -75,10 +77,28 @@ class Door:
         self._at = (str(parts.hostname), int(parts.port or 80))
         self._connection = http.client.HTTPConnection(*self._at, timeout=60)
 
-    def get(self, path: str) -> tuple[int, bytes, http.client.HTTPMessage]:
-        self._connection.request("GET", path)
+    def get(self, path: str, body: bytes | None = None) -> tuple[int, bytes, http.client.HTTPMessage]:
+        self._connection.request("GET" if body is None else "POST", path, body)
         got = self._connection.getresponse()
         return got.status, got.read(), got.headers
+
+
+def test_the_example_answers_with_its_origin_gone(systems: Callable[..., Any]) -> None:
+    system = systems("e", "up")
+    system.run("apply", "-f", str(ROOT / "examples" / "02-answers-at-the-edge"), "--wait")
+    url = system.context["nodes"][0]["gateway_url"]
+    door = Door(url)
+    system.wait("the function", lambda: door.get("/hello", b"edge")[0] == 200)
+    assert json.loads(door.get("/hello", b"edge")[1])["hello"] == "edge"
+    assert door.get("/hello")[0] == 405
+    system.wait("the origin", lambda: door.get("/news/today")[:2] == (200, b"news of /news/today\n"))
+    app = system.get("app", "news")
+    system.apply({"kind": "App", "metadata": {"name": "news"}, "spec": {**app["spec"], "replicas": 0}})
+    # what is not in the cache fails, what is goes on
+    system.wait("the origin's end", lambda: door.get("/news/other")[0] in (502, 503))
+    stale = system.wait("what is stale", lambda: (got := door.get("/news/today"))[0] == 200 and got)
+    assert stale[1] == b"news of /news/today\n"
+    system.wait("the word for it", lambda: "stale-if-error" in door.get("/news/today")[2]["cache-status"])
 
 
 def test_a_gateway_through_changes_and_kills(systems: Callable[..., Any], news: int) -> None:

@@ -84,7 +84,8 @@ class Exchange:
                 if self.rule.balance.endpoints
                 else f"{self.rule.config.target} has no endpoint here"
             )
-            self._refuse(503, why, [("retry-after", str(wait))])
+            if self.stored is None or not self._stand_in(503):
+                self._refuse(503, why, [("retry-after", str(wait))])
             return
         self.endpoint = endpoint
         self.rule.balance.circuits[endpoint].took()

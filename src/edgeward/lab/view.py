@@ -50,7 +50,8 @@ def show_ready(cluster: Cluster, links: str = "") -> None:
     if links:
         console.print(f"  links: {links}", soft_wrap=True)
     for node in context["nodes"]:
-        console.print(f"  node {node['name']} of site {node['site']}: MQTT {node['mqtt_url']}", soft_wrap=True)
+        gateway = f", gateway {node['gateway_url']}" if node["gateway_url"] else ""
+        console.print(f"  node {node['name']} of site {node['site']}: MQTT {node['mqtt_url']}{gateway}", soft_wrap=True)
     console.print(
         "\nTry, in another terminal:\n"
         + "".join(f"  {line}\n" for line in proposals(file))
