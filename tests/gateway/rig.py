@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import uvloop
 
 from edgeward.core.invocation import Call, Reply
 from edgeward.gateway.balance import Endpoint
@@ -71,7 +72,7 @@ class Target:
         low = head.lower()
         if b"transfer-encoding: chunked" in low:
             body = b""
-            while size := int(await reader.readline(), 16):
+            while size := int(await reader.readuntil(b"\n"), 16):
                 body += await reader.readexactly(size)
                 await reader.readexactly(2)
             await reader.readexactly(2)
@@ -88,7 +89,7 @@ class Rig:
     """A Gate in a loop of its own. ``do`` runs a coroutine there, ``call`` a function."""
 
     def __init__(self, folder: Path) -> None:
-        self.loop = asyncio.new_event_loop()
+        self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # as the plane has it
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         self.heard = Heard()

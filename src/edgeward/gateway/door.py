@@ -319,8 +319,9 @@ class Door(asyncio.Protocol):
     # -- answers -------------------------------------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
-        if self.transport is not None:
-            self.transport.write(data)
+        transport = self.transport
+        if transport is not None and not transport.is_closing():
+            transport.write(data)
 
     def switch(self) -> None:
         """From here on the bytes are the two sides' own."""

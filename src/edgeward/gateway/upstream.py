@@ -60,8 +60,9 @@ class Connection(asyncio.Protocol):
         self.write(head)
 
     def write(self, data: bytes) -> None:
-        if self.transport is not None and not self.closed:
-            self.transport.write(data)
+        transport = self.transport
+        if transport is not None and not self.closed and not transport.is_closing():
+            transport.write(data)
 
     def pause(self) -> None:
         if self.transport is not None and not self.closed and not self._paused:
