@@ -32,6 +32,13 @@ def made(kind: str, spec: dict[str, Any], **meta: Any) -> Any:
         ("Site", {"prefixes": ["10.0.0.0/8", "10.1"]}, "$.spec.prefixes[1]", "10.1.0.0/16"),
         ("Site", {"prefixes": ["10.1.0.1/16"]}, "$.spec.prefixes[0]", "host bits set"),
         ("Site", {"prefixes": ["fd00::/129"]}, "$.spec.prefixes[0]", "write a network as"),
+        ("Site", {"addresses": ["a.example.org:80", "192.0.2.256"]}, "$.spec.addresses[1]", "write an IP address"),
+        ("Site", {"addresses": ["http://a.example.org/"]}, "$.spec.addresses[0]", "is no address"),
+        ("Site", {"addresses": ["[192.0.2.1]:80"]}, "$.spec.addresses[0]", "is no address"),
+        ("Site", {"addresses": ["[2001:db8::1]"]}, "$.spec.addresses[0]", "is no address"),
+        ("Site", {"addresses": ["192.0.2.1:65536"]}, "$.spec.addresses[0]", "is no address"),
+        ("Site", {"addresses": ["a b"]}, "$.spec.addresses[0]", "is no address"),
+        ("Site", {"addresses": ["a.example.org\n"]}, "$.spec.addresses[0]", "is no address"),
     ],
 )
 def test_refusals(kind: str, spec: dict[str, Any], field: str, says: str) -> None:
@@ -66,3 +73,11 @@ def test_the_state_that_people_see(status: dict[str, Any], state: str) -> None:
     assert (shown["SITE"], shown["STATE"], shown["VERSION"]) == ("plant", state, "")
     d.pop("status")
     assert {c.title: c.value(d) for c in kinds.get("Node").columns}["STATE"] == "never seen"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["192.0.2.1", "192.0.2.1:80", "2001:db8::1", "[2001:db8::1]:8443", "localhost", "edge-1.example.org:65535"],
+)
+def test_addresses_of_a_site(address: str) -> None:
+    assert made("Site", {"addresses": [address]}).spec.addresses == [address]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -27,6 +28,14 @@ class SiteSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     displayName: Annotated[str, Meta(description="For people", max_length=256)] = ""
     coordinates: Annotated[Coordinates | None, Meta(description="Where it is")] = None
     prefixes: Annotated[list[str], Meta(description="Networks of the site in CIDR form")] = []
+    addresses: Annotated[
+        list[str],
+        Meta(
+            description="Where clients of the site find its gateway, e.g. 192.0.2.1, [2001:db8::1]:8443, host:80; "
+            "steering tells them so",
+            max_length=16,
+        ),
+    ] = []
 
 
 class NodeSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -51,6 +60,34 @@ def _check_site(r: Resource) -> None:
             ipaddress.ip_network(prefix)
         except ValueError as e:
             raise Invalid(str(e), field=f"$.spec.prefixes[{n}]", remedy="write a network as 10.1.0.0/16") from None
+
+    for n, address in enumerate(r.spec.addresses):
+        if not _is_address(address):
+            raise Invalid(
+                f"{address[:60]!r} is no address",
+                field=f"$.spec.addresses[{n}]",
+                remedy="write an IP address or a host name, with a port if need be: 192.0.2.1:80, [2001:db8::1]:80",
+            )
+
+
+_HOST = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*", re.I)
+
+
+def _is_address(text: str) -> bool:
+    """An IPv4 or IPv6 address or a host name, each with or without a port (IPv6 then in brackets)."""
+    host, port = text, "1"
+    if text.startswith("["):
+        host, _, port = text[1:].partition("]:")
+        if ":" not in host:
+            return False
+    elif text.count(":") == 1:
+        host, _, port = text.partition(":")
+    if not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
+        return False
+    try:
+        return "%" not in host and bool(ipaddress.ip_address(host))
+    except ValueError:
+        return _HOST.fullmatch(host) is not None and not host.rpartition(".")[2].isdigit()
 
 
 def _node_refs(r: Resource) -> list[Ref]:
@@ -87,6 +124,7 @@ kinds.add(
         doc="Nodes that share a local network.",
         namespaced=False,
         scope="site",
+        newer={"addresses": 2},
         check=_check_site,
         columns=(
             Column("DISPLAY", lambda d: d["spec"].get("displayName", "")),
