@@ -202,3 +202,11 @@ def test_shares_are_drawn_by_network_and_said() -> None:
     assert str(client_address(" fe80::1%eth0 ")) == "fe80::1"
     with pytest.raises(ValueError, match="does not appear"):
         client_address("plant")
+
+
+def test_a_prefix_that_is_too_short_is_no_place_in_a_longer_one() -> None:
+    prefixes = Prefixes([edge("a", "10.0.0.0/16"), edge("b", "10.0.0.0/8")])
+    ten = 10 << 24
+    assert prefixes.match(4, ten, 8) == (("10.0.0.0/8", "b"), 16)
+    assert prefixes.match(4, ten, 16) == (("10.0.0.0/16", "a"), 16)
+    assert prefixes.match(4, ten, 7) == (None, 16)
