@@ -14,9 +14,9 @@ import uvicorn
 
 from edgeward.cli.kinds import load_kinds
 from edgeward.core.access import record_routes
-from edgeward.core.api import Principal, build_app
+from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
-from edgeward.core.authz import administrator
+from edgeward.core.authz import Principal, administrator
 from edgeward.core.errors import Unauthorized
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resources import Resources

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.core.test_api import events, serving
+from tests.core.served import events, serving
 
 from edgeward.core import clock
 from edgeward.core.access import record_routes

@@ -14,8 +14,9 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from tests.core.pair import free_port
 
-from edgeward.core import api, http_guard
+from edgeward.core import http_guard, streaming
 from edgeward.core.access import opened
+from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
 from edgeward.core.authz import Principal, administrator
 from edgeward.core.daemon import http_server, memory_mb
@@ -35,10 +36,10 @@ def auth(token: str | None, _: Any) -> Principal:
 @asynccontextmanager
 async def door() -> AsyncIterator[int]:
     async def size(request: Request) -> Response:
-        return PlainTextResponse(str(len(await api.read_body(request))))
+        return PlainTextResponse(str(len(await streaming.read_body(request))))
 
     resources, port = Resources(SqliteStore(), Audit()), free_port()
-    app = api.build_app(
+    app = build_app(
         resources, resources.store, auth=auth, health=lambda: (True, {}), metrics=lambda: "", info={},
         extra_routes=[Route("/size", opened(size), methods=["POST"])],
     )  # fmt: skip
@@ -143,7 +144,7 @@ def test_64_mib_of_body_are_refused_by_their_announcement_or_on_the_way(monkeypa
             # without a token nothing of it is read at all
             unknown = b"POST /api/v1/configs HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (64 * MIB)
             assert await status(port, unknown) == 401
-            monkeypatch.setattr(api, "BODY_TIME", 0.5)
+            monkeypatch.setattr(streaming, "BODY_TIME", 0.5)
             assert await status(port, head + b"Content-Length: 10\r\n\r\n", body=b"12345") == 408
             assert await status(port, GOOD) == 200
 

@@ -16,8 +16,8 @@ import pytest
 from edgeward.agent.kinds import load as load_agent
 from edgeward.agent.main import Agent
 from edgeward.core.access import Action, action_of
-from edgeward.core.api import Gate
 from edgeward.core.authz import VERBS
+from edgeward.core.gate import Gate
 from edgeward.core.registry import kinds
 from edgeward.core.resource import decode
 from edgeward.core.roles import AccessTokenSpec

@@ -12,10 +12,10 @@ from starlette.routing import Route
 
 from edgeward.agent.keeper import Keeper
 from edgeward.core.access import needs
-from edgeward.core.api import parse_body, read_body
+from edgeward.core.body import parse_body
 from edgeward.core.describe import described
 from edgeward.core.errors import EdgewardError, Invalid
-from edgeward.core.streaming import json, only
+from edgeward.core.streaming import json, only, read_body
 from edgeward.gateway.relay import BODY, EXPLAIN, Purge, Purged, explain_args, purge_args
 from edgeward.gateway.stats import HELP
 

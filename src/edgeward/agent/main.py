@@ -35,7 +35,7 @@ from edgeward.agent.replica import Replica
 from edgeward.agent.timekeeping import Timekeeper
 from edgeward.core import clock, daemon
 from edgeward.core.access import Action, declare, needs, record_routes, top_sift
-from edgeward.core.api import Auth, Gate, build_app, read_body
+from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
 from edgeward.core.authz import Principal, administrator
 from edgeward.core.bus import Bus
@@ -43,6 +43,7 @@ from edgeward.core.chain import Head
 from edgeward.core.describe import LOGS, described
 from edgeward.core.errors import EdgewardError, NotFound, Unreachable
 from edgeward.core.files import read_json
+from edgeward.core.gate import Auth, Gate
 from edgeward.core.identity import NodeIdentity, inbox_prefix
 from edgeward.core.invocation import MAX_BODY
 from edgeward.core.natsserver import AGENT_USER, NatsServer, NodeSpec, free_port
@@ -52,7 +53,7 @@ from edgeward.core.resource import Key, Resource
 from edgeward.core.resources import Resources
 from edgeward.core.scope import check_local
 from edgeward.core.store import Change
-from edgeward.core.streaming import flag, json, number
+from edgeward.core.streaming import flag, json, number, read_body
 from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
 from edgeward.functions.edge import Sections, read_logs

@@ -2,7 +2,7 @@
 
 A route's handler is wrapped by :func:`needs`, :func:`signed_in` or :func:`opened`; the wrapper carries the
 :class:`Action`, so that a test can walk the routes, and a route that declares nothing is for administrators only. The
-decision itself is in ``authz.py`` and pure; who calls is put into the request by the gate of ``api.py``.
+decision itself is in ``authz.py`` and pure; who calls is put into the request by ``gate.py``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from edgeward.core import clock
 from edgeward.core.authz import ANY, HUB, VERBS, Ask, Principal, Rule, beyond, perhaps
+from edgeward.core.body import parse_body
 from edgeward.core.describe import FOLLOW, RECORDS, about_of, described
 from edgeward.core.errors import Invalid, Unauthorized
 from edgeward.core.records import KEEP, Records
@@ -26,7 +27,7 @@ from edgeward.core.resource import CLUSTER, Key, Metadata, Resource, check_name
 from edgeward.core.resources import Resources
 from edgeward.core.roles import AccessTokenSpec
 from edgeward.core.store import Store
-from edgeward.core.streaming import flag, follow, json, number, sifted
+from edgeward.core.streaming import flag, follow, json, number, read_body, sifted
 from edgeward.core.tokens import DEFAULT_TTL, expiry, make_token, rules_of
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -94,6 +95,12 @@ def principal(request: Request) -> Principal:
     if not isinstance(found, Principal):
         raise Unauthorized("nobody was found to be asking", remedy="the API's gate must stand before every route")
     return found
+
+
+def actor_of(request: Request) -> dict[str, str]:
+    """Who writes and from where, for the audit."""
+    client = request.client
+    return {"actor": principal(request).name, "source": client.host if client and client.host else "local"}
 
 
 def _check(request: Request, action: Action) -> None:
@@ -375,8 +382,6 @@ class _Issue:
     @described("Make an access token; its text is shown here only", body=AccessTokenAsk, code=201)
     async def token(self, request: Request) -> Response:
         """``{role, ttl, name, sites, description}`` -> ``{token, name, expires}``; the token is shown here only."""
-        from edgeward.core.api import actor_of, parse_body, read_body
-
         who = principal(request)
         ask = Ask("issue", "AccessToken", CLUSTER)
         if not perhaps(who.rules, ask.verb, ask.kind, ask.namespace):

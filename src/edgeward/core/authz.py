@@ -3,7 +3,7 @@
 A *rule* allows verbs on kinds, in namespaces, of objects whose labels a selector takes. Rules only ever allow; what no
 rule allows is refused. A *role* is a list of rules, three are built in. Nobody can give away more than they have:
 :func:`beyond` says what of a wished set of rules is not covered by the giver's own. Where the rules come from is in
-``roles.py``; where every call passes this decision, in ``access.py`` and ``api.py``.
+``roles.py``; where every call passes this decision, in ``access.py`` and ``gate.py``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Small pieces of HTTP that the hub and the agent share: numbers of a query, lines and events as they come.
+"""Small pieces of HTTP that the hub and the agent share: a body, numbers of a query, lines and events as they come.
 
 Handlers raise :class:`~edgeward.core.errors.EdgewardError`; the API turns those into problem documents.
 """
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -14,7 +15,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from edgeward.core.errors import Invalid
+from edgeward.core.errors import Invalid, TooLarge, TooSlow
+from edgeward.core.resource import MAX_DOCUMENT
+
+#: Seconds that a body may take.
+BODY_TIME = 60.0
 
 
 class Piece(bytes):
@@ -26,6 +31,24 @@ class Piece(bytes):
         made = super().__new__(cls, data)
         made.mark = mark
         return made
+
+
+async def read_body(request: Request, limit: int = MAX_DOCUMENT) -> bytes:
+    """The body, refused as soon as it is known to be too large."""
+    remedy = f"at most {limit} bytes"
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and int(length) > limit:
+        raise TooLarge(f"the body has {length} bytes", remedy=remedy)
+    data = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIME):
+            async for piece in request.stream():
+                data += piece
+                if len(data) > limit:
+                    raise TooLarge(f"the body has more than {limit} bytes", remedy=remedy)
+    except TimeoutError:
+        raise TooSlow(f"the body was not there within {BODY_TIME:g} s", remedy="send it again, faster") from None
+    return bytes(data)
 
 
 def number(request: Request, name: str, default: int, *, low: int = 0, high: int = 2**53) -> int:

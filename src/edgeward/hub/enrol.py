@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from edgeward.core import clock
 from edgeward.core.access import needs, opened, principal
-from edgeward.core.api import parse_body, read_body
+from edgeward.core.body import parse_body
 from edgeward.core.certs import Trust, fingerprint
 from edgeward.core.describe import described
 from edgeward.core.errors import Conflict, EdgewardError, Invalid, TooMany, Unreachable
@@ -28,7 +28,7 @@ from edgeward.core.identity import HubIdentity
 from edgeward.core.misfit import invalid_from
 from edgeward.core.quantity import parse_duration
 from edgeward.core.resource import check_name
-from edgeward.core.streaming import json
+from edgeward.core.streaming import json, read_body
 from edgeward.core.throttle import Throttle, source_of
 from edgeward.nodes.enrol import DEFAULT_TTL, Answer, EnrolAsk, Grant, LeaveAsk, RenewAsk
 from edgeward.nodes.enrol_cloud import Enrolment

@@ -11,12 +11,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edgeward.core.access import needs
-from edgeward.core.api import parse_body, read_body
+from edgeward.core.body import parse_body
 from edgeward.core.describe import described
 from edgeward.core.errors import Unreachable
 from edgeward.core.resource import CLUSTER, Key
 from edgeward.core.store import Store
-from edgeward.core.streaming import json, only
+from edgeward.core.streaming import json, only, read_body
 from edgeward.gateway.relay import BODY, CALL, EXPLAIN, Purge, Purged, explain_args, purge_args
 from edgeward.nodes.calls import call
 from edgeward.nodes.cloud import NodesCloud

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from edgeward.core import clock
 from edgeward.core.access import opened, principal, signed_in
-from edgeward.core.api import parse_body, read_body
+from edgeward.core.body import parse_body
 from edgeward.core.describe import described
 from edgeward.core.errors import Conflict, EdgewardError, Invalid, NotFound, Refused, TooMany, Unauthorized, Unreachable
 from edgeward.core.fetch import WAIT, fetch
@@ -30,7 +30,7 @@ from edgeward.core.registry import kinds
 from edgeward.core.resource import CLUSTER, Key, Metadata, Resource
 from edgeward.core.resources import Resources
 from edgeward.core.roles import AccessTokenSpec
-from edgeward.core.streaming import json
+from edgeward.core.streaming import json, read_body
 from edgeward.core.throttle import Throttle, source_of
 from edgeward.core.tokens import expiry, make_token, rules_of
 from edgeward.hub.idtoken import Settings, check, key_id, role_of, verify

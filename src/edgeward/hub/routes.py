@@ -23,7 +23,6 @@ from edgeward.core.access import (
     record_routes,
     top_sift,
 )
-from edgeward.core.api import read_body
 from edgeward.core.authz import Ask
 from edgeward.core.describe import FOLLOW, LOGS, described
 from edgeward.core.errors import EdgewardError, NotFound, Unreachable
@@ -32,7 +31,7 @@ from edgeward.core.records import Records
 from edgeward.core.registry import kinds
 from edgeward.core.resource import CLUSTER, Key, Resource, from_stored, merge_patch, to_stored
 from edgeward.core.store import Store
-from edgeward.core.streaming import flag, json, ndjson, number
+from edgeward.core.streaming import flag, json, ndjson, number, read_body
 from edgeward.functions.cloud import takes
 from edgeward.functions.relay import INVOKE, SILENCE, answer, call_args, log_args
 from edgeward.functions.relay import LOGS as FUNCTION_LOGS
