@@ -360,7 +360,7 @@ def test_a_loud_app_is_held_and_a_removed_one_leaves_no_log(tmp_path: Path) -> N
             assert await node.runs("loud") == [one]
             assert node.said["loud"]["notEnforced"] == []
             got = b""
-            async with contextlib.aclosing(edge.logs("default", "loud", tail=2, follow=True)) as pieces:  # type: ignore[type-var]
+            async with contextlib.aclosing(edge.logs.read("default", "loud", tail=2, follow=True)) as pieces:  # type: ignore[type-var]
                 async for piece in pieces:
                     got += piece
                     if len(got) > cap:
@@ -391,7 +391,7 @@ def test_a_line_of_an_ordinary_app_is_never_lost(tmp_path: Path) -> None:
         async def some(edge: AppsEdge, count: int, total: int) -> None:
             """So many batches more, read as they come behind what was read before, to so many lines."""
             nonlocal got, mark
-            logs = edge.logs("default", "web", tail=0, follow=True, after=mark)
+            logs = edge.logs.read("default", "web", tail=0, follow=True, after=mark)
             async with contextlib.aclosing(logs) as pieces:  # type: ignore[type-var]
                 following = asyncio.ensure_future(anext(pieces))
                 await asyncio.sleep(0)  # it stands at the end of what was written

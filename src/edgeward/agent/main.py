@@ -600,7 +600,7 @@ class Agent:
         return StreamingResponse(self._logs(args), media_type="text/plain; charset=utf-8")
 
     async def _logs(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
-        pieces = self.apps.logs(
+        pieces = self.apps.logs.read(
             str(args["namespace"]),
             str(args["name"]),
             tail=int(args.get("tail", 200)),
