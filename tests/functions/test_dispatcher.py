@@ -104,6 +104,24 @@ async def test_harm_is_contained_named_and_over(
 
 
 @looped
+async def test_a_start_that_was_made_ready_is_held_to_its_limits_as_any_other(tmp_path: Path) -> None:
+    async with Node(tmp_path) as node:
+        node.d.configure([function("moody", MOODS, limits={"timeout": "5s", "memory": "64Mi", "pids": 4})])
+        assert (await node.call("moody", timeout=20)).body == b"well"
+        first = node.status("moody")["enforced"]
+        await until(lambda: node.d.nursery._spare is not None, 20)
+        assert (await node.fails("moody", b"kill")).kind == "crashed"
+        again = await node.call("moody", timeout=20)
+        assert (again.body, again.cold) == (b"well", True)
+        (link,) = node.d._functions["default/moody"].current.links  # type: ignore[union-attr]
+        assert "spare" in link.child.cage.instance  # type: ignore[union-attr]
+        assert node.status("moody")["enforced"] == first
+        assert (await node.fails("moody", b"bomb")).kind == "error"
+        error = await node.fails("moody", b"hog")
+        assert (error.kind, error.limit) == ("memory", {"memory": 64 << 20})
+
+
+@looped
 async def test_a_worker_that_does_not_keep_to_the_protocol_is_ended(tmp_path: Path) -> None:
     code = """
 import contextlib, os, time

@@ -94,12 +94,12 @@ class Dispatcher:
     ) -> None:
         self.folder, self.node, self.site = ensure_dir(folder), node, site
         self.tmp = ensure_dir(folder / "tmp")
-        self.nursery = Nursery(folder / "zygote.log", node)
         self._report, self._tell, self._good = report, tell, good
         self._functions: dict[str, Function] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         # groups are named by the folder too: on one machine several nodes may have one name
         self._prefix = f"fn-{zlib.crc32(str(folder.absolute()).encode()):08x}-"
+        self.nursery = Nursery(folder / "zygote.log", node, self._prefix)
         self._serial = int(clock.now() * 1000) % 0xFFFFFFFF
         self._instances = 0
         self._calls = 0

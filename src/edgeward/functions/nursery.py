@@ -34,6 +34,8 @@ _START = 20.0
 _CLOSE = 10.0
 #: How often, and after how many seconds again, what a worker left behind is ended.
 _TRIES, _AGAIN = 200, 0.02
+#: What a spare's groups allow until it is known what it becomes.
+_NO_MEMORY, _NO_PIDS = 1 << 40, 4096
 _PASSED_ON = ("PATH", "PYTHONPATH", "PYTHONHOME", "EDGEWARD_DATA", "EDGEWARD_PLANE", "LD_LIBRARY_PATH", "TZ")
 
 
@@ -68,8 +70,9 @@ class Child:
 
 
 class Nursery:
-    def __init__(self, log_file: Path, node: str) -> None:
-        self._log_file, self._node = log_file, node
+    def __init__(self, log_file: Path, node: str, prefix: str) -> None:
+        """``prefix``: of the names of its groups."""
+        self._log_file, self._node, self._prefix = log_file, node, prefix
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -80,6 +83,8 @@ class Nursery:
         self._cleaning: set[asyncio.Task[None]] = set()
         self._failures, self._not_before = 0, 0.0
         self._closed = False
+        self._spare: Child | None = None
+        self._sparing: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int:
@@ -174,7 +179,8 @@ class Nursery:
                 break
             await asyncio.sleep(_AGAIN)  # the period of looking whether they are gone
         await asyncio.to_thread(cgroup.remove, self._node, cage.instance)
-        await asyncio.to_thread(shutil.rmtree, cage.tmp, True)
+        if cage.tmp:
+            await asyncio.to_thread(shutil.rmtree, cage.tmp, True)
 
     def _lost(self, why: str) -> None:
         """The zygote is gone, and so are its workers."""
@@ -188,6 +194,7 @@ class Nursery:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1)
         ready, self._ready = self._ready, None
+        self._spare = None
         if not self._closed:
             self._failures += 1
             self._not_before = time.monotonic() + min(30.0, 0.1 * 2**self._failures)
@@ -202,39 +209,81 @@ class Nursery:
             self._gone(number, -signal.SIGKILL)
 
     async def spawn(self, cage: Cage, env: dict[str, str], *, probe: bool = False) -> Child:
-        """A new worker in its cage. Raises ``Unreachable``."""
+        """A new worker in its cage; ``cage.instance`` may be another one afterwards. Raises ``Unreachable``."""
         async with self._slots:
             await self.start()
+            spare, self._spare = self._spare, None
+            if spare is None or spare.ended.done() or cage.cpu is not None or probe:
+                self._spare = spare
+                await asyncio.to_thread(self._prepare, cage)
+                child = await self._fork(zygote.Spawn(cage, env, probe))
+            else:
+                child = await self._dress(spare, cage, env)
+        if self._spare is None and self._sparing is None and not probe and not self._closed:
+            self._sparing = asyncio.ensure_future(self._make_spare())
+            self._cleaning.add(self._sparing)
+            self._sparing.add_done_callback(self._cleaning.discard)
+        return child
+
+    async def _make_spare(self) -> None:
+        """A worker that has entered its groups already: with cgroups v1 that is most of what a start takes."""
+        try:
+            cage = Cage(f"{self._prefix}{os.getpid():x}-spare-{self._last}", "", memory=_NO_MEMORY, pids=_NO_PIDS)
             await asyncio.to_thread(self._prepare, cage)
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            ours.setblocking(False)
-            self._last += 1
-            number, loop = self._last, asyncio.get_running_loop()
-            child = self._children[number] = Child(cage, ours, loop.create_future())
-            born = self._born[number] = loop.create_future()
-            try:
-                with theirs:
-                    if self._control is None:
-                        raise OSError("it has just ended")
-                    message = zygote.NUMBER.pack(number) + zygote.encode(zygote.Spawn(cage, env, probe))
-                    socket.send_fds(self._control, [message], [theirs.fileno()])
-                async with asyncio.timeout(_START):
-                    await born
-            except (OSError, TimeoutError) as e:
-                ours.close()
-                self._born.pop(number, None)
-                if self._children.pop(number, None) is not None:
-                    self._clean_up(cage)
-                raise Unreachable(f"a worker cannot be forked: {e or 'no answer'}") from None
-            except BaseException:
-                self._born.pop(number, None)
-                ours.close()  # the worker, if there is one, ends when it finds nobody there
-                raise
-            return child
+            self._spare = await self._fork(zygote.Spawn(cage, {}, spare=True))
+        except Unreachable as e:
+            log.info("no spare worker: %s", e)
+        finally:
+            self._sparing = None
+
+    async def _dress(self, spare: Child, cage: Cage, env: dict[str, str]) -> Child:
+        """Makes a spare the worker that is wanted: its groups get their limits, then it is told the rest."""
+        cage.instance = spare.cage.instance
+        spare.cage = cage
+        try:
+            await asyncio.to_thread(self._prepare, cage)
+            message = zygote.encode(zygote.Spawn(cage, env))
+            if spare.sock.send(len(message).to_bytes(4, "big") + message) < len(message) + 4:
+                raise OSError("its socket is full")
+        except BaseException as e:
+            spare.kill()
+            spare.sock.close()
+            if isinstance(e, OSError):
+                raise Unreachable(f"a worker cannot be told what it is: {e}") from None
+            raise
+        return spare
+
+    async def _fork(self, spawn: zygote.Spawn) -> Child:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.setblocking(False)
+        self._last += 1
+        number, loop = self._last, asyncio.get_running_loop()
+        child = self._children[number] = Child(spawn.cage, ours, loop.create_future())
+        born = self._born[number] = loop.create_future()
+        try:
+            with theirs:
+                if self._control is None:
+                    raise OSError("it has just ended")
+                message = zygote.NUMBER.pack(number) + zygote.encode(spawn)
+                socket.send_fds(self._control, [message], [theirs.fileno()])
+            async with asyncio.timeout(_START):
+                await born
+        except (OSError, TimeoutError) as e:
+            ours.close()
+            self._born.pop(number, None)
+            if self._children.pop(number, None) is not None:
+                self._clean_up(spawn.cage)
+            raise Unreachable(f"a worker cannot be forked: {e or 'no answer'}") from None
+        except BaseException:
+            self._born.pop(number, None)
+            ours.close()  # the worker, if there is one, ends when it finds nobody there
+            raise
+        return child
 
     def _prepare(self, cage: Cage) -> None:
         """Its folder and its groups."""
-        Path(cage.tmp).mkdir(mode=0o700)
+        if cage.tmp:
+            Path(cage.tmp).mkdir(mode=0o700)
         limits = cgroup.Limits(cage.memory, cage.cpu, cage.pids)
         made = cgroup.prepare(self._node, cage.instance, limits)
         cage.grouped, cage.ungrouped = made.enforced, made.refused

@@ -361,11 +361,15 @@ def _limit(what: int, value: int) -> None:
     resource.setrlimit(what, (value, value) if hard == resource.RLIM_INFINITY or value <= hard else (hard, hard))
 
 
-def enter(cage: Cage) -> Verdict:
-    """Puts the calling process into its cage, step by step; a step that fails is told and the next one is taken."""
-    verdict = Verdict()
+def enter(cage: Cage, outside: str) -> Verdict:
+    """Puts the calling process into its cage, step by step; a step that fails is told and the next one is taken.
+
+    ``outside``: why it is not in its groups (:func:`join`); empty: it is.
+    """
+    verdict = Verdict([] if outside else list(cage.grouped), dict(cage.ungrouped))
+    if outside:
+        verdict.refused.update(dict.fromkeys(cage.grouped, outside))
     root = os.geteuid() == 0
-    _groups(cage, verdict)
 
     def step(promises: tuple[str, ...], work: Callable[[], object]) -> bool:
         try:
@@ -421,20 +425,19 @@ def enter(cage: Cage) -> Verdict:
     return verdict
 
 
-def _groups(cage: Cage, verdict: Verdict) -> None:
-    """Enters the groups that were made for it."""
-    verdict.refused.update(cage.ungrouped)
+def join(doors: list[str]) -> str:
+    """Enters the groups behind these files; why not, or nothing. The kernel may take some 5 ms for each."""
     me = str(os.getpid()).encode()
     try:
-        for door in cage.doors:
+        for door in doors:
             fd = os.open(door, os.O_WRONLY | os.O_CLOEXEC)
             try:
                 os.write(fd, me)
             finally:
                 os.close(fd)
-        verdict.enforced += cage.grouped
     except OSError as e:
-        verdict.refused.update(dict.fromkeys(cage.grouped, f"it cannot be moved into its group: {e.strerror}"))
+        return f"it cannot be moved into its group: {e.strerror}"
+    return ""
 
 
 # -- is it true? -------------------------------------------------------------------------------------------------------

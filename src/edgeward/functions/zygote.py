@@ -53,6 +53,8 @@ class Spawn(msgspec.Struct):
     env: dict[str, str]
     #: Try the promises instead of serving: the answer is one ``Jailed`` frame.
     probe: bool = False
+    #: Only enter the groups, then wait for another ``Spawn`` as a frame on the worker's socket: a start that is ready.
+    spare: bool = False
 
 
 encode = msgspec.msgpack.Encoder().encode
@@ -117,6 +119,21 @@ class Zygote:
                 self._control.send(TOLD.pack(number, pid, os.waitstatus_to_exitcode(status)))
 
 
+def _frame(sock: socket.socket) -> bytes:
+    """One frame; raises ``ConnectionResetError`` when the other end closes."""
+
+    def exactly(size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            piece = sock.recv(size - len(data))
+            if not piece:
+                raise ConnectionResetError
+            data += piece
+        return data
+
+    return exactly(int.from_bytes(exactly(4), "big"))
+
+
 def _child(data: bytes, fd: int, others: tuple[socket.socket, ...]) -> None:
     """The worker, from the fork to its end. Never returns."""
     status = 1
@@ -129,8 +146,11 @@ def _child(data: bytes, fd: int, others: tuple[socket.socket, ...]) -> None:
         os.dup2(0, 1)  # /dev/null: the zygote's log is not theirs to fill
         os.dup2(0, 2)
         os.setsid()
+        outside = sandbox.join(spawn.cage.doors)
+        if spawn.spare:
+            spawn = _decode(_frame(sock))
         os.environ.update(spawn.env)
-        verdict = sandbox.enter(spawn.cage)
+        verdict = sandbox.enter(spawn.cage, outside)
         if spawn.probe:
             verdict = sandbox.attempts(spawn.cage, verdict)
         sock.sendall(invocation.frame(invocation.Jailed(os.getpid(), verdict.enforced, verdict.refused)))
