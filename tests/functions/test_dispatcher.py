@@ -125,21 +125,54 @@ async def test_a_start_that_was_made_ready_is_held_to_its_limits_as_any_other(tm
 async def test_a_worker_that_does_not_keep_to_the_protocol_is_ended(tmp_path: Path) -> None:
     code = """
 import contextlib, os, time
+from edgeward.core.invocation import Head, Log, Ready, frame
 
 def handler(event, context):
     if event.data == b"well":
         return "well"
+    said = {
+        b"long": (1 << 30).to_bytes(4, "big"), b"garbage": b"\\0\\0\\0\\1\\xc1",
+        b"twice": frame(Head(context.invocation, 200, [])) * 2,
+        b"start": frame(Ready(1, "again")),
+        b"fields": frame(Log("", 20, 0.0, "", {"a": "a" * 100000})) * 200,
+    }[event.data]
     for fd in range(3, 64):
         with contextlib.suppress(OSError):
-            os.write(fd, (1 << 30).to_bytes(4, "big") if event.data == b"long" else b"\\0\\0\\0\\1\\xc1")
+            while said:
+                said = said[os.write(fd, said):]
     time.sleep(1000)
 """
     async with Node(tmp_path) as node:
         node.d.configure([function("liar", code)])
         assert (await node.call("liar", b"well")).body == b"well"
         assert (await node.fails("liar", b"long")).kind == "too-large"
-        assert (await node.fails("liar", b"garbage")).kind == "crashed"
+        for lie in (b"garbage", b"start", b"fields"):
+            error = await node.fails("liar", lie)
+            assert (error.kind, "protocol" in error.message) == ("crashed", True), lie
+        twice = await node.call("liar", b"twice")
+        assert twice.chunks is not None
+        with pytest.raises(CallFailed, match="a second answer"):
+            await anext(twice.chunks)  # who reads the first is not left waiting
         assert (await node.call("liar", b"well")).body == b"well"
+
+
+@looped
+async def test_a_call_whose_caller_went_away_does_not_wait_on(tmp_path: Path) -> None:
+    code = "import time\ndef handler(e, c):\n    time.sleep(1000 if e.data == b'long' else 0)\n    return 'done'"
+    async with Node(tmp_path) as node:
+        node.d.configure([function("one", code, scale={"max": 1}, limits={"timeout": "60s"})])
+        assert (await node.call("one")).body == b"done"
+        long = asyncio.create_task(node.call("one", b"long"))
+        waiting = [asyncio.create_task(node.call("one", bytes(1000))) for _ in range(3)]
+        pool = node.d._functions["default/one"].current
+        assert pool is not None
+        await until(lambda: len(pool.queue) == 3)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert not pool.queue, "their events are not kept until the deadline"
+        long.cancel()
+        await asyncio.gather(long, return_exceptions=True)
 
 
 @looped

@@ -40,7 +40,7 @@ def test_the_filter_denies_what_it_lists_and_allows_the_rest(machine: str) -> No
     closed = program(network=False, may_fork=False, machine=machine)
     opened = program(network=True, may_fork=True, machine=machine)
     for name, nr in numbers.items():
-        if name not in ("clone", "socket", "fork", "vfork"):
+        if name not in ("clone", "socket", "fork", "vfork", "prctl"):
             assert _run(closed, machine, nr) & 0xFFFF0000 == _run(opened, machine, nr) & 0xFFFF0000 == _DENY, name
     assert _run(closed, machine, 435) == _DENY | 38, "clone3: not there, so that clone is used"
     assert _run(closed, machine, 425) & _DENY, "io_uring would go round the filter"
@@ -58,6 +58,9 @@ def test_the_filter_denies_what_it_lists_and_allows_the_rest(machine: str) -> No
     assert [_run(opened, machine, socket_, family) == _ALLOW for family in (1, 2, 10, 16, 17, 38, 40)] == [
         False, True, True, False, False, False, False,
     ]  # fmt: skip
+    death, name_of_thread = 1, 15
+    assert _run(opened, machine, numbers["prctl"], death) & _DENY, "it would live on without its zygote"
+    assert _run(opened, machine, numbers["prctl"], name_of_thread) == _ALLOW
     assert _run(opened, machine, 0, arch=0x40000003) & _DENY, "another machine's way to call"
     if machine == "x86_64":
         assert _run(opened, machine, 0x40000000 + 1) & _DENY, "x32"

@@ -153,6 +153,9 @@ class Dispatcher:
             return await job.future
         finally:
             f.in_hand -= 1
+            if job.future.cancelled():
+                for waiting in self._pools(f):
+                    waiting.forget(job)
 
     def _cannot(self, f: Function, call: Call) -> CallFailed:
         name = f.wanted.key

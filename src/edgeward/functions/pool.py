@@ -73,6 +73,8 @@ class _Stream:
         self._ended = False
 
     def add(self, data: bytes) -> None:
+        if not data:
+            return  # pieces of nothing would be without bound
         self._pieces.append(data)
         self._bytes += len(data)
         if self._bytes > _STREAM:
@@ -129,7 +131,7 @@ class Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for payload in self._frames.feed(data):
-                self._message(wire.decode_from_worker(payload))
+                self._message(wire.decode_from_worker(payload), len(payload))
         except wire.FrameTooLong:
             bound = self._pool.version.body
             self.end(self._pool.failure("too-large", f"the answer is over {bound} bytes", self.job, body=bound))
@@ -141,7 +143,7 @@ class Link(asyncio.Protocol):
 
     # -- messages --------------------------------------------------------------------------------------------------
 
-    def _message(self, message: wire.FromWorker) -> None:
+    def _message(self, message: wire.FromWorker, size: int) -> None:
         job = self.job
         kind = type(message)
         if kind is wire.Result:
@@ -149,24 +151,29 @@ class Link(asyncio.Protocol):
                 raise msgspec.ValidationError("an answer that nobody asked for")
             self._pool.answered(self, job, message)  # type: ignore[arg-type]
         elif isinstance(message, wire.Log):
-            self._logged += len(message.message) + 64
+            self._logged += size + 64
             if self._logged > _MAX_LOG:
                 raise msgspec.ValidationError("far too many log lines in one call")
             self._pool.say(message)
-        elif isinstance(message, wire.Jailed):
-            if self.jailed is None and not self.ready.done():
-                self.jailed = message
-        elif isinstance(message, wire.Ready):
-            if self.jailed is None:
-                raise msgspec.ValidationError("ready before it was jailed")
-            if not self.ready.done():
-                self.ready.set_result(None)
-        elif isinstance(message, wire.Broken):
-            if not self.ready.done():
-                self.ready.set_exception(EdgewardError(message.message))
-                self._pool.say(wire.Log("", 40, 0.0, message.trace or message.message))
+        elif isinstance(message, (wire.Jailed, wire.Ready, wire.Broken)):
+            self._of_start(message)
         else:
             self._of_call(job, message)
+
+    def _of_start(self, message: wire.Jailed | wire.Ready | wire.Broken) -> None:
+        if self.ready.done():
+            if self.leaving or self.ready.cancelled():
+                return
+            raise msgspec.ValidationError("a start that was over")
+        if isinstance(message, wire.Jailed):
+            self.jailed = self.jailed or message
+        elif isinstance(message, wire.Broken):
+            self.ready.set_exception(EdgewardError(message.message))
+            self._pool.say(wire.Log("", 40, 0.0, message.trace or message.message))
+        elif self.jailed is None:
+            raise msgspec.ValidationError("ready before it was jailed")
+        else:
+            self.ready.set_result(None)
 
     def _of_call(self, job: Job | None, message: Any) -> None:
         if job is None or message.id != job.id:
@@ -174,6 +181,8 @@ class Link(asyncio.Protocol):
         if isinstance(message, wire.Raised):
             self._pool.raised(self, job, message)
         elif isinstance(message, wire.Head):
+            if job.stream is not None:  # whoever reads the first one must hear of its end
+                raise msgspec.ValidationError("a second answer to one call")
             job.stream = _Stream(self)
             reply = self._pool.reply(job, message.status, message.headers)
             reply.chunks = aiter(job.stream)
@@ -344,6 +353,7 @@ class Pool:
             self.say(wire.Log(job.id, 40, 0.0, message.trace))
         self.fail(job, error)
         self.failures = 0
+        link.resume()
         self._next(link)
 
     def fail(self, job: Job, error: CallFailed) -> None:
@@ -547,6 +557,11 @@ class Pool:
         for link in self.idle:
             link.leave()
         self.idle.clear()
+
+    def forget(self, job: Job) -> None:
+        """Its caller went away: a call that waits is not begun, and its event is not kept."""
+        if job in self.queue:
+            self.queue.remove(job)
 
     def take_waiting(self) -> list[Job]:
         """Calls that no worker has begun: another version may answer them."""

@@ -207,7 +207,7 @@ _ARCH: dict[str, tuple[int, dict[str, int]]] = {
         "setsid": 112, "setpgid": 109, "clone": 56, "fork": 57, "vfork": 58, "socket": 41, "mknod": 133,
         "mknodat": 259, "fanotify_init": 300, "kcmp": 312, "syslog": 103, "iopl": 172, "ioperm": 173,
         "shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240,
-        "modify_ldt": 154,
+        "modify_ldt": 154, "prctl": 157,
     }),
     "aarch64": (0xC00000B7, {
         "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271, "mount": 40, "umount2": 39,
@@ -219,6 +219,7 @@ _ARCH: dict[str, tuple[int, dict[str, int]]] = {
         "adjtimex": 171, "acct": 89, "quotactl": 60, "personality": 92, "execve": 221, "execveat": 281,
         "setsid": 157, "setpgid": 154, "clone": 220, "socket": 198, "mknodat": 33, "fanotify_init": 262,
         "kcmp": 272, "syslog": 116, "shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180,
+        "prctl": 167,
     }),
 }  # fmt: skip
 _NEWER = {
@@ -257,7 +258,7 @@ def program(*, network: bool, may_fork: bool, machine: str = "") -> bytes:
     if machine == "x86_64":  # the x32 way to call the same
         add(_JGE, 0x40000000, 0, 1)
         deny()
-    special = {"clone", "clone3", "fork", "vfork", "socket"}
+    special = {"clone", "clone3", "fork", "vfork", "socket", "prctl"}
     for name, number in numbers.items():
         if name not in special:
             add(_JEQ, number, 0, 1)
@@ -270,6 +271,10 @@ def program(*, network: bool, may_fork: bool, machine: str = "") -> bytes:
             deny()
     denied = (_RET, 0, 0, _DENY | errno.EPERM)
     allowed = (_RET, 0, 0, _ALLOW)
+    # prctl: it must not outlive the one that it dies with
+    body = [(_LD, 0, 0, 16), (_JEQ, 0, 1, _PR_SET_PDEATHSIG), denied, allowed]
+    code.append((_JEQ, 0, len(body), numbers["prctl"]))
+    code += body
     # clone: no namespaces; without a bound on processes threads only
     body = [(_LD, 0, 0, 16), (_JSET, 0, 1, _NAMESPACES), denied]
     if not may_fork:
