@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, cast
 from edgeward.core import clock
 from edgeward.gateway.answers import problem
 from edgeward.gateway.cache import choose
-from edgeward.gateway.http1 import CHUNKED, Bad, Chunks, Headers, Request, check_partial
+from edgeward.gateway.cors import CorsConfig, is_preflight, preflight, with_cors
+from edgeward.gateway.http1 import CHUNKED, Bad, Chunks, Headers, Request, check_partial, write_response
 from edgeward.gateway.match import NotAllowed
 from edgeward.gateway.rules import Rule
 from edgeward.gateway.serving import from_store
@@ -58,7 +59,7 @@ class Door(asyncio.Protocol):
         self._full = False
         self._lingering = 0
         self._in_heads = False
-        self._head_begun = False
+        self._head_begun = self._served = False
         self._roomy: asyncio.Future[None] | None = None
 
     # -- the transport's side ----------------------------------------------------------------------------------------
@@ -162,13 +163,18 @@ class Door(asyncio.Protocol):
     def _begin(self, request: Request, rule: Rule) -> None:
         gate = self.gate
         config = rule.config
+        self._served = True
         if gate.via_name in request.fields.get("via", ""):
             self.refuse(508, "the request has been here before: a target leads back to this gateway", request)
+            return
+        if rule.cors is not None and is_preflight(request) and request.length == 0:
+            self._preflight(request, rule, rule.cors)
             return
         if rule.pace is not None and (wait := rule.pace.take(self.client, gate.loop.time())):
             after = [("retry-after", str(max(1, round(wait))))]
             why = f"more than {config.burst} requests at once, or {config.rate:g} a second (limits.rate)"
-            self.refuse(429, why, request, keep=request.length == 0, headers=after)
+            headers = with_cors(rule.cors, request, after)
+            self.refuse(429, why, request, keep=request.length == 0, headers=headers)
             return
         if request.length > config.body:
             self.refuse(413, f"a body of more than {config.body} bytes", request)
@@ -177,6 +183,16 @@ class Door(asyncio.Protocol):
             self._from_memory(request, rule)
         else:
             self._start(request, rule, gate.exchange(self, request, rule, self.client))
+
+    def _preflight(self, request: Request, rule: Rule, cors: CorsConfig) -> None:
+        fields = preflight(cors, request)
+        close = [] if request.keep and request.minor else [("connection", "close")]
+        self.write(write_response(204, [*fields, *close]))
+        self.gate.hit(self.client, request, rule, None, 204, 0, "")
+        if close:
+            self._close_soon()
+        else:
+            self.deadline = self.gate.loop.time() + IDLE_TIME
 
     def _start(self, request: Request, rule: Rule, exchange: Exchange) -> None:
         gate = self.gate
@@ -206,7 +222,13 @@ class Door(asyncio.Protocol):
         key = key_of(request)
         stored, others = gate.shelf.find(key, request, rule.owner)
         now = clock.now()
-        if stored is not None and request.plain and stored.ttl(now) > 0.0 and len(stored.body) < _WHOLE:
+        if (
+            stored is not None
+            and request.plain
+            and stored.ttl(now) > 0.0
+            and len(stored.body) < _WHOLE
+            and rule.cors is None
+        ):
             self.write(hit_head(stored, now) + stored.body)
             gate.hit(self.client, request, rule, stored, stored.status, len(stored.body), "hit")
             self.deadline = gate.loop.time() + IDLE_TIME
@@ -217,7 +239,7 @@ class Door(asyncio.Protocol):
             if way == "renew" and not stored.renewing:
                 stored.renewing = True
                 gate.renew(request, rule, self.client, key, stored)
-            status, head, body = from_store(request, stored, now)
+            status, head, body = from_store(request, stored, now, cors=rule.cors)
             self.write(head)
             if body:
                 self.write(body)
@@ -412,6 +434,10 @@ class Door(asyncio.Protocol):
     def idle(self) -> bool:
         """Between two requests, or before the first."""
         return self.exchange is None and not (self.waiting or self._buffer or self._body or self._full)
+
+    @property
+    def idle_since(self) -> float:
+        return self.deadline - (IDLE_TIME if self._served else HEAD_TIME)
 
     async def room(self) -> None:
         """Until the client takes more."""

@@ -14,6 +14,7 @@ import msgspec
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
 from edgeward.gateway.balance import Endpoint
+from edgeward.gateway.cors import CorsConfig
 from edgeward.gateway.rules import CacheConfig, GatewayConfig, Listen, RouteConfig
 from edgeward.gateway.spec import RouteSpec, origin_of, split_function
 
@@ -69,9 +70,24 @@ def route_config(route: Resource, endpoints: Endpoints) -> RouteConfig:
         body=parse_bytes(spec.limits.body),
         requests=spec.limits.requests,
         cache=cache,
+        cors=_cors(spec),
         rate=spec.limits.rate.requests / parse_duration(spec.limits.rate.per) if spec.limits.rate else 0.0,
         burst=(spec.limits.rate.burst or spec.limits.rate.requests) if spec.limits.rate else 0,
         **_target(namespace, spec, endpoints),
+    )
+
+
+def _cors(spec: RouteSpec) -> CorsConfig | None:
+    cors = spec.cors
+    if cors is None:
+        return None
+    return CorsConfig(
+        tuple(cors.origins),
+        tuple(cors.methods),
+        tuple(h.lower() for h in cors.headers),
+        tuple(cors.expose),
+        cors.credentials,
+        int(parse_duration(cors.maxAge)),
     )
 
 

@@ -16,6 +16,7 @@ from edgeward.gateway import cache
 from edgeward.gateway.answers import problem
 from edgeward.gateway.balance import Endpoint, may_repeat
 from edgeward.gateway.cache import Stored
+from edgeward.gateway.cors import with_cors
 from edgeward.gateway.http1 import CHUNKED, Headers, Request, Response, end_to_end, write_request, write_response
 from edgeward.gateway.rules import Rule
 from edgeward.gateway.serving import forwarded, from_store
@@ -214,7 +215,7 @@ class Exchange:
         if door is None:
             return
         close = not request.keep or not self.body_done
-        fields = [h for h in headers if h[0] != "content-length"]
+        fields = [h for h in with_cors(self.rule.cors, request, headers) if h[0] != "content-length"]
         if request.method == "HEAD" or response.status in _NO_BODY:
             if "content-length" in response.fields and response.status != 204:
                 fields.append(("content-length", response.fields["content-length"]))
@@ -352,7 +353,7 @@ class Exchange:
     def _answer(self, stored: Stored, now: float, word: str, *, detail: str = "", fwd: str = "") -> None:
         self.answered = self._swallow = True
         self.cache_word = word
-        self.status, head, body = from_store(self.request, stored, now, detail, fwd)
+        self.status, head, body = from_store(self.request, stored, now, detail, fwd, cors=self.rule.cors)
         self.size = len(body)
         if self.door is not None:
             self.door.write(head + body if len(body) < 65536 else head)
@@ -443,7 +444,7 @@ class Exchange:
             self.door.write(
                 problem(
                     status, why, route=f"Route/{self.rule.key}", target=self.rule.config.target, close=close,
-                    head=self.request.method == "HEAD", headers=headers or (),
+                    head=self.request.method == "HEAD", headers=with_cors(self.rule.cors, self.request, headers or []),
                 )
             )  # fmt: skip
         self._done()

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from edgeward.core.errors import Invalid
 from edgeward.gateway.cache import choose
+from edgeward.gateway.cors import is_preflight
 from edgeward.gateway.http1 import Bad, Request, parse_request, write_request
 from edgeward.gateway.match import NotAllowed, Table, allowed, clean
 from edgeward.gateway.rules import Rule
@@ -51,7 +52,7 @@ def _differs(rule: Rule, request: Request) -> str:
     for name, value in rule.match_headers:
         if request.fields.get(name) != value:
             return f"{name} is not {value}"
-    if rule.methods and request.method not in allowed(rule):
+    if rule.methods and request.method not in allowed(rule) and not (rule.preflight and is_preflight(request)):
         return f"method is not {', '.join(rule.methods)}"
     return ""
 

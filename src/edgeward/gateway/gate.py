@@ -75,7 +75,7 @@ class Gate:
         #: Answers that are being fetched, for those who want the same.
         self.fetching: dict[Key, Exchange] = {}
         self.exchanges: set[Exchange] = set()
-        self.doors: set[Door] = set()
+        self.doors: dict[Door, None] = {}  # in the order of their coming
         self.refusals: dict[int, int] = {}
         #: What was written for requests that are remembered: (rule, client, head).
         self.wires: dict[Request, tuple[Rule, str, bytes]] = {}
@@ -222,15 +222,15 @@ class Gate:
             idle = [d for d in self.doors if d.idle]
             if not idle:
                 return False
-            oldest = min(idle, key=lambda d: d.deadline)
-            self.doors.discard(oldest)
+            oldest = min(idle, key=lambda d: d.idle_since)
+            self.doors.pop(oldest, None)
             oldest.drop()  # who does nothing makes room for who wants something
-        self.doors.add(door)
+        self.doors[door] = None
         self._busy.set()
         return True
 
     def left(self, door: Door) -> None:
-        self.doors.discard(door)
+        self.doors.pop(door, None)
 
     def read(self, head: bytes) -> tuple[Request, Rule | None]:
         """The request of a head and its rule (None: no rule takes it). Raises ``Bad``.
@@ -272,8 +272,12 @@ class Gate:
         """RFC 9111, section 4.4: an unsafe request that succeeded makes what is kept of its target unsure."""
         self.shelf.drop(key_of(request))
 
-    def hit(self, client: str, request: Request, rule: Rule, stored: Stored, status: int, size: int, word: str) -> None:
-        stored.hits += 1
+    def hit(
+        self, client: str, request: Request, rule: Rule, stored: Stored | None, status: int, size: int, word: str
+    ) -> None:
+        """Answered by the gateway itself; ``stored``: from the cache."""
+        if stored is not None:
+            stored.hits += 1
         rule.counters.count(status, 0.0, size, word)
         if self.config.access_log == "all":
             self.access.add(

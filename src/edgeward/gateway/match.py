@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+from edgeward.gateway.cors import is_preflight
 from edgeward.gateway.http1 import Bad, Request
 
 _PLAIN = re.compile(r"(?:/[A-Za-z0-9_~!$&'()*+,=:@;.-]*)+")
@@ -73,6 +74,8 @@ class Named(Protocol):
     def methods(self) -> Sequence[str]: ...
     @property
     def match_headers(self) -> Sequence[tuple[str, str]]: ...
+    @property
+    def preflight(self) -> bool: ...
 
 
 R = TypeVar("R", bound=Named)
@@ -117,7 +120,7 @@ class Table(Generic[R]):
             for rule in self._paths(host, request.path):
                 if not all(request.fields.get(n) == v for n, v in rule.match_headers):
                     continue
-                if not rule.methods or request.method in allowed(rule):
+                if not rule.methods or request.method in allowed(rule) or (rule.preflight and is_preflight(request)):
                     return rule
                 others |= allowed(rule)
         if others:

@@ -14,6 +14,7 @@ import msgspec
 
 from edgeward.core.errors import Invalid
 from edgeward.gateway.balance import Balance, Budget, Endpoint
+from edgeward.gateway.cors import CorsConfig
 from edgeward.gateway.match import Table
 from edgeward.gateway.pace import Pace
 
@@ -54,6 +55,7 @@ class RouteConfig(msgspec.Struct, frozen=True):
     cache: CacheConfig | None = None
     #: Requests a second of one client, and how many at once; 0: no limit.
     rate: float = 0.0
+    cors: CorsConfig | None = None
     burst: int = 0
 
 
@@ -99,8 +101,21 @@ class Rule:
     """A route at work. It is what ``match.Table`` finds."""
 
     __slots__ = (
-        "active", "balance", "budget", "cache", "config", "counters", "host", "key", "match_headers", "methods",
-        "owner", "pace", "path",
+        "active",
+        "balance",
+        "budget",
+        "cache",
+        "config",
+        "cors",
+        "counters",
+        "host",
+        "key",
+        "match_headers",
+        "methods",
+        "owner",
+        "pace",
+        "path",
+        "preflight",
     )  # fmt: skip
 
     def __init__(self, config: RouteConfig, old: Rule | None) -> None:
@@ -108,6 +123,9 @@ class Rule:
         self.key, self.host, self.path = config.key, config.host, config.path
         self.methods, self.match_headers = config.methods, config.headers
         self.cache = config.cache
+        self.cors = config.cors
+        #: The gateway itself answers what a browser asks before a request.
+        self.preflight = config.cors is not None
         self.owner = f"{config.key} {config.target} {config.send_host}"
         self.balance: Balance = Balance(config.endpoints, config.failures, config.pause, old.balance if old else None)
         same = old is not None and old.config.budget == config.budget

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgeward.gateway.cache import Stored, not_modified, part_of
+from edgeward.gateway.cors import CorsConfig, with_cors
 from edgeward.gateway.http1 import CLAIMS, CONDITIONS, Headers, Request, end_to_end, write_response
 from edgeward.gateway.rules import Rule
 from edgeward.gateway.shelf import NAME
@@ -36,7 +37,7 @@ def forwarded(
 
 
 def from_store(
-    request: Request, stored: Stored, now: float, detail: str = "", fwd: str = ""
+    request: Request, stored: Stored, now: float, detail: str = "", fwd: str = "", *, cors: CorsConfig | None = None
 ) -> tuple[int, bytes, bytes]:
     """``(status, head, body)`` for what the client asked of a stored answer: whole, part, 304 or 416.
 
@@ -48,8 +49,9 @@ def from_store(
         more.append(("connection", "close"))
     elif request.minor == 0:
         more.append(("connection", "keep-alive"))
+    headers = stored.headers if cors is None else with_cors(cors, request, stored.headers)
     if not_modified(request, stored):
-        kept = [h for h in stored.headers if h[0] in _IN_304]
+        kept = [h for h in headers if h[0] in _IN_304 or h[0].startswith("access-control-")]
         return 304, write_response(304, [*kept, *more]), b""
     part = part_of(request, stored)
     size = len(stored.body)
@@ -59,7 +61,7 @@ def from_store(
     if part is not None:
         start, end = part
         fields = [("content-range", f"bytes {start}-{end - 1}/{size}"), ("content-length", str(end - start)), *more]
-        return 206, write_response(206, [*stored.headers, *fields]), stored.body[start:end]
+        return 206, write_response(206, [*headers, *fields]), stored.body[start:end]
     length = [] if stored.status in (204, 304) else [("content-length", str(size))]
-    head = write_response(stored.status, [*stored.headers, *length, *more], stored.reason)
+    head = write_response(stored.status, [*headers, *length, *more], stored.reason)
     return stored.status, head, b"" if request.method == "HEAD" else stored.body

@@ -25,7 +25,7 @@ Size = Annotated[str, Meta(pattern=BYTES_PATTERN)] | int
 Method = Literal["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _HOST = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*|\[[0-9a-f:.]+\]")
 _FIELD = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
-_TAG_FIELD = "cache-tag"
+_ORIGIN = re.compile(r"https?://([a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 
 
 class _Struct(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -89,6 +89,21 @@ class RouteLimits(_Struct):
     rate: Annotated[Rate | None, Meta(description="Of each client; left out: no limit")] = None
 
 
+class Cors(_Struct):
+    """Which pages of other origins may ask and read; the gateway says it in place of the target."""
+
+    origins: Annotated[
+        list[str], Meta(description="e.g. https://app.example.org; * is every page", min_length=1, max_length=64)
+    ]
+    methods: Annotated[list[Method], Meta(description="That they may use")] = msgspec.field(
+        default_factory=lambda: ["GET", "HEAD", "POST"]
+    )
+    headers: Annotated[list[str], Meta(description="Header fields that they may send; * is any", max_length=64)] = []
+    expose: Annotated[list[str], Meta(description="Header fields that they may read", max_length=64)] = []
+    credentials: Annotated[bool, Meta(description="With cookies; not with origins: ['*']")] = False
+    maxAge: Annotated[Duration, Meta(description="How long a browser remembers it")] = "10m"
+
+
 class Cache(_Struct):
     """A shared cache as RFC 9111 asks; what is left out is what the RFC says, and nothing else."""
 
@@ -122,6 +137,7 @@ class RouteSpec(_Struct):
         default_factory=RouteLimits
     )
     cache: Annotated[Cache | None, Meta(description="Keep answers; {} is RFC 9111 and nothing else")] = None
+    cors: Annotated[Cors | None, Meta(description="For pages of other origins; left out: the target's own word")] = None
     placement: Annotated[RoutePlacement, Meta(description="Which nodes serve it; empty: all")] = msgspec.field(
         default_factory=RoutePlacement
     )
@@ -171,6 +187,8 @@ def _check_target(to: RouteTarget) -> None:
 def _check_durations(spec: RouteSpec) -> None:
     found = [(f"timeouts.{n}", getattr(spec.timeouts, n), 0.01) for n in ("connect", "answer", "idle")]
     found.append(("breaker.pause", spec.breaker.pause, 0.1))
+    if spec.cors is not None:
+        found.append(("cors.maxAge", spec.cors.maxAge, 0.0))
     if spec.limits.rate is not None:
         found.append(("limits.rate.per", spec.limits.rate.per, 0.001))
     if spec.cache is not None:
@@ -182,6 +200,20 @@ def _check_durations(spec: RouteSpec) -> None:
             raise Invalid(str(e), field=f"$.spec.{name}") from None
         if not least <= seconds <= 366 * 86400:
             raise Invalid(f"{value} is out of range", field=f"$.spec.{name}", remedy=f"from {least:g}s to 366d")
+
+
+def _check_cors(cors: Cors) -> None:
+    for n, origin in enumerate(cors.origins):
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise Invalid(
+                f"{origin[:80]!r} is no origin", field=f"$.spec.cors.origins[{n}]", remedy="write https://host or *"
+            )
+    if "*" in cors.origins and cors.credentials:
+        raise Invalid("every page with cookies", field="$.spec.cors.credentials", remedy="name the origins")
+    for name in ("headers", "expose"):
+        for n, field in enumerate(getattr(cors, name)):
+            if not _FIELD.fullmatch(field):
+                raise Invalid(f"{field[:64]!r} is no header field", field=f"$.spec.cors.{name}[{n}]")
 
 
 def _check(r: Resource) -> None:
@@ -210,6 +242,8 @@ def _check(r: Resource) -> None:
         raise Invalid("more than 16 header fields", field="$.spec.headers")
     if len(set(spec.methods)) != len(spec.methods):
         raise Invalid("a method is given twice", field="$.spec.methods", remedy="remove one")
+    if spec.cors is not None:
+        _check_cors(spec.cors)
     _check_durations(spec)
     sizes = [("limits.body", spec.limits.body)] + ([("cache.object", spec.cache.object)] if spec.cache else [])
     for name, size in sizes:
