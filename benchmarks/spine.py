@@ -140,8 +140,8 @@ def restart() -> list[Row]:
 
 
 def backlog() -> list[Row]:
-    from edgeward.lab.demo import Reader
     from edgeward.lab.publisher import Publisher
+    from edgeward.lab.reader import Reader
 
     took = []
     with system("up") as s:

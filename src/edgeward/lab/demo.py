@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
-import itertools
 import json
 import os
 import shlex
@@ -20,21 +19,20 @@ import signal
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from edgeward.cli.context import CONTEXT_ENV
 from edgeward.core.daemon import memory_mb
 from edgeward.core.errors import EdgewardError
 from edgeward.core.natsserver import free_port
+from edgeward.lab.asker import Asker, Client, latencies
 from edgeward.lab.emulated import Lab, open_lab
 from edgeward.lab.publisher import Publisher
+from edgeward.lab.reader import Reader, read_stream
+from edgeward.lab.show import Show
+from edgeward.lab.stage import Stage
+from edgeward.lab.tally import percentile, tally
 from edgeward.lab.topology import parse
 from edgeward.lab.view import example, program
 
@@ -44,238 +42,15 @@ CLOUD_REQUESTS = 60
 RATE = 120  #: readings per second
 CUT_SECONDS = 8.0
 MIN_SENT = 1000
-#: What an App may limit.
-LIMITS = ("cpu", "memory", "pids", "user")
 MIN_OFFLINE_REQUESTS = 100
-#: What ``--json`` tells, null where the run did not come so far.
-FIELDS = (
-    *("edge_p50_ms", "edge_p99_ms", "cloud_p50_ms", "cloud_p99_ms"),
-    *("sent", "received", "duplicates", "lost", "out_of_order"),
-    *("offline_requests", "offline_failures", "offline_restart_s", "backlog_first_s", "backlog_done_s"),
-    *("local_change_applied", "hub_pss_mb", "agent_pss_mb", "nats_pss_mb", "enforced"),
-)
 
 
-class Show:
-    """Progress for people: one line a fact on a terminal or a pipe alike."""
+class Demo(Stage):
+    """The acts, in their order; :meth:`run` plays them, :meth:`end` leaves nothing of theirs behind."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False)
-
-    def step(self, title: str) -> None:
-        self.console.print(f"\n[bold]{title}[/bold]", soft_wrap=True)
-
-    def fact(self, text: str, ok: bool = True) -> None:
-        self.console.print(f"  {'[green]✓[/green]' if ok else '[red]✗[/red]'} {text}", soft_wrap=True)
-
-    def note(self, text: str) -> None:
-        self.console.print(f"  [dim]· {text}[/dim]", soft_wrap=True)
-
-
-class Client:
-    """One keep-alive HTTP connection, as a browser has it."""
-
-    def __init__(self, port: int, timeout: float = 5.0) -> None:
-        self._port, self._timeout = port, timeout
-        self._c: http.client.HTTPConnection | None = None
-
-    def get(self) -> dict[str, Any]:
-        try:
-            if self._c is None:
-                self._c = http.client.HTTPConnection("127.0.0.1", self._port, timeout=self._timeout)
-            self._c.request("GET", "/")
-            answer = self._c.getresponse()
-            body = answer.read()
-            if answer.status != 200:
-                raise http.client.HTTPException(f"status {answer.status}")
-            doc: dict[str, Any] = json.loads(body)
-            return doc
-        except (OSError, http.client.HTTPException, ValueError):
-            self.close()
-            raise
-
-    def close(self) -> None:
-        if self._c is not None:
-            self._c.close()
-            self._c = None
-
-
-def latencies(port: int, n: int) -> list[float]:
-    """Milliseconds of ``n`` requests on one warm connection."""
-    client = Client(port, 20.0)
-    client.get()
-    took = []
-    for _ in range(n):
-        t = time.perf_counter()
-        client.get()
-        took.append((time.perf_counter() - t) * 1000)
-    client.close()
-    return took
-
-
-def percentile(values: list[float], p: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(p / 100 * len(ordered)))]
-
-
-class Asker(threading.Thread):
-    """Asks the edge for an answer, again and again, and counts failures. The app's port may move with its version."""
-
-    def __init__(self, port: Callable[[], int]) -> None:
-        super().__init__(daemon=True)
-        self._port = port
-        self._halt = threading.Event()
-        self.requests = self.failures = 0
-        self.greetings: list[str] = []
-        self.errors: list[str] = []
-
-    def run(self) -> None:
-        client, at = None, 0
-        while not self._halt.wait(0.03):
-            try:
-                port = self._port()
-                if client is None or port != at:
-                    client, at = Client(port, 2.0), port
-                self.requests += 1
-                greeting = str(client.get()["greeting"])
-                if not self.greetings or self.greetings[-1] != greeting:
-                    self.greetings.append(greeting)
-            except (OSError, http.client.HTTPException, ValueError, KeyError) as e:
-                self.failures += 1
-                self.errors.append(f"{type(e).__name__}: {e}")
-
-    def end(self) -> None:
-        self._halt.set()
-        self.join(5)
-
-
-class Reader:
-    """Follows the hub's stream and keeps when each reading arrived."""
-
-    def __init__(self, url: str, ca_file: str, token: str, stream: str) -> None:
-        self._args = (url, ca_file, token, stream)
-        self.arrived: dict[int, float] = {}
-        self._halt = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def _run(self) -> None:
-        at = 0
-        while not self._halt.is_set():
-            try:
-                for doc in read_stream(*self._args, start=at, follow=True, timeout=2.0):
-                    at = doc["seq"] + 1
-                    self.arrived.setdefault(int(doc["payload"]["id"]), time.monotonic())
-                    if self._halt.is_set():
-                        return
-            except (OSError, http.client.HTTPException, ValueError, EdgewardError):
-                self._halt.wait(0.1)
-
-    def end(self) -> None:
-        self._halt.set()
-        self._thread.join(5)
-
-
-def read_stream(
-    url: str, ca_file: str, token: str, stream: str, *, start: int = 0, follow: bool = False, timeout: float = 30.0
-) -> Any:
-    """The messages of a hub stream, decoded, one by one."""
-    import ssl
-    from urllib.parse import urlsplit
-
-    parts = urlsplit(url)
-    context = ssl.create_default_context(cafile=ca_file)
-    c = http.client.HTTPSConnection(str(parts.hostname), parts.port, timeout=timeout, context=context)
-    try:
-        path = f"/api/v1/streams/{stream}?from={start}" + ("&follow=true" if follow else "")
-        c.request("GET", path, headers={"Authorization": f"Bearer {token}"})
-        answer = c.getresponse()
-        if answer.status == 404:
-            return
-        if answer.status != 200:
-            raise EdgewardError(f"the hub answered {answer.status} for the stream")
-        for line in answer:
-            yield json.loads(line)
-    finally:
-        c.close()
-
-
-class Demo:
     def __init__(self, lab: Lab, show: Show) -> None:
-        self.lab = lab
-        self.show = show
-        self.result: dict[str, Any] = dict.fromkeys(FIELDS)
-        self.failed: list[str] = []
+        super().__init__(lab, show)
         self._cloud: asyncio.subprocess.Process | None = None
-        self._port = 0
-
-    def hold(self, ok: bool, text: str) -> None:
-        """States a fact; one that does not hold fails the demo."""
-        self.show.fact(text, ok)
-        if not ok:
-            self.failed.append(text)
-
-    # -- helpers ------------------------------------------------------------------------------------------------------
-
-    async def cli(self, *args: str, timeout: float = 60.0) -> str:
-        """The real program, as a user types it."""
-        context = str(self.lab.cluster.data / "context.json")
-        argv = [sys.executable, "-m", "edgeward", *args]
-        p = await asyncio.create_subprocess_exec(
-            *argv,
-            env={**os.environ, "EDGEWARD_CONTEXT": context, "NO_COLOR": "1"},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        async with asyncio.timeout(timeout):
-            out, err = await p.communicate()
-        if p.returncode:
-            raise EdgewardError(f"`edgeward {' '.join(args)}` failed ({p.returncode}): {err.decode().strip()}")
-        return out.decode()
-
-    async def app(self, *at: str) -> dict[str, Any]:
-        doc: dict[str, Any] = json.loads(await self.cli("get", "app", "hello", "-o", "json", *at))
-        return doc
-
-    async def running_port(self, *at: str) -> int:
-        for instance in (await self.app(*at))["status"].get("instances", []):
-            port = instance.get("ports", {}).get("http")
-            if instance.get("phase") == "Running" and port and not instance.get("stale"):
-                return int(port)
-        return 0
-
-    async def wait_for(self, what: str, ready: Callable[[], Awaitable[Any]], seconds: float = 30.0) -> Any:
-        deadline = time.monotonic() + seconds
-        while True:
-            got = await ready()
-            if got:
-                return got
-            if time.monotonic() > deadline:
-                raise EdgewardError(f"{what} did not happen within {seconds:.0f} s")
-            await asyncio.sleep(0.05)  # looking again
-
-    def node_port(self) -> int:
-        """The port that serves now, from the node's own API (its unix socket, no WAN)."""
-        return self._port
-
-    async def follow_port(self) -> None:
-        """Keeps :meth:`node_port` true: what a gateway does for clients (the gateway is a later capability)."""
-        while True:
-            with contextlib.suppress(EdgewardError, OSError, KeyError, ValueError):
-                doc = await asyncio.to_thread(self.lab.node_api, "plant-1", "/api/v1/namespaces/default/apps/hello")
-                ports = [
-                    i["ports"]["http"]
-                    for i in doc["status"].get("instances", [])
-                    if i.get("phase") == "Running" and i.get("ports", {}).get("http")
-                ]
-                if ports:
-                    self._port = int(ports[0])
-            await asyncio.sleep(0.05)  # the period of looking
-
-    # -- the acts -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         self.show.step("Starting a hub and two edge sites behind emulated links")
@@ -408,22 +183,6 @@ class Demo:
             f"agent and nats-server killed (SIGKILL), back with everything after {self.result['offline_restart_s']} s",
         )
 
-    def _changed_app(self, greeting: str) -> Path:
-        import yaml
-
-        docs = list(yaml.safe_load_all((example() / "app.yaml").read_text()))
-        app = next(d for d in docs if d["kind"] == "App")
-        app["spec"]["process"]["env"]["GREETING"] = greeting
-        return self._file(app, "local.json")
-
-    def _file(self, doc: dict[str, Any], name: str) -> Path:
-        path = self.lab.cluster.data / name
-        doc = {k: v for k, v in doc.items() if k != "status"}
-        meta = doc["metadata"]
-        doc["metadata"] = {k: meta[k] for k in ("name", "namespace", "labels", "conflict") if k in meta}
-        path.write_text(json.dumps(doc))
-        return path
-
     async def heal(self) -> None:
         self.show.step("4. The WAN is healed")
         waiting = self.publisher.acked() - set(self.reader.arrived)
@@ -469,15 +228,7 @@ class Demo:
         """What the hub's stream holds, message by message, against the publisher's own list."""
         acked = self.publisher.acked()
         docs = await asyncio.to_thread(lambda: list(read_stream(*self.stream_args)))
-        ids = [int(d["payload"]["id"]) for d in docs]
-        counts: dict[int, int] = {}
-        for i in ids:
-            counts[i] = counts.get(i, 0) + 1
-        self.result["sent"] = len(acked)
-        self.result["received"] = sum(1 for i in acked if i in counts)
-        self.result["duplicates"] = sum(n - 1 for n in counts.values())
-        self.result["lost"] = sum(1 for i in acked if i not in counts)
-        self.result["out_of_order"] = sum(1 for a, b in itertools.pairwise(ids) if b < a)
+        self.result |= tally(acked, [int(d["payload"]["id"]) for d in docs])
         r = self.result
         self.hold(
             r["sent"] >= MIN_SENT and r["lost"] == 0 and r["duplicates"] == 0 and r["out_of_order"] == 0,
@@ -528,36 +279,6 @@ class Demo:
         self.memory()
         await self.enforced()
 
-    def table(self) -> None:
-        r = self.result
-        enforced = [what.rpartition(".")[2] for what in r["enforced"] or []]
-        table = Table(title="What was measured", title_justify="left", title_style="bold", box=None, show_header=False)
-        table.add_column(no_wrap=True)
-        table.add_column(justify="right", no_wrap=True)
-        rows = [
-            ("answered at the edge, p50 / p99", f"{r.get('edge_p50_ms')} / {r.get('edge_p99_ms')} ms"),
-            ("answered by the cloud over 4g, p50 / p99", f"{r.get('cloud_p50_ms')} / {r.get('cloud_p99_ms')} ms"),
-            ("readings acknowledged / at the hub", f"{r.get('sent')} / {r.get('received')}"),
-            ("lost / twice / out of order", f"{r.get('lost')} / {r.get('duplicates')} / {r.get('out_of_order')}"),
-            ("requests while cut / failed", f"{r.get('offline_requests')} / {r.get('offline_failures')}"),
-            ("agent and broker back after SIGKILL, cut off", f"{r.get('offline_restart_s')} s"),
-            ("backlog after the heal: first / all", f"{r.get('backlog_first_s')} / {r.get('backlog_done_s')} s"),
-            (
-                "memory: hub / agent / its nats-server",
-                f"{r.get('hub_pss_mb')} / {r.get('agent_pss_mb')} / {r.get('nats_pss_mb')} MB",
-            ),
-            ("limits enforced on this machine", ", ".join(enforced) or "none"),
-        ]
-        for row in rows:
-            table.add_row(*row)
-        self.show.console.print()
-        self.show.console.print(table)
-        missing = [what for what in LIMITS if what not in enforced]
-        if r["enforced"] is not None and missing:
-            self.show.console.print(
-                f"\nNot enforced here: {', '.join(missing)} (needs root and cgroups).", soft_wrap=True
-            )
-
 
 async def run_demo(
     *,
@@ -604,7 +325,7 @@ async def run_demo(
                     task.cancel()
                 await asyncio.gather(work, stopped, return_exceptions=True)
                 await demo.end()
-            demo.table()
+            show.table(demo.result)
             took = time.monotonic() - started
             if demo.failed:
                 show.console.print(f"\n[bold red]This did not hold[/bold red] (after {took:.0f} s):")
