@@ -10,7 +10,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.core.pair import until
+
 from edgeward.agent.keeper import Keeper
+from edgeward.agent.plane import CALLERS
 from edgeward.core import proc
 from edgeward.core.errors import EdgewardError
 from edgeward.core.natsserver import free_port
@@ -145,6 +148,51 @@ def test_what_it_cannot_take_is_told_and_the_old_goes_on(tmp_path: Path) -> None
             await agent.until(lambda: "PlaneRefused" in agent.events)
             assert agent.refusals[0].field == "$.gateway"
             assert await agent.get("/a") == 503
+
+    with_plane(tmp_path, body)
+
+
+def test_what_it_could_not_hear_is_told_later(tmp_path: Path) -> None:
+    """Too many callers, or a disk that takes nothing: when that is over nobody pokes again."""
+
+    async def body(port: int) -> None:
+        async with running(Agent(tmp_path, port)) as agent:
+
+            async def troubled() -> bool:
+                return bool(agent.keeper.problem)
+
+            callers = [await asyncio.open_unix_connection(str(agent.keeper.socket)) for _ in range(CALLERS)]
+            agent.routes = [NONE]
+            agent.keeper.poke()
+            await until(troubled)
+            for _, writer in callers:
+                writer.close()
+            await agent.until(lambda: agent.statuses.get("Route/default/a"))
+            assert await agent.get("/a") == 503
+            assert "PlaneRefused" not in agent.events
+
+            file = tmp_path / "plane.json"
+            file.unlink()
+            file.mkdir()  # it cannot be written
+            agent.routes = [{**NONE, "key": "default/b", "path": "/b"}]
+            agent.keeper.poke()
+            await until(troubled)
+            file.rmdir()
+            await agent.until(lambda: agent.statuses.get("Route/default/b"))
+            assert await agent.get("/b") == 503
+
+    with_plane(tmp_path, body)
+
+
+def test_a_record_that_cannot_be_read_stops_nobody(tmp_path: Path) -> None:
+    async def body(port: int) -> None:
+        async with running(Agent(tmp_path, port)) as agent:
+            pid = agent.keeper.pid
+        (tmp_path / "plane.run.json").write_text("{")
+        later = Agent(tmp_path, port)
+        async with running(later):
+            assert later.keeper.pid == pid
+            assert later.keeper.restarts == 0
 
     with_plane(tmp_path, body)
 

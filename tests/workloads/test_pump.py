@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import tempfile
@@ -123,6 +124,72 @@ def test_what_a_full_disk_did_not_take_is_counted(tmp_path: Path) -> None:
         assert source.move() == 5
         assert text(log) == b"more\n"
     source.close()
+
+
+def test_a_pump_that_starts_on_a_full_disk_keeps_no_app_waiting(
+    tmp_path: Path, running: list[subprocess.Popen[bytes]]
+) -> None:
+    """A limit of no byte in any file stands for the disk: not even who it is can the pump write into its lock."""
+
+    async def body() -> None:
+        pipes = Pipes(tmp_path)
+        log = tmp_path / "ns" / "app" / "i.log"
+        lock = tmp_path / ".pump.lock"
+        none, most = 0, resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (none, most[1]))
+        try:  # the pump that is started here has the limit
+            app = start(pipes, log, 4096, "/bin/sh", "-c", "head -c 1000000 /dev/zero; sleep 600")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        running.append(app)
+        last = start(pipes, log.with_name("j.log"), 4096, "/bin/sh", "-c", "head -c 1000000 /dev/zero")
+        running.append(last)
+
+        async def ended() -> bool:
+            return last.poll() == 0
+
+        await until(ended)
+        assert log.read_bytes() == b""
+        async with kept(pipes):
+            living = await pump_of(pipes)
+            assert lock.read_bytes() == b""
+            # there is room again, and it is told something: then it says who it is
+            resource.prlimit(living.pid, resource.RLIMIT_FSIZE, most)
+
+            async def signed() -> bool:
+                pipes.poke()
+                return lock.read_text().startswith(f"{living.pid} ")
+
+            await until(signed)
+            assert pipes.restarts == 0
+        assert not proc.alive(living)
+
+    asyncio.run(body())
+
+
+def test_who_cannot_look_after_the_pump_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        monkeypatch.setattr("edgeward.workloads.pipes._BACKOFF", (0.1, 0.1))
+        pipes = Pipes(tmp_path / "logs")
+        (tmp_path / "logs" / ".pump.lock").mkdir(parents=True)  # it cannot be opened
+        seen: list[None] = []
+        lock = pipes._lock
+
+        def asked() -> object:
+            seen.append(None)
+            return lock()
+
+        monkeypatch.setattr(pipes, "_lock", asked)
+        async with kept(pipes) as task:
+
+            async def twice() -> bool:
+                return task.done() or len(seen) > 1
+
+            await until(twice)
+            assert not task.done()
+            (tmp_path / "logs" / ".pump.lock").rmdir()
+
+    asyncio.run(body())
 
 
 def test_a_reader_that_has_the_oldest_file_open_keeps_no_bytes_on_the_disk(tmp_path: Path) -> None:

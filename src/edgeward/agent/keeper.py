@@ -20,7 +20,7 @@ import msgspec
 
 from edgeward.agent.plane import LINE_BYTES, code
 from edgeward.core import cgroup, daemon, proc
-from edgeward.core.errors import EdgewardError, Unreachable, from_problem
+from edgeward.core.errors import EdgewardError, Invalid, TooMany, Unreachable, from_problem
 from edgeward.core.files import read_json, write_atomic
 
 log = logging.getLogger("edgeward.plane")
@@ -131,7 +131,7 @@ class Keeper:
                 self._say()
                 await self._look_after()
                 why = "ended"
-            except (Unreachable, OSError) as e:
+            except (EdgewardError, OSError) as e:
                 why = str(e)
             self.started.set()
             self._reap()
@@ -155,7 +155,10 @@ class Keeper:
 
     def _find(self) -> proc.ProcId | None:
         """The plane that runs: by its record, else (an agent died before it was written) by its environment."""
-        record = read_json(self.data / "plane.run.json", {})
+        try:
+            record = read_json(self.data / "plane.run.json", {})
+        except Invalid:
+            record = {}
         if record.get("pid") and record.get("start"):
             known = proc.ProcId(int(record["pid"]), str(record["start"]))
             if proc.alive(known):
@@ -179,7 +182,7 @@ class Keeper:
 
         async def answers() -> None:
             while True:
-                with contextlib.suppress(Unreachable):
+                with contextlib.suppress(Unreachable, TooMany):
                     await self.one("hello", timeout=5.0)
                     return
                 if self.process is None or not proc.alive(self.process):
@@ -245,7 +248,8 @@ class Keeper:
                 self._write()
                 await self.one("reload")
                 self.problem, pause = "", _PAUSE
-            except Unreachable as e:
+            except (Unreachable, TooMany, OSError) as e:  # busy, or a full disk: nobody pokes again when that is over
+                self.problem = str(e)
                 log.info("%s", e)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _PAUSE_MOST)
@@ -264,7 +268,7 @@ class Keeper:
     async def _listen(self) -> None:
         """What the rooms in the plane report becomes the agent's word."""
         while True:
-            with contextlib.suppress(Unreachable):
+            with contextlib.suppress(EdgewardError):
                 async for doc in self.ask("follow", timeout=0.0):
                     if (event := doc.get("event")) is not None:
                         names = ("type", "reason", "message", "namespace", "name", "kind")

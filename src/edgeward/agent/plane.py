@@ -30,7 +30,7 @@ import msgspec
 
 from edgeward import __version__
 from edgeward.core import daemon
-from edgeward.core.errors import EdgewardError, Invalid, NotFound
+from edgeward.core.errors import EdgewardError, Invalid, NotFound, TooMany
 from edgeward.core.files import read_json
 from edgeward.functions.plane import FunctionsPart
 from edgeward.gateway.gate import Gate
@@ -192,7 +192,7 @@ class Plane:
         self._callers += 1
         try:
             if self._callers > CALLERS:
-                raise EdgewardError(f"more than {CALLERS} callers at once")
+                raise TooMany(f"the data plane has {CALLERS} callers already", remedy="try again in a moment")
             async with asyncio.timeout(30):
                 line = await reader.readline()
             await self._serve(line, reader, writer)

@@ -33,6 +33,8 @@ _MARK = "EDGEWARD_PUMP"
 #: node to come to the agent); it has to live ``_STEADY`` to be trusted again.
 _BACKOFF = (0.1, 5.0)
 _STEADY = 10.0
+#: Looks until one that has the lock and does not say who it is, is searched for.
+_UNSIGNED = 40
 
 
 class Pipes:
@@ -146,7 +148,7 @@ class Pipes:
 
     async def _living(self) -> tuple[proc.ProcId, str] | None:
         """Who has the lock, and the program it runs; None when nobody has."""
-        for _ in range(600):
+        for look in range(600):
             if (lock := self._lock()) is not None:
                 lock.close()
                 return None
@@ -154,6 +156,9 @@ class Pipes:
             found = proc.identify(int(pid)) if pid else None
             if found is not None and proc.alive(found):
                 return found, code
+            # a full disk may have kept it from saying who it is: this release's does, when there is room
+            if look >= _UNSIGNED and not pid and (pumps := proc.find_by_env(_MARK, str(self.root))):
+                return pumps[0], self._code
             await asyncio.sleep(0.05)  # it is just starting or ending
         return None
 
@@ -161,26 +166,34 @@ class Pipes:
         """Keeps a pump while it is needed, until cancelled; the pump goes on."""
         pause = _BACKOFF[0]
         while True:
-            living = await self._living()
-            self._reap()
-            if living is None:
-                if self.needed():
-                    await asyncio.sleep(pause)
-                    self.poke()
-                    pause = min(pause * 2, _BACKOFF[1])
-                else:
-                    await self._wake.wait()
-                    self._wake.clear()
-            elif living[1] != self._code:
-                log.info("the pump of logs is of another release: it is replaced")
-                await proc.terminate(living[0], grace=5.0)
-            else:
-                began = clock.monotonic()
-                await proc.wait_exit(living[0])
-                pause = _BACKOFF[0] if clock.monotonic() - began > _STEADY else pause
-                if self.needed():
-                    self.restarts += 1
-                    log.warning("the pump of logs ended: %s", self._last_words())
+            try:
+                pause = await self._keep(pause)
+            except OSError as e:  # too many open files, or a full disk: apps and agent live on
+                log.error("the pump of logs cannot be looked after: %s", e)
+                await asyncio.sleep(_BACKOFF[1])
+
+    async def _keep(self, pause: float) -> float:
+        """Until something changed with the pump; gives the pause before the next one is started."""
+        living = await self._living()
+        self._reap()
+        if living is None:
+            if self.needed():
+                await asyncio.sleep(pause)
+                self.poke()
+                return min(pause * 2, _BACKOFF[1])
+            await self._wake.wait()
+            self._wake.clear()
+        elif living[1] != self._code:
+            log.info("the pump of logs is of another release: it is replaced")
+            await proc.terminate(living[0], grace=5.0)
+        else:
+            began = clock.monotonic()
+            await proc.wait_exit(living[0])
+            pause = _BACKOFF[0] if clock.monotonic() - began > _STEADY else pause
+            if self.needed():
+                self.restarts += 1
+                log.warning("the pump of logs ended: %s", self._last_words())
+        return pause
 
     def _last_words(self) -> str:
         try:

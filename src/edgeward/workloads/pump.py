@@ -27,6 +27,10 @@ import signal
 import sys
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 CHUNK = 64 * 1024
 PACE = 0.004
 LINGER = 20.0
@@ -167,8 +171,10 @@ class Cut:
 
 
 class Pump:
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, sign: Callable[[], bool] = lambda: True) -> None:
+        """``sign`` writes into the lock who holds it; False: the disk takes nothing now."""
         self.root = root
+        self._sign, self._signed = sign, sign()
         self.control = os.open(os.path.join(root, ".pump"), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self.sources: dict[int, Source] = {}
         self.cuts: dict[str, Cut] = {}
@@ -231,6 +237,7 @@ class Pump:
     def _told(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self.stop = b"q" in os.read(self.control, 4096)
+        self._signed = self._signed or self._sign()
         self.scan()
 
     def _cut(self) -> float:
@@ -304,10 +311,15 @@ def names(root: str) -> list[tuple[str, str, int, int]]:
 
 
 def main(root: str, code: str) -> None:
-    # our stdin is the lock; who holds it is written in it
-    os.ftruncate(0, 0)
-    os.pwrite(0, f"{os.getpid()} {code}\n".encode(), 0)
-    pump = Pump(root)
+    def sign() -> bool:
+        # our stdin is the lock; a full disk does not keep us from serving: apps would wait for us
+        try:
+            os.ftruncate(0, 0)
+            return os.pwrite(0, f"{os.getpid()} {code}\n".encode(), 0) > 0
+        except OSError:
+            return False
+
+    pump = Pump(root, sign)
 
     def end(*_: object) -> None:
         with contextlib.suppress(BlockingIOError):
