@@ -11,7 +11,8 @@ from benchmarks.common import Row, row
 from edgeward.core.bus import Bus
 from edgeward.core.identity import HubIdentity, NodeIdentity, inbox_prefix
 from edgeward.core.natsserver import AGENT_USER, HubSpec, NatsServer, NodeSpec
-from edgeward.core.outbox import Outbox, QueueSpec
+from edgeward.core.outbox import Outbox
+from edgeward.core.outqueue import QueueSpec
 from edgeward.lab.links import BUILTIN
 from edgeward.lab.relay import Relay
 

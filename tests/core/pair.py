@@ -14,9 +14,11 @@ from pathlib import Path
 from types import TracebackType
 
 from edgeward.core.bus import Bus
+from edgeward.core.jsread import read_batch, stamp_of
 from edgeward.core.natsconf import closed_mappings
 from edgeward.core.natsserver import free_port
-from edgeward.core.outbox import Outbox, Queue, QueueSpec, Reading
+from edgeward.core.outbox import Outbox
+from edgeward.core.outqueue import Queue, QueueSpec, Reading
 from edgeward.streams.cloud import StreamsCloud
 
 _BINARY = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
@@ -172,3 +174,21 @@ def spec(**more: object) -> QueueSpec:
 
 def loads(rows: Sequence[Reading]) -> list[int]:
     return [json.loads(r[1])["id"] for r in rows]
+
+
+async def drained(queue: Queue) -> None:
+    async def empty() -> bool:
+        await queue.measure()
+        return queue.counters.pending == 0
+
+    await until(empty)
+
+
+async def stamps(p: Pair, name: str) -> list[int]:
+    """When each batch came to the hub's stream, by the hub's clock."""
+    found: list[int] = []
+    at = 1
+    while got := await read_batch(p.hub.client, "$JS.API", f"DATA_{name}", at, f"ew.data.{name}.>", 64):
+        found += [stamp_of(m[2]) for m in got]
+        at = got[-1][0] + 1
+    return found

@@ -6,6 +6,7 @@ A reader that keeps its own position survives every restart of the server by ask
 from __future__ import annotations
 
 import contextlib
+from datetime import datetime
 
 import msgspec
 import nats.errors
@@ -51,3 +52,11 @@ async def read_batch(
     finally:
         with contextlib.suppress(nats.errors.Error):
             await sub.unsubscribe()
+
+
+def stamp_of(headers: dict[str, str]) -> int:
+    """Nanoseconds of a direct read's ``Nats-Time-Stamp`` (RFC 3339 with up to nine decimals)."""
+    text = headers["Nats-Time-Stamp"].removesuffix("Z")
+    whole, _, fraction = text.partition(".")
+    seconds = int(datetime.fromisoformat(whole + "+00:00").timestamp())
+    return seconds * 1_000_000_000 + int(fraction.ljust(9, "0")[:9] or 0)

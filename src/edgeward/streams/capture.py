@@ -25,8 +25,8 @@ from edgeward.core.bus import Bus, cancellable
 from edgeward.core.delivery import Cursor, taken_over
 from edgeward.core.errors import Conflict, EdgewardError, Refused, Unreachable
 from edgeward.core.files import remove, write_atomic
-from edgeward.core.jsread import Message, read_batch
-from edgeward.core.outbox import Queue, Reading, stamp_of
+from edgeward.core.jsread import Message, read_batch, stamp_of
+from edgeward.core.outqueue import Queue, Reading
 from edgeward.streams.dedupe import Window, identity_of
 from edgeward.streams.pace import Pace
 from edgeward.streams.topics import filters, to_topic

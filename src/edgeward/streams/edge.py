@@ -16,7 +16,8 @@ import nats.js.errors
 from edgeward.core.bus import Bus
 from edgeward.core.errors import EdgewardError, Unreachable
 from edgeward.core.files import ensure_dir
-from edgeward.core.outbox import Outbox, QueueSpec
+from edgeward.core.outbox import Outbox
+from edgeward.core.outqueue import QueueSpec
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
 from edgeward.streams.capture import STREAM, Capture, wake_broker
