@@ -630,6 +630,7 @@ class Agent:
                     "site": self.site,
                     "online": True,
                     "load1": round(load1, 2),
+                    "cpus": os.cpu_count() or 1,
                     "agentMB": round(daemon.memory_mb(os.getpid()), 1),
                     "planeMB": round(daemon.memory_mb(self.plane.pid), 1),
                     "natsMB": round(daemon.memory_mb(self.nats.pid if self.nats else None), 1),

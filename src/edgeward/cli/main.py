@@ -69,6 +69,7 @@ COMMANDS: dict[str, Row] = {
     "override": Row(f"{_CLI}.overrides:app", _DATA, "What sites changed for themselves.", group=True),
     "stream": Row(f"{_CLI}.streams:app", _DATA, "Read what sites delivered.", group=True),
     "gateway": Row(f"{_CLI}.gateway:app", _SEE, "What a node's gateway does with a request.", group=True),
+    "steer": Row(f"{_CLI}.steer:steer", _SEE, "Which site serves a client, and why."),
     "backup": Row(f"{_CLI}.backup:app", _CARE, "Keep the hub's state, check it, bring it back.", group=True),
     "login": Row(f"{_CLI}.login:login", _WHO, "Sign in with the organisation's account."),
     "logout": Row(f"{_CLI}.login:logout", _WHO, "End the token that you are signed in with."),

@@ -12,6 +12,7 @@ resolver gives it to clients that would get another one. DNS is in ``dnszone.py`
 from __future__ import annotations
 
 import hashlib
+import heapq
 import ipaddress
 import math
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,8 @@ FREE = 0.7
 #: ... and from here on only this share of them.
 FULL = 1.5
 LEAST = 0.1
+#: So many sites are looked at for a client before the first of them must take it.
+_NEAREST = 16
 #: Mean radius of the earth, km (IUGG R1).
 _RADIUS = 6371.0088
 
@@ -147,7 +150,7 @@ def _draw(site: str, version: int, network: int) -> float:
 
 @dataclass(slots=True)
 class Steering:
-    """What is known of the sites now; a new one is made of new knowledge. Holds at most ``_MOST`` orders of sites."""
+    """What is known of the sites now; a new one is made of new knowledge."""
 
     edges: Mapping[str, Edge]
     prefixes: Prefixes
@@ -175,6 +178,8 @@ class Steering:
 
     def _near(self, home: Edge, version: int, network: int, scope: int, why: str) -> Answer:
         reasons = [why]
+        if not home.out and home.share == 1.0:  # as nearly always
+            return self._answer(home, scope, False, version, [why, self._because(home, home, 0.0)])
         if home.out:
             reasons.append(f"{home.name} is not taken: {home.out}")
         drawn = False
@@ -193,7 +198,7 @@ class Steering:
         return self._answer(edge, scope, drawn, version, reasons)
 
     def _order(self, home: Edge) -> tuple[tuple[Edge, float | None], ...]:
-        """The sites that are there as seen from one: itself, by distance, then those whose place is not known."""
+        """The first :data:`_NEAREST` that are there, as seen from one: itself, by distance, those of no known place."""
         order = self._orders.get(home.name)
         if order is None:
 
@@ -202,9 +207,12 @@ class Steering:
                     return 0.0
                 return distance(home.place, e.place) if home.place and e.place else None
 
-            ranked = [(e, far(e)) for e in self._there]
-            ranked.sort(key=lambda p: (p[0].name != home.name, p[1] is None, p[1] or 0.0, p[0].name))
-            self._orders[home.name] = order = tuple(ranked)
+            ranked = ((e, far(e)) for e in self._there)
+            self._orders[home.name] = order = tuple(
+                heapq.nsmallest(
+                    _NEAREST, ranked, lambda p: (p[0].name != home.name, p[1] is None, p[1] or 0.0, p[0].name)
+                )
+            )
         return order
 
     @staticmethod

@@ -52,6 +52,7 @@ from edgeward.hub.gateways import GatewayRelay
 from edgeward.hub.kinds import load
 from edgeward.hub.oidc import SignIn
 from edgeward.hub.routes import HubRoutes
+from edgeward.hub.steering import HubSteering, Settings
 from edgeward.nodes.calls import call
 from edgeward.nodes.cloud import NodesCloud
 from edgeward.nodes.enrol_cloud import Enrolment
@@ -62,6 +63,7 @@ log = logging.getLogger("edgeward.hub")
 #: Seconds that a process of a cluster waits for most of the others.
 _QUORUM = 120.0
 _HELP = {
+    "edgeward_hub_dns_queries_total": "Queries of the steering zone: answered, over a source's bound, not for us.",
     "edgeward_hub_links": "Open links of nodes.",
     "edgeward_hub_memory_bytes": "Resident memory of the hub.",
     "edgeward_hub_nats_memory_bytes": "Resident memory of its nats-server.",
@@ -78,7 +80,7 @@ _HELP = {
 class Hub:
     """One hub process; :meth:`run` until the stop event."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, dns: str = "", zone: str = "") -> None:
         self.data = data
         config = read_json(data / "hub.json", {})
         self.port = int(config.get("port", 0))
@@ -89,6 +91,7 @@ class Hub:
         self.named_urls = [str(u) for u in config.get("urls", [])]
         self.urls = self.named_urls or [f"https://{self.address}:{self.port}"]
         self.oidc = SignIn.settings(config.get("oidc"))
+        self.steering_settings = Settings.read(config.get("steering"), dns, zone)
         #: This process among several; one hub alone has no peers.
         self.name = str(config.get("name", "hub"))
         self.cluster: dict[str, Any] = config.get("cluster") or {}
@@ -158,6 +161,7 @@ class Hub:
         if self.cluster:
             more.append(self._failover(system).run)
             await self._caught_up(system)
+        self.steering = HubSteering(self.store, self.steering_settings, self._usage_of)
         routes = HubRoutes(
             store=self.store,
             client=self.bus.client,
@@ -192,6 +196,7 @@ class Hub:
                 *routes.routes(),
                 *self.sign_in.routes(),
                 *GatewayRelay(self.store, self.bus.client, self.nodes).routes(),
+                *self.steering.routes(),
                 *enrol_routes.routes(),
                 *backup_routes(self.bus.client, self.data, sealing_key(self.data), vault),
             ],
@@ -210,6 +215,7 @@ class Hub:
             http=front_protocol(self.links),
         ) as server:
             self._server = server
+            await self.steering.open()
             self._ready = True
             self._say()
             log.info(
@@ -230,11 +236,13 @@ class Hub:
                     self._listener,
                     self._token_uses,
                     self._anchor,
+                    self.steering.run,
                     *more,
                 )
             finally:
                 self._ready = False
                 self.links.close()
+                await self.steering.close()
         await system.close()
         await self.bus.close()
         await self.nats.stop()
@@ -319,6 +327,10 @@ class Hub:
         async for _ in call(self.bus.client, node, "renew", {}):
             pass
 
+    async def _usage_of(self, node: str) -> dict[str, Any]:
+        data = b"".join([p async for p in call(self.bus.client, node, "usage", {}, timeout=3.0)])
+        return msgspec.json.decode(data, type=dict[str, Any])
+
     def _say(self) -> None:
         self.run_file.write(ready=self._ready, nats=self.nats.pid, url=f"https://{self.address}:{self.port}")
 
@@ -390,6 +402,7 @@ class Hub:
         values["edgeward_hub_nats_restarts_total"] = float(self.nats.restarts)
         values["edgeward_hub_links"] = float(len(self.links.open))
         values["edgeward_hub_uptime_seconds"] = clock.monotonic() - daemon.STARTED
+        values |= self.steering.metrics()
         for node in self.store.items("Node"):
             name = node.metadata.name
             values[f'edgeward_node_online{{node="{name}"}}'] = float(self.nodes.is_online(name))
@@ -409,6 +422,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m edgeward.hub", description="Runs one hub process.")
     parser.add_argument("--data", type=Path, required=True, help="the hub's directory")
     parser.add_argument("--die-with-parent", action="store_true", help="stop when the starting process ends")
+    parser.add_argument("--dns", default="", metavar="ADDRESS:PORT", help="answer DNS there: steering, see --zone")
+    parser.add_argument("--zone", default="", metavar="NAME", help="the steering zone, e.g. edge.example.org")
     args = parser.parse_args()
     if args.die_with_parent:
         daemon.die_with_parent()
@@ -416,4 +431,4 @@ def main() -> int:
     daemon.raise_file_limit()
     load()
     log.debug("extensions: %s", extensions.names("fold"))
-    return daemon.run(Hub(args.data.absolute()).run)
+    return daemon.run(Hub(args.data.absolute(), args.dns, args.zone).run)
