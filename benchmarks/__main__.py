@@ -16,7 +16,7 @@ from types import FrameType
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cluster, convergence, enrol, fleet, functions, gateway, idle, outbox, spine
+from benchmarks import cluster, convergence, enrol, fleet, functions, gateway, idle, outbox, spine, steering
 from benchmarks.common import Row, save
 
 ALL: dict[str, Callable[[], list[Row]]] = {
@@ -33,6 +33,7 @@ ALL: dict[str, Callable[[], list[Row]]] = {
     "idle": idle.idle,
     "fleet": fleet.fleet,
     "functions": functions.functions,
+    "steering": steering.steering,
 }
 #: Seconds for one benchmark.
 LIMIT = 900

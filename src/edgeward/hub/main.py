@@ -70,6 +70,8 @@ _HELP = {
     "edgeward_hub_nats_restarts_total": "Starts of nats-server after the first.",
     "edgeward_hub_resources": "Resources in the store.",
     "edgeward_hub_revision": "Revision of the store.",
+    "edgeward_hub_site_load": "Mean load of the site's nodes for each processor, as steering knows it.",
+    "edgeward_hub_site_share": "Part of its clients that steering sends to the site; 0 when it is taken out.",
     "edgeward_hub_tombstones": "Deletions that are remembered.",
     "edgeward_hub_uptime_seconds": "Since the hub started.",
     "edgeward_hub_watchers": "Open watches.",

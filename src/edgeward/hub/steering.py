@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -165,6 +165,10 @@ class Known:
         """Nodes that are heard and whose site has addresses: those whose load matters."""
         sites = {n for n, spec in self._sites.items() if spec.addresses}
         return sorted(n for n, (site, online) in self._nodes.items() if online and site in sites)
+
+    def said(self) -> set[str]:
+        """The sites of which a node's load is known."""
+        return {self._nodes[n][0] for n in self._loads if n in self._nodes}
 
     def _edges(self) -> list[Edge]:
         at: dict[str, list[tuple[str, bool]]] = {}
@@ -388,10 +392,18 @@ class HubSteering:
         self.known.loaded(node, load)
 
     def metrics(self) -> dict[str, float]:
-        if self._responder is None:
-            return {}
-        kinds: Iterable[str] = ("udp", "tcp", "over", "dropped")
-        return {f'edgeward_hub_dns_queries_total{{outcome="{k}"}}': float(self._responder.counts[k]) for k in kinds}
+        """For /metrics: queries by what became of them; of each site that has addresses its share and its load."""
+        found: dict[str, float] = {}
+        if self._responder is not None:
+            for k in ("udp", "tcp", "over", "dropped"):
+                found[f'edgeward_hub_dns_queries_total{{outcome="{k}"}}'] = float(self._responder.counts[k])
+        said = self.known.said()
+        for edge in self.known.now.edges.values():
+            if edge.addresses:
+                found[f'edgeward_hub_site_share{{site="{edge.name}"}}'] = 0.0 if edge.out else edge.share
+                if edge.name in said:
+                    found[f'edgeward_hub_site_load{{site="{edge.name}"}}'] = edge.load
+        return found
 
     # -- over HTTP -------------------------------------------------------------------------------------------------
 
