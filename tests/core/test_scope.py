@@ -119,6 +119,11 @@ def test_what_a_site_may_write_and_delete() -> None:
         check_local(may, None, "plant")
     for may in (here, config):
         check_local(None, may, "plant")
+    named = make("Site", "plant", {"displayName": "P", "prefixes": ["10.0.0.0/8"]})
+    check_local(named, make("Site", "plant", {"prefixes": ["10.0.0.0/8"]}), "plant")
+    for old in (mine, None):
+        with pytest.raises(Invalid, match=r"Site/plant: \$\.spec\.prefixes: is the hub's to say.*change it at the hub"):
+            check_local(named, old, "plant")
     with pytest.raises(Invalid, match=r"App/x: \$\.spec\.placement\.site: names site 'shop'.*place it at this site"):
         check_local(there, None, "plant")
     with pytest.raises(Invalid, match=r"names site 'shop'"):

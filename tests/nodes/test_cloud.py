@@ -238,8 +238,14 @@ def test_a_site_reaches_nothing_of_others(tmp_path: Path) -> None:
                 assert "refused by the hub" in decided.why and str(key) in decided.why, decided.why
                 assert "it at the hub" in decided.why
             assert [(r.key, r.revision) for r in f.store.all()] == before
-            # its own Site it may name
-            assert (await f.push("plant-1", doc("Site", "plant", {"displayName": "P"}), f.store.get(Key("Site", CLUSTER, "plant")).revision)).outcome == "accept"  # fmt: skip  # noqa: E501
+            # its own Site it may name, but not say whose clients come to it
+            taking = {"displayName": "P", "prefixes": ["0.0.0.0/0"], "addresses": ["192.0.2.66"]}
+            key = Key("Site", CLUSTER, "plant")
+            assert (
+                await f.push("plant-1", doc("Site", "plant", taking), f.store.get(key).revision)
+            ).outcome == "accept"
+            spec = f.store.get(key).spec
+            assert (spec.displayName, spec.prefixes, spec.addresses) == ("P", [], [])
 
     asyncio.run(body())
 

@@ -68,6 +68,8 @@ class Kind:
     short: tuple[str, ...] = ()
     #: Sites have it, but only the hub's API writes it: a node that was broken into must not make itself a king.
     at_hub_only: bool = False
+    #: Top-level fields that only the hub's API writes, in what a site may change otherwise: they concern others.
+    hub_fields: tuple[str, ...] = ()
     #: The level of the sync (``SyncAsk.level``) from which on agents know the kind; older ones do not get it.
     level: int = 0
     #: Fields that the kind got later, by their path in the spec (``health.grpc``), and the level from which on agents

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import msgspec
 
@@ -113,10 +114,29 @@ def check_reach(resource: Resource, site: str, *, delete: bool = False) -> None:
         )
 
 
+def hub_fields(resource: Resource, old: Resource | None) -> dict[str, Any]:
+    """What the fields that only the hub writes must be: as they were, or as they are when nobody says anything."""
+    names = kinds.get(resource.kind).hub_fields
+    if not names:
+        return {}
+    if old is not None:
+        return {n: getattr(old.spec, n) for n in names}
+    fields = {f.name: f for f in msgspec.structs.fields(resource.spec) if f.name in names}
+    return {n: f.default_factory() if callable(f.default_factory) else f.default for n, f in fields.items()}
+
+
 def check_local(new: Resource | None, old: Resource | None, site: str) -> None:
     """Raises what the hub would refuse of a change made at a site, as far as the site can know it."""
     if new is not None:
         check_reach(new, site)
+        for name, value in hub_fields(new, old).items():
+            if getattr(new.spec, name) != value:
+                raise Invalid(
+                    "is the hub's to say, not the site's",
+                    resource=str(new.key),
+                    field=f"$.spec.{name}",
+                    remedy="change it at the hub",
+                )
     elif old is not None:
         check_reach(old, site, delete=True)
         if kinds.get(old.kind).scope in ("placed", "all") and not placed_sites(old):

@@ -15,7 +15,7 @@ import msgspec
 from edgeward.core.errors import Invalid
 from edgeward.core.registry import kinds
 from edgeward.core.resource import Key, Resource, from_stored, to_stored
-from edgeward.core.scope import placed_sites
+from edgeward.core.scope import hub_fields, placed_sites
 
 #: Written by the hub into a Node's status; a node's word on them counts for nothing.
 _HUBS = ("online", "since", "revoked", "notTold")
@@ -54,7 +54,12 @@ def check_refs(resource: Resource, site: str, known: Callable[[Key], bool], else
 
 
 def pinned(local: Resource, hub: Resource | None, site: str) -> Resource:
-    """The object as the site may have it written: what it places anew is placed at this site, not everywhere."""
+    """The object as the site may have it written: what it places anew is placed at this site, not everywhere.
+
+    Fields that are the hub's to say stay as the hub has them.
+    """
+    if kept := hub_fields(local, hub):
+        local = msgspec.structs.replace(local, spec=msgspec.structs.replace(local.spec, **kept))
     if kinds.get(local.kind).scope != "placed" or placed_sites(local):
         return local
     mine = to_stored(local)

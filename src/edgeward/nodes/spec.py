@@ -125,6 +125,8 @@ kinds.add(
         namespaced=False,
         scope="site",
         newer={"addresses": 2},
+        # by these clients are led to a site: one that was broken into must not draw in other sites' clients
+        hub_fields=("coordinates", "prefixes", "addresses"),
         check=_check_site,
         columns=(
             Column("DISPLAY", lambda d: d["spec"].get("displayName", "")),
