@@ -48,6 +48,7 @@ def date(at: float) -> str:
         (["Cache-Control: s-maxage=60"], ["Authorization: Basic x"], 200, ""),
         (["Cache-Control: must-revalidate, max-age=60"], ["Authorization: Basic x"], 200, ""),
         (["Cache-Control: max-age=60", "Vary: *"], [], 200, "Vary"),
+        (["Cache-Control: max-age=60", "Vary: Accept, X-Forwarded-For"], [], 200, "varies"),
         (["Cache-Control: max-age=60", "Set-Cookie: a=b"], [], 200, "cookie"),
         (["Cache-Control: max-age=60"], [], 206, "part"),
         (["Cache-Control: max-age=60"], [], 404, ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from tests.gateway.rig import Client, Rig, Target, plain
 
 from edgeward.core import clock
+from edgeward.gateway import exchange
 from edgeward.gateway.cache import http_date
 from edgeward.gateway.rules import CacheConfig
 
@@ -316,3 +318,59 @@ def test_purge_and_explain(rig: Rig, client: Connect) -> None:
     metrics = verb("gateway.stats")["metrics"]
     assert metrics['edgeward_gateway_requests_total{route="default/all",status="200"}'] == 2
     assert metrics['edgeward_gateway_cache_total{route="default/all",result="stored"}'] == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [("Set-Cookie: session=victim", True), ("Cache-Control: private, max-age=60", False), ("Vary: *", False)],
+)
+def test_what_a_304_says_to_one_client_is_no_one_elses(rig: Rig, client: Connect, line: str, kept: bool) -> None:
+    """Many sites give a session's cookie with every answer, a 304 too."""
+
+    async def script(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            asked = b'if-none-match: "1"' in await target.request(reader)
+            said = f"304 Not Modified\r\n{line}\r\nX-User: victim" if asked else "200 OK\r\nContent-Length: 1"
+            control = "" if "Control" in line and asked else "Cache-Control: max-age=60\r\n"
+            writer.write(f'HTTP/1.1 {said}\r\n{control}ETag: "1"\r\n\r\n{"" if asked else "x"}'.encode())
+            await writer.drain()
+
+    rig.route("/", rig.target(script).port, cache=CacheConfig())
+    assert client().get("/").body == b"x"
+    victim = client().get("/", "Cache-Control: no-cache")
+    assert (victim.status, victim.body, victim.headers["x-user"]) == (200, b"x", "victim")
+    assert "stored" not in victim.headers["cache-status"]
+    other = client().get("/")
+    assert other.body == b"x"
+    assert "x-user" not in other.headers
+    assert other.headers["cache-status"].startswith("edgeward; hit" if kept else "edgeward; fwd=uri-miss")
+
+
+def test_a_first_client_that_reads_nothing_holds_nobody_up(rig: Rig, client: Connect) -> None:
+    size = 12 * 1024**2  # more than sockets hold by themselves
+
+    async def script(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await target.request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+        await writer.drain()
+
+    rig.route("/", rig.target(script).port, cache=CacheConfig(object=16 * 1024**2), idle=3600.0)
+    rig.apply(memory=256 * 1024**2)
+    slow = client()
+    slow.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+    slow.exactly(10)
+    got = client().get("/")
+    assert (len(got.body), got.headers["cache-status"][:13]) == (size, "edgeward; hit")
+    slow.close()
+    assert rig.call(lambda: rig.gate.held) == 0
+
+
+def test_what_is_being_kept_has_a_bound(rig: Rig, client: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "HELD", 200)
+    rig.route("/", rig.target(numbered("Cache-Control: max-age=60", "X: " + "x" * 50)).port, cache=CacheConfig())
+    rig.call(lambda: setattr(rig.gate, "held", 100))
+    c = client()
+    assert [c.get("/").body for _ in range(2)] == [b"1", b"2"], "passed on and not kept"
+    rig.call(lambda: setattr(rig.gate, "held", 0))
+    assert [c.get("/").body for _ in range(2)] == [b"3", b"3"]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from tests.gateway.rig import Client, Rig
+from tests.gateway.rig import PATIENCE, Client, Rig
 
 from edgeward.core.invocation import MAX_BODY, Call, CallFailed, Reply
+from edgeward.gateway import calling
 from edgeward.gateway.rules import CacheConfig
 
 Connect = Callable[[], Client]
@@ -92,6 +94,20 @@ def test_an_event_has_its_bound(rig: Rig, client: Connect) -> None:
     assert c.answer().status == 413
     assert c.closed()
     assert calls == []
+
+
+def test_events_have_a_bound_all_together(rig: Rig, client: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calling, "HELD", 1000)
+    calls = function(rig, lambda c: Reply(200, [], b""))
+    waits = client().send(b"POST /f HTTP/1.1\r\nHost: h\r\nContent-Length: 2000\r\n\r\n" + bytes(900))
+    guard = time.monotonic() + PATIENCE
+    while rig.call(lambda: rig.gate.held) < 900:
+        assert time.monotonic() < guard
+    assert client().get("/f", method="POST", body=bytes(200)).status == 503
+    assert waits.send(bytes(1100)).answer().status == 503
+    assert rig.call(lambda: rig.gate.held) == 0
+    assert client().get("/f", method="POST", body=b"x").status == 200
+    assert len(calls) == 1
 
 
 def test_what_a_function_says_is_not_trusted_to_be_http(rig: Rig, client: Connect) -> None:

@@ -121,11 +121,11 @@ def test_claims_of_clients_do_not_reach_the_target(rig: Rig, client: Connect) ->
     client().get(
         "/", "X-Forwarded-For: 6.6.6.6", "X-Forwarded-Host: evil", "Forwarded: for=6.6.6.6", "X-Original-URL: /admin",
         "X-Rewrite-URL: /admin", "X-HTTP-Method-Override: DELETE", "X-Real-IP: 6.6.6.6", "TE: trailers",
-         "Keep-Alive: 1",
+         "Keep-Alive: 1", "X_Forwarded_For: 6.6.6.6", "X-Forwarded_Host: evil", "Transfer_Encoding: chunked",
         "Proxy-Authorization: Basic x", "X-Mine: 1",
     )  # fmt: skip
     head = target.heads[0].lower()
-    for word in (b"6.6.6.6", b"evil", b"admin", b"delete", b"trailers", b"keep-alive", b"proxy-auth"):
+    for word in (b"6.6.6.6", b"evil", b"admin", b"delete", b"trailers", b"chunked", b"keep-alive", b"proxy-auth"):
         assert word not in head
     assert b"x-mine: 1\r\n" in head
     assert b"x-forwarded-for: 127.0.0.1\r\n" in head
@@ -135,6 +135,10 @@ def test_a_loop_is_noticed(rig: Rig, client: Connect) -> None:
     rig.route("/", rig.port)
     got = client().get("/")
     assert got.status == 508
+    target = rig.target(plain())
+    rig.route("/on", target.port)
+    for other in ("1.1 n10.edgeward", "1.1 an1.edgeward", "1.1 edgeward-n10"):
+        assert client().get("/on", f"Via: {other}").status == 200, "another node, of a longer name"
 
 
 def test_what_is_remembered_of_a_head_ends_with_the_rules(rig: Rig, client: Connect) -> None:

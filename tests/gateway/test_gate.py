@@ -157,6 +157,8 @@ def test_interim_answers_are_not_the_answer(rig: Rig, client: Connect) -> None:
         ).port,
     )
     assert client().get("/").body == b"x"
+    rig.route("/flood", rig.target(once(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 100_000)).port)
+    assert b"more than 32 interim answers" in client().get("/flood").body
 
 
 def test_repeats(rig: Rig, client: Connect) -> None:

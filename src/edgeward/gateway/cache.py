@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from email.utils import formatdate, mktime_tz, parsedate_tz
 from typing import Literal
 
-from edgeward.gateway.http1 import SAFE, Headers, Request, Response
+from edgeward.gateway.http1 import CLAIMS, SAFE, Headers, Request, Response
 
 #: RFC 9110, section 15.1: may be kept without being told so.
 _HEURISTIC = frozenset({200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501})
@@ -165,8 +165,11 @@ def why_not_stored(request: Request, response: Response) -> str:
         return "the request was authorised"
     if "set-cookie" in response.fields:
         return "it sets a cookie"
-    if vary(response.fields) is None:
+    names = vary(response.fields)
+    if names is None:
         return "Vary: *"
+    if not CLAIMS.isdisjoint(names):
+        return "it varies by what the gateway itself says of the client"
     explicit = {"public", "max-age", "s-maxage"} & control.keys() or "expires" in response.fields
     if not explicit and response.status not in _HEURISTIC:
         return f"status {response.status} without an explicit lifetime"
@@ -220,6 +223,14 @@ def refreshed(old: Stored, response: Response, headers: Headers, asked: float, g
         0.0 if unsafe else (old.stale_while_revalidate if renew is None else renew),
         old.tags, hits=old.hits, owner=old.owner,
     )  # fmt: skip
+
+
+def why_not_refreshed(request: Request, made: Stored, response: Response) -> str:
+    """Empty when what a 304 made of a stored answer may be kept for others, else the reason: it may have become
+    private, or say something to this client only."""
+    whole = Response(made.status, made.reason, made.headers)
+    whole.fields = made.fields
+    return why_not_stored(request, whole)
 
 
 Way = Literal["hit", "stale", "renew", "miss", "validate", "bypass", "refuse"]

@@ -13,8 +13,8 @@ import msgspec
 
 from edgeward.core import clock
 from edgeward.core.invocation import MAX_BODY, Call, CallFailed, Event, Http, Invoker, Reply
-from edgeward.gateway.exchange import Exchange
-from edgeward.gateway.http1 import CHUNKED, CLAIMS, HOP, Headers, Response, end_to_end
+from edgeward.gateway.exchange import HELD, Exchange
+from edgeward.gateway.http1 import CHUNKED, HOP, Headers, Response, end_to_end, is_claim
 
 if TYPE_CHECKING:
     from edgeward.gateway.door import Door
@@ -55,7 +55,12 @@ class FunctionExchange(Exchange):
             self._too_large()
 
     def on_request_body(self, piece: bytes) -> None:
+        if self.gate.held + len(piece) > HELD:
+            why = "requests in progress have as many bytes in memory as this node's gateway takes"
+            self._refuse(503, why, [("retry-after", "1")])
+            return
         self._got += len(piece)
+        self.hold(len(piece))
         self._data.append(piece)
         self.deadline = self.gate.loop.time() + self.rule.config.answer + 1.0
         if self._got > MAX_BODY:
@@ -71,7 +76,7 @@ class FunctionExchange(Exchange):
 
     def _event(self) -> Event:
         request = self.request
-        headers = [h for h in end_to_end(request.headers) if h[0] not in CLAIMS]
+        headers = [h for h in end_to_end(request.headers) if not is_claim(h[0])]
         self.gate.calls += 1
         return Event(
             id=f"{self.gate.calls_of}-{self.gate.calls:x}",
@@ -134,5 +139,5 @@ class FunctionExchange(Exchange):
     async def _room(self) -> None:
         """Until the client takes more of the answer; the sweep ends one that does not."""
         door: Door | None = self.door
-        if door is not None:
+        if door is not None and self._storing is None:
             await door.room()

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Bytes of a request's body that are kept to send it again; the client waits while no connection is open beyond it.
 REPLAY = 64 * 1024
+#: Bytes of bodies that requests in progress have in memory, all together: events of functions, answers to be kept.
+HELD = 64 * 1024**2
 _NO_BODY = frozenset({204, 304})
 _FAILED = frozenset({500, 502, 503, 504})
 Waiter = Callable[[bool], None]
@@ -62,7 +64,8 @@ class Exchange:
         self._replayable = True
         self._chunked = False
         self._storing: list[bytes] | None = None
-        self._stored_size = 0
+        self._stored_size = self._held = 0
+        self._client_full = False
         self._response: Response | None = None
         self._swallow = False
         #: No kept connection any more: one was closed under our hands.
@@ -248,9 +251,12 @@ class Exchange:
         if self._storing is not None:
             self._storing.append(data)
             self._stored_size += len(data)
-            if self.rule.cache is None or self._stored_size > self.rule.cache.object:
+            self.hold(len(data))
+            full = self.gate.held > HELD // 2
+            if self.rule.cache is None or self._stored_size > self.rule.cache.object or full:
                 self._storing, self.cache_word = None, "miss"
                 self._release(False)
+                self.client_full(self._client_full)
         if self.door is not None and self.request.method != "HEAD":
             self.door.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
@@ -273,12 +279,19 @@ class Exchange:
             self.door.want_body(not full)
 
     def client_full(self, full: bool) -> None:
-        """The client takes no more of the answer for now."""
+        """The client takes no more of the answer for now. One that is being kept comes whole all the same: others wait
+        for it."""
+        self._client_full = full
         if self.connection is not None:
-            if full:
+            if full and self._storing is None:
                 self.connection.pause()
-            else:
+            elif not full:
                 self.connection.resume()
+
+    def hold(self, size: int) -> None:
+        """So many bytes more are in memory until this is over."""
+        self._held += size
+        self.gate.held += size
 
     def on_fail(self, status: int, why: str) -> None:
         connection, self.connection = self.connection, None
@@ -332,10 +345,13 @@ class Exchange:
     def _validated(self, response: Response, old: Stored) -> None:
         now = clock.now()
         made = cache.refreshed(old, response, end_to_end(response.headers), self.asked, now)
-        if self.key is not None:
+        why = cache.why_not_refreshed(self.request, made, response)
+        if self.key is not None and not why:
             self.gate.shelf.put(self.key, made)
+        elif self.key is not None and "set-cookie" not in response.fields:
+            self.gate.shelf.drop(self.key)  # it is for others no longer
         self._release(True)
-        self._answer(made, now, "validated", fwd=f"fwd={self.fwd}; fwd-status=304; stored")
+        self._answer(made, now, "validated", fwd=f"fwd={self.fwd}; fwd-status=304" + ("" if why else "; stored"))
 
     def _stand_in(self, status: int) -> bool:
         """The stale answer in place of a failed target's, where that is allowed."""
@@ -453,6 +469,7 @@ class Exchange:
         if self.ended:
             return
         self.ended = True
+        self.gate.held -= self._held
         self._release(False)
         self.rule.active[0] -= 1
         self.gate.finished(self)

@@ -69,12 +69,13 @@ class Gate:
         self.pool = Pool()
         self.shelf = Shelf(self.config.memory)
         self.access = AccessLog(log_file)
-        self.via_name = f"edgeward-{node}"
-        self.via = f"1.1 {self.via_name}"
+        self.via_name = f" {node}.edgeward"  # with both its ends: n1 is not n10
+        self.via = f"1.1{self.via_name}"
         self.authority = node
         #: Answers that are being fetched, for those who want the same.
         self.fetching: dict[Key, Exchange] = {}
         self.exchanges: set[Exchange] = set()
+        self.held = 0  # bytes of bodies in memory (``exchange.HELD``)
         self.doors: dict[Door, None] = {}  # in the order of their coming
         self.refusals: dict[int, int] = {}
         #: What was written for requests that are remembered: (rule, client, head).

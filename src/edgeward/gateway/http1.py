@@ -270,6 +270,15 @@ def end_to_end(headers: Headers) -> Headers:
     return [h for h in headers if h[0] not in dropped]
 
 
+def is_claim(name: str) -> bool:
+    """Whether a field is a client's word about itself, or would be one, or frame the message, for a target that takes
+    underscores for hyphens (CGI and what came after it do)."""
+    if name in CLAIMS:
+        return True
+    plain = name.replace("_", "-") if "_" in name else ""
+    return bool(plain) and (plain in CLAIMS or plain in HOP or plain in ("host", "content-length", "via"))
+
+
 def write_request(method: str, target: str, headers: Iterable[tuple[str, str]]) -> bytes:
     lines = [f"{n}: {v}\r\n" for n, v in headers]
     return f"{method} {target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("latin-1")

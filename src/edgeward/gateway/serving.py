@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from edgeward.gateway.cache import Stored, not_modified, part_of
 from edgeward.gateway.cors import CorsConfig, with_cors
-from edgeward.gateway.http1 import CLAIMS, CONDITIONS, Headers, Request, end_to_end, write_response
+from edgeward.gateway.http1 import CONDITIONS, Headers, Request, end_to_end, is_claim, write_response
 from edgeward.gateway.rules import Rule
 from edgeward.gateway.shelf import NAME
 
 #: Of a stored answer, in a 304 (RFC 9110, section 15.4.5).
 _IN_304 = frozenset({"cache-control", "content-location", "date", "etag", "expires", "vary", "last-modified"})
-_DROPPED = CLAIMS | frozenset({"host", "content-length", "expect"})
+_DROPPED = frozenset({"host", "content-length", "expect"})
 
 
 def forwarded(
@@ -19,7 +19,7 @@ def forwarded(
     """The fields of the request as the target gets them. ``validators``: the gateway asks for itself, in place of the
     client's conditions."""
     mine = _DROPPED if validators is None else _DROPPED | CONDITIONS
-    passed = [h for h in end_to_end(request.headers) if h[0] not in mine and h[0] != "via"]
+    passed = [h for h in end_to_end(request.headers) if h[0] not in mine and not is_claim(h[0]) and h[0] != "via"]
     told = request.fields.get("via")
     host = rule.config.send_host or request.authority or authority
     headers: Headers = [

@@ -17,6 +17,8 @@ from edgeward.gateway.http1 import CHUNKED, HEAD_BYTES, UNTIL_CLOSE, Bad, Chunks
 #: Idle connections kept for each endpoint, and how long (servers often close after 5 s; most before 60 s).
 KEPT = 64
 KEEP = 4.0
+#: Interim answers (1xx) to one request; they are read and dropped.
+INTERIM = 32
 
 
 class User(Protocol):
@@ -50,6 +52,7 @@ class Connection(asyncio.Protocol):
         self._chunks: Chunks | None = None
         self._tunnel = False
         self._paused = False
+        self._interim = 0
 
     # -- the user's side ---------------------------------------------------------------------------------------------
 
@@ -57,6 +60,7 @@ class Connection(asyncio.Protocol):
         """Sends a request's head. ``done``: there is no body."""
         self.user, self._method, self.request_done = user, method, done
         self._response, self._chunks = None, None
+        self._interim = 0
         self.write(head)
 
     def write(self, data: bytes) -> None:
@@ -144,6 +148,10 @@ class Connection(asyncio.Protocol):
                 return
             if response.status >= 200 or response.status == 101:
                 break
+            self._interim += 1
+            if self._interim > INTERIM:
+                self._broken(user, f"more than {INTERIM} interim answers")
+                return
         data, self._buffer = self._buffer, b""
         self._response = response
         self._left = response.length
