@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -14,15 +11,15 @@ from nats.aio.msg import Msg
 from tests.core.pair import until
 from tests.nodes.fleet import app, config, doc, fleet
 
-from edgeward.core import clock, store_nats
-from edgeward.core.resource import CLUSTER, Key, Resource, to_stored
+from edgeward.core import clock
+from edgeward.core.resource import CLUSTER, Key
 from edgeward.hub.kinds import load
 from edgeward.nodes import cloud as module
 from edgeward.nodes.liveness import Liveness
+from edgeward.nodes.views import Views
 from edgeward.nodes.wire import (
     BeatAnswer,
     BeatAsk,
-    LocalChange,
     Ok,
     PushAnswer,
     PushAsk,
@@ -84,168 +81,6 @@ def test_a_large_view_comes_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert keys == sorted(set(keys))
             assert len(keys) == 23
             assert whole.view
-
-    asyncio.run(body())
-
-
-def test_a_nodes_own_changes_are_decided_once(tmp_path: Path) -> None:
-    async def body() -> None:
-        async with fleet(tmp_path) as f:
-            made = await f.push("plant-1", app("mine", "plant"))
-            assert (made.outcome, made.now.stored is not None) == ("accept", True)
-            key = Key("App", "default", "mine")
-            stored = f.store.get(key)
-            assert made.now.revision == stored.revision
-            # a change on the present revision, and the same answer again when only the answer was lost
-            change = LocalChange(10, *_parts(key), "put", stored.revision, 1.0, "ann", to_stored(app("mine", "plant", replicas=3)))  # fmt: skip  # noqa: E501
-            for outcome in ("accept", "same"):
-                answer = await f.ask("plant-1", "push", PushAsk("replica", [change]), PushAnswer)
-                assert [d.outcome for d in answer.decided] == [outcome]
-                assert f.store.get(key).spec.replicas == 3
-                assert f.store.get(key).metadata.generation == 2
-            # a wiped node counts from 1 again: another store's numbers mean nothing
-            change = msgspec.structs.replace(change, seq=1, base=f.store.get(key).revision,
-                                             stored=to_stored(app("mine", "plant", replicas=4)))  # fmt: skip
-            answer = await f.ask("plant-1", "push", PushAsk("wiped", [change]), PushAnswer)
-            assert [d.outcome for d in answer.decided] == ["accept"]
-            assert f.store.get(key).spec.replicas == 4
-            f._seq = 100
-            await f.push("plant-1", key, f.store.get(key).revision)
-            assert f.store.find(key) is None
-            await until(lambda: len(f.journal()) == 4)
-            assert f.journal() == [("App/mine", "accept")] * 4
-
-    asyncio.run(body())
-
-
-def test_a_store_that_goes_silent_costs_no_local_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server stands still while a change is taken over, for longer than the hub waits: the node sends it again."""
-    monkeypatch.setattr(store_nats, "_TIMEOUT", 1.5)
-
-    async def body() -> None:
-        async with fleet(tmp_path) as f:
-            key = Key("App", "default", "mine")
-            write, pid = f.nodes._write, f.server.pid or 0
-
-            async def silent(*args: Any) -> None:
-                os.kill(pid, signal.SIGSTOP)
-                try:
-                    await write(*args)
-                finally:
-                    os.kill(pid, signal.SIGCONT)
-
-            async def push(*changes: LocalChange) -> list[str]:
-                """As a node does: again while the hub has no word on them."""
-                async with asyncio.timeout(120):
-                    while (answer := await f.ask("plant-1", "push", PushAsk("r", list(changes)), PushAnswer)).error:
-                        f.nodes._write = write
-                return [d.outcome for d in answer.decided]
-
-            def change(seq: int, replicas: int, first: int) -> LocalChange:
-                stored = to_stored(app("mine", "plant", replicas=replicas))
-                return LocalChange(seq, *_parts(key), "put", 0, 1.0, "ann", stored, first)
-
-            f.nodes._write = silent
-            # the same change again, be it that its first try came through or that it did not
-            assert await push(change(1, 2, 1)) in (["accept"], ["same"])
-            assert f.store.get(key).spec.replicas == 2
-            # and one that replaces a change whose write did happen, unknown to anybody, is no conflict with that
-            f.nodes._write = silent
-            assert (await f.ask("plant-1", "push", PushAsk("r", [change(2, 3, 1)]), PushAnswer)).error
-            f.nodes._write = write
-            await until(lambda: f.store.get(key).spec.replicas == 3)
-            assert await push(change(3, 4, 1)) == ["accept"]
-            assert f.store.get(key).spec.replicas == 4
-            # each in the journal, once
-            await until(lambda: len(f.journal()) == 3)
-            assert f.journal() == [("App/mine", "accept")] * 3
-
-    asyncio.run(body())
-
-
-def _parts(key: Key) -> tuple[str, str, str]:
-    return key.kind, key.namespace, key.name
-
-
-def test_when_both_sides_changed_it_the_rule_decides_and_the_loser_is_kept(tmp_path: Path) -> None:
-    async def body() -> None:
-        async with fleet(tmp_path) as f:
-            for rule, winner in (("cloud", "hub"), ("edge", "site")):
-                await f.store.put(app(f"uses-{rule}", "plant", config=rule))
-                old = await f.store.put(config(rule, "old", conflict=rule))
-                await f.store.put(config(rule, "hub", conflict=rule))
-                decided = await f.push("plant-1", config(rule, "site", conflict=rule), old.revision)
-                assert f.store.get(old.key).spec.data == {"k": winner}
-                assert decided.now.stored is not None and decided.now.stored.spec["data"] == {"k": winner}
-                assert decided.journal is not None
-                loser = "site" if winner == "hub" else "hub"
-                assert decided.journal["lost"]["spec"] == {"data": {"k": loser}}
-            # the secret that lost is not written into the journal
-            await f.store.put(app("uses", "plant", envFrom=[{"secret": "s"}]))
-            old = await f.store.put(doc("Secret", "s", {"data": {"p": "old"}}))
-            await f.store.put(doc("Secret", "s", {"data": {"p": "hub"}}))
-            decided = await f.push("plant-1", doc("Secret", "s", {"data": {"p": "hunter2"}}), old.revision)
-            assert decided.outcome == "reject"
-            assert "hunter2" not in str(decided.journal)
-
-    asyncio.run(body())
-
-
-def test_what_other_sites_use_too_becomes_an_override(tmp_path: Path) -> None:
-    async def body() -> None:
-        async with fleet(tmp_path) as f:
-            shared = await f.store.put(app("web", replicas=1))
-            decided = await f.push("plant-1", app("web", replicas=5), shared.revision)
-            assert decided.outcome == "override"
-            assert f.store.get(shared.key).spec.replicas == 1, "nobody else notices"
-            override = f.store.get(Key("Override", "default", "app-web-plant"))
-            assert (override.spec.site, override.spec.patch) == ("plant", {"replicas": 5})
-            assert override.metadata.ownerReferences[0].uid == shared.metadata.uid
-            assert "Override/app-web-plant" in names(await f.sync("plant-2"))
-            assert "Override/app-web-plant" not in names(await f.sync("shop-1"))
-            gone = await f.push("plant-1", shared.key, shared.revision)
-            assert gone.outcome == "reject"
-            assert f.store.find(shared.key) is not None
-            assert (await f.push("plant-1", override.key, override.revision)).outcome == "accept"
-            assert f.store.find(override.key) is None, "a site may give its own override up"
-
-    asyncio.run(body())
-
-
-def test_a_site_reaches_nothing_of_others(tmp_path: Path) -> None:
-    async def body() -> None:
-        async with fleet(tmp_path) as f:
-            override = await f.store.put(
-                doc("Override", "o", {"target": {"kind": "Site", "name": "shop"}, "site": "shop", "patch": {}})
-            )
-            tries: list[Resource | Key] = [
-                app("x", "shop"),
-                doc("Node", "shop-1", {"site": "plant"}),
-                doc("Node", "plant-1", {"site": "plant"}, labels={"x": "y"}),
-                doc("Site", "shop", {"displayName": "taken"}),
-                doc("Override", "p", {"target": {"kind": "Site", "name": "shop"}, "site": "plant", "patch": {}}),
-                Key("Node", CLUSTER, "shop-1"),
-                Key("Node", CLUSTER, "plant-2"),
-                Key("Site", CLUSTER, "shop"),
-                override.key,
-            ]
-            before = [(r.key, r.revision) for r in f.store.all()]
-            for what in tries:
-                key = what if isinstance(what, Key) else what.key
-                old = f.store.find(key)
-                decided = await f.push("plant-1", what, old.revision if old else 0)
-                assert decided.outcome == "invalid", key
-                assert "refused by the hub" in decided.why and str(key) in decided.why, decided.why
-                assert "it at the hub" in decided.why
-            assert [(r.key, r.revision) for r in f.store.all()] == before
-            # its own Site it may name, but not say whose clients come to it
-            taking = {"displayName": "P", "prefixes": ["0.0.0.0/0"], "addresses": ["192.0.2.66"]}
-            key = Key("Site", CLUSTER, "plant")
-            assert (
-                await f.push("plant-1", doc("Site", "plant", taking), f.store.get(key).revision)
-            ).outcome == "accept"
-            spec = f.store.get(key).spec
-            assert (spec.displayName, spec.prefixes, spec.addresses) == ("P", [], [])
 
     asyncio.run(body())
 
@@ -401,8 +236,8 @@ def test_a_new_hub_names_what_a_node_may_keep(tmp_path: Path) -> None:
             known = await f.sync("plant-1", first.revision, first.epoch)
             assert (known.names, names(known)) == (None, {"App/doomed gone"})
             # the hub process is another one: what left a view is not known any more, what is in it is
-            f.nodes._views = module.Views(f.store.entry)
-            f.nodes._views.load(f.store.all())
+            f.nodes.roster.views = Views(f.store.entry)
+            f.nodes.roster.views.load(f.store.all())
             then = await f.sync("plant-1", first.revision, first.epoch)
             assert not then.full and then.names is not None
             assert {n for _, _, n in then.names} == {"plant", "plant-1", "plant-2", "kept"}
@@ -446,7 +281,7 @@ def test_what_a_node_repeats_is_not_written_again(tmp_path: Path) -> None:
             await f.store.remove(Key("Node", CLUSTER, "plant-1"))
             await f.nodes._fold.settled()
             assert f.nodes._reporters.get("App/default/web") == set()
-            assert "plant-1" not in f.nodes._nodes_at["plant"]
+            assert "plant-1" not in f.nodes.roster.nodes_at["plant"]
             assert f.store.get(service.key).status["endpoints"] == []
 
     asyncio.run(body())

@@ -304,9 +304,11 @@ def test_what_the_hub_does_not_name_is_dropped(tmp_path: Path) -> None:
             async with node.running(await f.bus("plant-1")):
                 await until(lambda: node.holds("web", "doomed"), 20)
             await f.store.remove(Key("App", "default", "doomed"))
-            f.nodes._views = type(f.nodes._views)(f.store.entry)  # a hub process that does not know what there was
-            f.nodes._views.load(f.store.all())
-            f.nodes._told.clear()
+            f.nodes.roster.views = type(f.nodes.roster.views)(
+                f.store.entry
+            )  # a hub process that does not know what there was
+            f.nodes.roster.views.load(f.store.all())
+            f.nodes.roster.told.clear()
             f.nodes.run_id = "another"
             fulls = node.edge.counters["full_syncs"]
             async with node.running(await f.bus("plant-1")):

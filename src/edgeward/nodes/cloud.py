@@ -5,6 +5,8 @@ nodes that they concern. A node only ever gets its own view (``core/scope.py``) 
 name is the subject's last part, which NATS lets no other node use. Nothing here knows what an App is: each kind
 registers how reports become its status (``fold/<Kind>`` in the registry).
 
+What sites changed by themselves is taken over in ``nodes/takeover.py``.
+
 Several hub processes may serve one fleet (``core/peers.py``): each answers what comes to it, all hear of it, and one
 writes statuses and pokes.
 
@@ -18,45 +20,38 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 from nats.aio.msg import Msg
 
 from edgeward.core import clock
 from edgeward.core.bus import Bus
-from edgeward.core.errors import Conflict, EdgewardError, Invalid, Refused, Unreachable
+from edgeward.core.errors import Conflict, EdgewardError, Refused, Unreachable
 from edgeward.core.peers import Peers
 from edgeward.core.reconcile import Loop
 from edgeward.core.records import Records
-from edgeward.core.registry import extensions, kinds, redact
+from edgeward.core.registry import extensions
 from edgeward.core.resource import (
     CLUSTER,
     Key,
-    Metadata,
-    OwnerReference,
     Resource,
-    from_stored,
-    make_patch,
-    to_stored,
 )
-from edgeward.core.scope import check_reach, fingerprint, placed_sites
-from edgeward.core.store import Change, Entry, same_desired
+from edgeward.core.scope import placed_sites
+from edgeward.core.store import Change
 from edgeward.core.store_nats import NatsStore
-from edgeward.nodes.ancestry import Ancestor, base_now
-from edgeward.nodes.hubtime import made_at
+from edgeward.nodes.ancestry import Ancestor
 from edgeward.nodes.liveness import LOOK, Liveness
-from edgeward.nodes.merge import Side, decide
-from edgeward.nodes.older import left_out, put_back, trimmed
-from edgeward.nodes.reach import check_known, check_refs, own_status, pinned, went_back
-from edgeward.nodes.views import STATUS_DOWN, SiteView, Views
+from edgeward.nodes.older import left_out
+from edgeward.nodes.reach import own_status, went_back
+from edgeward.nodes.roster import Roster
+from edgeward.nodes.takeover import Takeover
+from edgeward.nodes.views import STATUS_DOWN, SiteView
 from edgeward.nodes.wire import (
     LEVEL,
     BeatAnswer,
     BeatAsk,
-    Decided,
     HubObject,
-    LocalChange,
     Ok,
     PushAnswer,
     PushAsk,
@@ -70,10 +65,6 @@ log = logging.getLogger("edgeward.nodes")
 T = TypeVar("T")
 #: One page of a sync, in bytes of encoded objects.
 PAGE = 512 * 1024
-#: Changes of a node whose outcome is remembered, in case the answer is lost; a push has at most 50.
-_REMEMBERED = 256
-#: Bytes of encoded objects kept for the next node that needs the same ones.
-_ENCODED = 16 << 20
 #: Seconds that reports, and statuses on their way to nodes, are gathered for.
 _GATHER = 1.0
 _SERVICE_GATHER = 0.05
@@ -93,14 +84,6 @@ _BEHIND = 2.0
 Fold = Callable[[Resource, list[Resource], Mapping[str, dict[str, Any]]], dict[str, Any]]
 
 
-class _Doubt(NamedTuple):
-    """A change that was being taken over when the store went silent, and what the journal is to say of it."""
-
-    change: LocalChange
-    wanted: Resource | None
-    journal: dict[str, Any]
-
-
 class NodesCloud:
     """Serves the fleet of one hub process."""
 
@@ -110,8 +93,9 @@ class NodesCloud:
         self._store = store
         self._bus = bus
         self._records = records
-        #: ``await write(resource | None, key, expect, actor)``: a validated write (the hub's Resources).
-        self._write = write
+        #: Where each node is and what it sees; and what the sites have changed by themselves.
+        self.roster = Roster(store)
+        self.takeover = Takeover(store, records, write, self.roster)
         self.run_id = peers.id if peers else clock.new_id(12)
         self._peers = peers
         #: Nodes heard of that the other hub processes were not told of yet.
@@ -133,32 +117,16 @@ class NodesCloud:
         #: What is in one of the loops' timers: to be gathered, not to be put off again.
         self._gathered: set[tuple[str, str]] = set()
         self._flipped_events: dict[str, list[dict[str, Any]]] = {}
-        self._pushing: dict[str, asyncio.Lock] = {}
-        #: Changes whose write or record may have happened; the nodes send them again.
-        self._in_doubt: dict[tuple[str, Key], _Doubt] = {}
-        #: The stores that this one was restored from.
-        self._line: list[Ancestor] = []
-        self._views = Views(store.entry)
-        self._site_of: dict[str, str] = {}
-        self._nodes_at: dict[str, set[str]] = {}
         #: "Kind/ns/name" -> nodes that report of it
         self._reporters: dict[str, set[str]] = {}
-        #: node -> the revision of its view that an answer to a beat named last
-        self._told: dict[str, int] = {}
-        self._encoded: dict[tuple[Key, int, int, int], bytes] = {}
-        #: node -> the level of its release, where it is older than this one's (``nodes/older.py``)
-        self._levels: dict[str, int] = {}
-        #: node -> what it is not told for that
-        self._untold: dict[str, list[str]] = {}
-        self._encoded_size = 0
         #: What the enrolment says of a node's identity: members of its status, ``revoked`` always among them.
         self.identity: Callable[[str], dict[str, Any]] = lambda node: {"revoked": False}
 
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        self._line = msgspec.json.decode(self._store.fact("line") or b"[]", type=list[Ancestor])
-        self._views.load(self._store.all())
+        self.roster.line = msgspec.json.decode(self._store.fact("line") or b"[]", type=list[Ancestor])
+        self.roster.views.load(self._store.all())
         self._store.listen(self._changed)
         if self._peers is not None:
             self._peers.listen("heard", self._heard_by_peer)
@@ -167,7 +135,7 @@ class NodesCloud:
             self._peers.on_change.append(self._lead)
         for node in self._store.items("Node"):
             name = node.metadata.name
-            self._place(name, node.spec.site)
+            self.roster.place(name, node.spec.site)
             saved = self._store.fact(f"report.{name}")
             if saved:
                 doc = msgspec.json.decode(saved)
@@ -176,7 +144,7 @@ class NodesCloud:
                 self._node_reports[name] = doc.get("node", {})
                 self._event_seq[name] = tuple(doc.get("events") or ("", 0))
                 if "level" in doc:
-                    self._levels[name], self._untold[name] = doc["level"], doc.get("untold", [])
+                    self.roster.levels[name], self.roster.untold[name] = doc["level"], doc.get("untold", [])
             # the last state known stands until the node is heard of, or stays silent for long enough
             live = self._live[name] = Liveness()
             live.online = bool(node.status.get("online"))
@@ -223,26 +191,6 @@ class NodesCloud:
             return None
 
         return answer
-
-    def _node(self, name: str) -> Resource:
-        node = self._store.find(Key("Node", CLUSTER, name))
-        if node is None:
-            raise Invalid("the hub knows no such node", resource=f"Node/{name}", remedy="enrol it again")
-        return node
-
-    def _place(self, node: str, site: str | None) -> None:
-        """Which site a node stands in; None: it is gone."""
-        old = self._site_of.pop(node, None)
-        if old is not None and old != site:
-            self._told.pop(node, None)
-        if old is not None:
-            self._nodes_at.get(old, set()).discard(node)
-        if site is not None:
-            self._site_of[node] = site
-            self._nodes_at.setdefault(site, set()).add(node)
-
-    def _view(self, node: str) -> SiteView:
-        return self._views.of(self._node(node).spec.site, self._store.revision)
 
     def _heard(self, node: str, *, certain: bool = False) -> None:
         """Any request of a node says that it is there."""
@@ -315,26 +263,6 @@ class NodesCloud:
 
     # -- sync ---------------------------------------------------------------------------------------------------------
 
-    def _object(self, key: Key, resource: Resource | None, revision: int, level: int = LEVEL) -> HubObject:
-        if resource is None:
-            return HubObject(key.kind, key.namespace, key.name, revision)
-        status = resource.status if key.kind in STATUS_DOWN and resource.status else None
-        stored = trimmed(to_stored(resource), level)
-        return HubObject(key.kind, key.namespace, key.name, revision, stored, status)
-
-    def _packed(self, key: Key, entry: Entry, level: int) -> bytes:
-        """A present object as it goes over the link; nodes of one site, and all for what is everywhere, share it."""
-        which = (key, entry.revision, entry.seen if key.kind in STATUS_DOWN else 0, level)
-        data = self._encoded.get(which)
-        if data is None:
-            data = msgspec.msgpack.encode(self._object(key, entry.resource, entry.revision, level))
-            if self._encoded_size > _ENCODED:
-                self._encoded.clear()
-                self._encoded_size = 0
-            self._encoded[which] = data
-            self._encoded_size += len(data)
-        return data
-
     async def _caught_up(self, revision: int) -> None:
         """Waits a while for what another hub process has told this node already."""
         with contextlib.suppress(TimeoutError):
@@ -344,19 +272,19 @@ class NodesCloud:
 
     async def _on_sync(self, node: str, data: bytes) -> SyncAnswer:
         ask = msgspec.msgpack.decode(data, type=SyncAsk)
-        self._node(node)
+        self.roster.node(node)
         self._heard(node)
         ahead = ask.epoch == self._store.epoch and ask.since > self._store.revision
         if ahead and self._peers is not None and not self._peers.alone:
             await self._caught_up(ask.since)
         now = self._store.revision
-        mine = self._view(node)
+        mine = self.roster.view(node)
         full = ask.epoch != self._store.epoch or ask.since < self._store.compacted or ask.since > now or ask.since == 0
         names: list[Key] | None = None
         gone: dict[Key, int] = {}
         # a release that does not know a kind cannot read it; it does not get it
         level = min(ask.level, LEVEL)
-        newer = self._newer(level)
+        newer = self.roster.newer(level)
         if full:
             keys = list(mine.entries)
         else:
@@ -370,9 +298,9 @@ class NodesCloud:
         for key in wanted:
             entry = self._store.entry(key) if key not in gone else None
             packed = (
-                self._packed(key, entry, level)
+                self.roster.packed(key, entry, level)
                 if entry is not None
-                else msgspec.msgpack.encode(self._object(key, None, gone.get(key, now)))
+                else msgspec.msgpack.encode(self.roster.object(key, None, gone.get(key, now)))
             )
             size += len(packed)
             if page and size > PAGE:
@@ -380,29 +308,25 @@ class NodesCloud:
             page.append(msgspec.Raw(packed))
         more = len(page) < len(wanted)
         if not more and self._speaks(node, level, mine) and self._peers is not None:
-            await self._peers.tell("level", msgspec.msgpack.encode((node, level, self._untold.get(node, []))))
-        line = self._line if ask.epoch != self._store.epoch else []
+            await self._peers.tell("level", msgspec.msgpack.encode((node, level, self.roster.untold.get(node, []))))
+        line = self.roster.line if ask.epoch != self._store.epoch else []
         return SyncAnswer(
             self._store.epoch,
             now,
             full,
             cast(list[HubObject], page),  # encoded before
             more,
-            "" if more else self._print(mine, newer),
+            "" if more else self.roster.print(mine, newer),
             line=line,
             names=None if more or names is None else [(k.kind, k.namespace, k.name) for k in names],
             level=LEVEL,
         )
 
-    @staticmethod
-    def _newer(level: int) -> set[str]:
-        return {k.name for k in kinds if k.level > level}
-
     def _speaks(self, node: str, level: int, mine: SiteView) -> bool:
         """A node's level, as it said it just now; what an older one is not told stands in its status. True: news."""
         found = (self._store.entry(k) for k in mine.entries) if level < LEVEL else ()
         untold = left_out((e.resource for e in found if e is not None), level)
-        if self._levels.get(node, LEVEL) == level and self._untold.get(node, []) == untold:
+        if self.roster.levels.get(node, LEVEL) == level and self.roster.untold.get(node, []) == untold:
             return False
         self._take_level(node, level, untold)
         return True
@@ -413,22 +337,16 @@ class NodesCloud:
             self._take_level(node, level, untold)
 
     def _take_level(self, node: str, level: int, untold: list[str]) -> None:
-        if untold != self._untold.get(node, []):
+        if untold != self.roster.untold.get(node, []):
             self._node_status.add(node)
         if level < LEVEL:
-            self._levels[node], self._untold[node] = level, untold
+            self.roster.levels[node], self.roster.untold[node] = level, untold
         else:
-            self._levels.pop(node, None)
-            self._untold.pop(node, None)
+            self.roster.levels.pop(node, None)
+            self.roster.untold.pop(node, None)
         if untold:
             log.info("node %s is of an earlier release and is not told of: %s", node, ", ".join(untold))
         self._persist.add(node)
-
-    @staticmethod
-    def _print(view: SiteView, newer: set[str]) -> str:
-        if not any(k.kind in newer for k in view.entries):
-            return view.print
-        return fingerprint((k, desired) for k, (desired, _) in view.entries.items() if k.kind not in newer)
 
     def _changed(self, change: Change) -> None:
         """Within a change of the store: keeps the views and pokes the nodes that it concerns."""
@@ -436,15 +354,15 @@ class NodesCloud:
         if change.status_only and key.kind not in STATUS_DOWN:
             return
         if key.kind == "Node" and change.resource is not None:
-            self._place(key.name, change.resource.spec.site)
+            self.roster.place(key.name, change.resource.spec.site)
             if key.name not in self._live:
                 self._live[key.name] = Liveness(heard=clock.monotonic(), since=clock.monotonic())
-        touched = self._views.change(key, change.resource, status_only=change.status_only)
+        touched = self.roster.views.change(key, change.resource, status_only=change.status_only)
         if key.kind == "Node" and change.resource is None:
             self._forget(key.name)
         if change.resource is not None and not change.status_only and self._folds(key.kind):
             self._fold.add(key)
-        for site in self._nodes_at if touched is None else touched:
+        for site in self.roster.nodes_at if touched is None else touched:
             if not change.status_only:
                 self._poke.add(site)
             else:
@@ -466,22 +384,22 @@ class NodesCloud:
             self._unpoked[site] = clock.monotonic()
             return None
         revision = str(self._store.revision).encode()
-        for node in sorted(self._nodes_at.get(site, ())):
+        for node in sorted(self.roster.nodes_at.get(site, ())):
             if self.is_online(node):
                 with contextlib.suppress(EdgewardError):
                     await self._bus.publish(f"ew.node.{node}.poke", revision)
         return None
 
     def _forget(self, node: str) -> None:
-        site = self._site_of.get(node, "")
-        self._place(node, None)
+        site = self.roster.site_of.get(node, "")
+        self.roster.place(node, None)
         for what in self._reports.get(node, {}):
             self._reporters.get(what, set()).discard(node)
-        heard = (self._live, self._reports, self._node_reports, self._event_seq, self._runs, self._told)
-        for known in (*heard, self._levels, self._untold):
+        heard = (self._live, self._reports, self._node_reports, self._event_seq, self._runs, self.roster.told)
+        for known in (*heard, self.roster.levels, self.roster.untold):
             known.pop(node, None)
-        self._in_doubt = {k: doubt for k, doubt in self._in_doubt.items() if k[0] != node}
-        for key in self._views.of(site, self._store.revision).entries:
+        self.takeover.forget(node)
+        for key in self.roster.views.of(site, self._store.revision).entries:
             if self._folds(key.kind):
                 self._fold.add(key)
 
@@ -494,195 +412,11 @@ class NodesCloud:
             self._reports.setdefault(node, {})[what] = status
             self._reporters.setdefault(what, set()).add(node)
 
-    # -- local changes of a site -----------------------------------------------------------------------------------
-
     async def _on_push(self, node: str, data: bytes) -> PushAnswer:
         ask = msgspec.msgpack.decode(data, type=PushAsk)
-        site = self._node(node).spec.site
+        site = self.roster.node(node).spec.site
         self._heard(node)
-        async with self._pushing.setdefault(node, asyncio.Lock()):
-            saved = self._store.fact(f"pushed.{node}")
-            last = msgspec.json.decode(saved) if saved else {}
-            revision = self._store.fact_revision(f"pushed.{node}")
-            known = last if last.get("store") == ask.store else {}
-            done = known.get("seq", 0)
-            # key -> (seq, revision after, whether it was there then) of changes taken over from this node: where the
-            # answer was lost the node's next change has the old base, and its own doing is nothing that it missed
-            mine = {Key(*k): (seq, after, there) for *k, seq, after, there in known.get("mine", [])}
-            decided: list[Decided] = []
-            for change in ask.changes:
-                if change.seq <= done:
-                    # decided before, only the answer was lost
-                    decided.append(Decided(change.seq, "same", "taken over before", self._now(node, change)))
-                    continue
-                if (before := await self._settled(node, change)) is not None:
-                    mine[change.key] = before, self._revision(change.key), self._store.find(change.key) is not None
-                theirs = {k for k, (_, at, _) in mine.items() if at == self._revision(k)}
-                seq, after, there = mine.pop(change.key, (0, 0, False))
-                seen = change.base
-                if 0 < change.first <= seq:
-                    now = after in (self._revision(change.key), self._store.was.get(change.key))
-                    seen = self._base_of(change.key) if now else after if there else 0
-                decided.append(await self._decide(node, site, msgspec.structs.replace(change, base=seen), theirs))
-                done = change.seq
-                if decided[-1].outcome == "accept" or (before is not None and decided[-1].outcome == "same"):
-                    is_there = self._store.find(change.key) is not None
-                    mine[change.key] = change.seq, self._revision(change.key), is_there
-                kept = [[k.kind, k.namespace, k.name, *v] for k, v in list(mine.items())[-_REMEMBERED:]]
-                fact = {"store": ask.store, "seq": done, "mine": kept}
-                # another process may have been asked the same meanwhile: then the node asks again
-                await self._store.set_fact(f"pushed.{node}", msgspec.json.encode(fact), expect=revision)
-                revision = self._store.fact_revision(f"pushed.{node}")
-            return PushAnswer(decided)
-
-    def _revision(self, key: Key) -> int:
-        """Of the object, or of its deletion."""
-        entry = self._store.entry(key)
-        return entry.revision if entry else self._store.deleted(key)[0]
-
-    def _base_of(self, key: Key) -> int:
-        """What a node that knows the present state would give as base."""
-        entry = self._store.entry(key)
-        return entry.revision if entry else 0
-
-    def _now(self, node: str, change: LocalChange) -> HubObject:
-        """What the hub holds now, as far as it concerns the node: what is in its view, or what it has just sent."""
-        key = change.key
-        entry = self._store.entry(key)
-        if entry is None:
-            return self._object(key, None, self._store.revision)
-        level = self._levels.get(node, LEVEL)
-        seen = key in self._view(node).entries
-        if not seen and change.stored is not None:
-            seen = trimmed(to_stored(entry.resource), level).spec == change.stored.spec
-        return self._object(key, entry.resource if seen else None, entry.revision, level)
-
-    def _shared(self, key: Key, site: str, resource: Resource) -> bool:
-        """Whether other sites have the object too."""
-        kind = kinds.get(key.kind)
-        if kind.scope == "placed" and placed_sites(resource) == site:
-            return False
-        if kind.scope in ("hub", "site"):
-            return False
-        return self._elsewhere(key, site)
-
-    def _elsewhere(self, key: Key, site: str) -> bool:
-        sites = [s for s, nodes in self._nodes_at.items() if nodes]
-        return self._views.elsewhere(key, site, sites, self._store.revision)
-
-    async def _decide(self, node: str, site: str, change: LocalChange, theirs: set[Key]) -> Decided:
-        """``theirs``: objects that are as this node wrote them, though they may not be in its view yet."""
-        key = change.key
-        made = made_at(change.made, clock.now()) if change.made else change.time
-
-        def known(k: Key) -> bool:
-            return k in theirs or k in self._view(node).entries
-
-        entry = self._store.entry(key)
-        hub = entry.resource if entry else None
-        journal: dict[str, Any] = {
-            "resource": str(key), "kind": key.kind, "namespace": key.namespace, "name": key.name,
-            "site": site, "node": node, "actor": change.actor, "op": change.op, "madeAt": clock.timestamp(made),
-        }  # fmt: skip
-        try:
-            level = self._levels.get(node, LEVEL)
-            local = from_stored(put_back(change.stored, hub, level)) if change.stored is not None else None
-            check_known(key, site, there=hub is not None, known=known(key))
-            if local is not None:
-                if local.key != key:
-                    raise Invalid("the change and its document name different objects", resource=str(key))
-                check_reach(local, site)
-                kinds.get(local.kind).check(local)
-                check_refs(local, site, known, lambda k: self._elsewhere(k, site))
-                local = pinned(local, hub, site)
-                _as_new(local, hub)
-            elif hub is not None:
-                check_reach(hub, site, delete=True)
-            base = base_now(
-                change.base,
-                self._line,
-                revision=entry.revision if entry else 0,
-                was=self._store.was.get(key, 0),
-                deleted=self._store.deleted(key)[0],
-            )
-            merged = decide(
-                rule=(hub or local).metadata.conflict if (hub or local) else "cloud",  # type: ignore[union-attr]
-                base=base,
-                hub=Side(hub is not None, entry.revision if entry else 0, _updated(hub) or self._store.deleted(key)[1]),
-                edge=Side(local is not None, base, made),
-                same=hub is not None and local is not None and same_desired(hub, local),
-                shared=hub is not None and self._shared(key, site, hub),
-                hub_tombstone=self._store.deleted(key)[0],
-            )
-            lost: Resource | None = local if merged.loser == "edge" else hub if merged.loser == "cloud" else None
-            journal |= {"outcome": merged.outcome, "loser": merged.loser, "why": merged.why,
-                        "rule": (hub or local).metadata.conflict if (hub or local) else "cloud"}  # type: ignore[union-attr]  # fmt: skip
-            if lost is not None:
-                journal["lost"] = lost.document(show_secrets=False)
-            if merged.outcome == "accept":
-                while len(self._in_doubt) >= _REMEMBERED:
-                    del self._in_doubt[next(iter(self._in_doubt))]
-                self._in_doubt[node, key] = _Doubt(change, local, journal)
-                await self._write(local, key, entry.revision if entry else 0, f"site:{site}/{change.actor}")
-            elif merged.outcome == "override" and hub is not None and local is not None:
-                await self._override(key, site, hub, local, change)
-        except Conflict:
-            raise  # the hub's object moved under our hands: the node sends the change again
-        except EdgewardError as e:
-            if e.status >= 500:
-                raise  # no word on the change, and the write may have happened: the node sends it again
-            self._in_doubt.pop((node, key), None)
-            merged_why = f"refused by the hub: {e}"
-            journal |= {"outcome": "invalid", "loser": "edge", "why": merged_why}
-            if change.stored is not None:
-                lost_doc = {"kind": key.kind, "metadata": {"name": key.name}, "spec": change.stored.spec}
-                journal["lost"] = redact(lost_doc)
-            await self._journal(journal, node, change)
-            return Decided(change.seq, "invalid", merged_why, self._now(node, change), journal)
-        if merged.outcome != "same":
-            await self._journal(journal, node, change)
-        self._in_doubt.pop((node, key), None)
-        return Decided(change.seq, merged.outcome, merged.why, self._now(node, change), journal)
-
-    async def _settled(self, node: str, change: LocalChange) -> int | None:
-        """The number of this change, or of one that it replaces, if what nobody confirmed of it did happen."""
-        doubt = self._in_doubt.get((node, change.key))
-        if doubt is None or not (change.first or change.seq) <= doubt.change.seq <= change.seq:
-            return None
-        hub = self._store.find(change.key)
-        if not (same_desired(hub, doubt.wanted) if hub and doubt.wanted else hub is doubt.wanted):
-            return (
-                None  # not, or not in this cache yet: then a write on top of it is refused, and it is looked at again
-            )
-        await self._journal(doubt.journal, node, doubt.change)
-        del self._in_doubt[node, change.key]
-        return doubt.change.seq
-
-    async def _journal(self, journal: dict[str, Any], node: str, change: LocalChange) -> None:
-        await self._records.append("journal", journal, unique=f"j-{node}-{change.seq}-{int(change.time * 1000)}")
-
-    async def _override(self, key: Key, site: str, hub: Resource, local: Resource, change: LocalChange) -> None:
-        patch = make_patch(msgspec.to_builtins(hub.spec), msgspec.to_builtins(local.spec))
-        name = f"{key.kind.lower()}-{key.name}-{site}"[:63].rstrip("-")
-        override_key = Key("Override", key.namespace if key.namespace != CLUSTER else "default", name)
-        spec_type = kinds.get("Override").spec
-        target = {"kind": key.kind, "name": key.name, "namespace": "" if key.namespace == CLUSTER else key.namespace}
-        spec = msgspec.convert(
-            {"target": target, "site": site, "patch": patch, "base": hub.revision,
-             "reason": f"changed at the site by {change.actor}"},
-            spec_type,
-        )  # fmt: skip
-        old = self._store.entry(override_key)
-        meta = Metadata(
-            name=name,
-            namespace=override_key.namespace,
-            labels={"site": site},
-            ownerReferences=[
-                OwnerReference(kind=key.kind, name=key.name, uid=hub.metadata.uid, namespace=target["namespace"])
-            ],
-        )
-        resource = Resource(kind="Override", metadata=meta, spec=spec)
-        await self._write(resource, override_key, old.revision if old else 0, f"site:{site}/{change.actor}")
+        return await self.takeover.push(node, site, ask)
 
     # -- reports and beats --------------------------------------------------------------------------------------------
 
@@ -710,7 +444,7 @@ class NodesCloud:
             # the node may have told another process since what is newer, and this one would spread the old
             raise Unreachable("this hub process stood still", resource=f"Node/{node}", remedy="say it again")
         ask = msgspec.msgpack.decode(data, type=ReportAsk)
-        self._node(node)
+        self.roster.node(node)
         self._heard(node)
         if ask.node is not None and (back := went_back(self._node_reports.get(node, {}), ask.node)):
             await self._audit_cut(node, *back)
@@ -739,10 +473,10 @@ class NodesCloud:
         )
 
     async def _on_beat(self, node: str, data: bytes) -> BeatAnswer | bytes:
-        mine = self._view(node)
+        mine = self.roster.view(node)
         if not data:
             self._heard(node)
-            if self._told.get(node, -1) >= mine.changed:
+            if self.roster.told.get(node, -1) >= mine.changed:
                 return b""
             ask = None
         else:
@@ -751,12 +485,12 @@ class NodesCloud:
             self._heard(node, certain=self._runs.get(node) != ask.start)
             self._runs[node] = ask.start
             self._live[node].rtt = min(30.0, max(0.0, ask.rtt))
-        self._told[node] = mine.changed
+        self.roster.told[node] = mine.changed
         # the process that leads is who wants a full report when it is a new one
         leader = self._peers.leader if self._peers is not None else self.run_id
         answer = BeatAnswer(mine.changed, leader, self._store.epoch, short=True, now=clock.now())
         if ask is not None and ask.view:
-            answer.sync = ask.view != self._print(mine, self._newer(self._levels.get(node, LEVEL)))
+            answer.sync = ask.view != self.roster.print(mine, self.roster.newer(self.roster.levels.get(node, LEVEL)))
             answer.revision = 0  # the fingerprint says it better
         # a few nodes need no order; of many each takes its turn
         if len(self._live) > _WELCOME // 10:
@@ -773,7 +507,7 @@ class NodesCloud:
             if abs(clock.now() - now - wall) > _STEP:
                 # our clock was set: each node is told the time with its next beat
                 wall = clock.now() - now
-                self._told.clear()
+                self.roster.told.clear()
             for node, live in list(self._live.items()):
                 if slept > LOOK:
                     live.forgive(slept, now)
@@ -831,7 +565,7 @@ class NodesCloud:
         identity = self.identity(node)
         online = live.online and not identity["revoked"]  # by whichever hub process
         status = {**self._node_reports.get(node, {}), "online": online, **identity}
-        if untold := self._untold.get(node):
+        if untold := self.roster.untold.get(node):
             status["notTold"] = untold
         old = found.status
         status["since"] = old.get("since", "") if old.get("online") == online else clock.timestamp()
@@ -842,7 +576,7 @@ class NodesCloud:
         site = placed_sites(resource)
         if not site:
             return self._store.items("Node")
-        found = (self._store.find(Key("Node", CLUSTER, n)) for n in sorted(self._nodes_at.get(site, ())))
+        found = (self._store.find(Key("Node", CLUSTER, n)) for n in sorted(self.roster.nodes_at.get(site, ())))
         return [n for n in found if n is not None]
 
     async def _fold_status(self, key: Key) -> float | None:
@@ -863,11 +597,15 @@ class NodesCloud:
             return None
         nodes = self._nodes_for(resource)
         # a node that does not have the object has no say in what becomes of it
-        told = [n for n in sorted(self._reporters.get(name, ())) if n in self._site_of and key in self._view(n).entries]
+        told = [
+            n
+            for n in sorted(self._reporters.get(name, ()))
+            if n in self.roster.site_of and key in self.roster.view(n).entries
+        ]
         reports = {n: self._reports[n][name] for n in told}
         await self._store.put_status(key, fold(resource, nodes, reports), checked=True)
         if key.kind == "App" and self._folds("Service"):
-            for service in self._views.followers(key):
+            for service in self.roster.views.followers(key):
                 self._fold.add(service)
         return None
 
@@ -880,8 +618,8 @@ class NodesCloud:
             "node": self._node_reports.get(node, {}),
             "events": self._event_seq.get(node, ("", 0)),
         }
-        if node in self._levels:
-            known |= {"level": self._levels[node], "untold": self._untold.get(node, [])}
+        if node in self.roster.levels:
+            known |= {"level": self.roster.levels[node], "untold": self.roster.untold.get(node, [])}
         doc = msgspec.json.encode(known)
         if doc != self._store.fact(f"report.{node}"):
             try:
@@ -889,18 +627,3 @@ class NodesCloud:
             except Conflict:  # another process leads, or did until now
                 return _LATER
         return None
-
-
-def _as_new(local: Resource, hub: Resource | None) -> None:
-    """Takes the site's bookkeeping off its document: the hub stamps its own."""
-    meta = local.metadata
-    meta.resourceVersion = meta.updateTimestamp = meta.deletionTimestamp = ""
-    meta.generation = 0
-    if hub is not None:
-        meta.uid, meta.creationTimestamp = hub.metadata.uid, hub.metadata.creationTimestamp
-
-
-def _updated(resource: Resource | None) -> float:
-    if resource is None or not resource.metadata.updateTimestamp:
-        return 0.0
-    return clock.parse_timestamp(resource.metadata.updateTimestamp)
