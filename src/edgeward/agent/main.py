@@ -13,57 +13,46 @@ import asyncio
 import contextlib
 import logging
 import os
-import platform
-from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
 
 from edgeward import __version__
+from edgeward.agent.broker import MQTT_USER, Broker
+from edgeward.agent.changes import Changes
 from edgeward.agent.desired import Desired
 from edgeward.agent.doors import GatewayRoutes
 from edgeward.agent.keeper import Keeper
 from edgeward.agent.kinds import load
 from edgeward.agent.listen import Listener, address_of, needs_token
+from edgeward.agent.metrics import HELP, numbers
 from edgeward.agent.replica import Replica
+from edgeward.agent.reports import Reports, about_node
+from edgeward.agent.routes import AgentRoutes
+from edgeward.agent.sections import PlaneSections
 from edgeward.agent.timekeeping import Timekeeper
 from edgeward.core import clock, daemon
-from edgeward.core.access import Action, declare, needs, record_routes, top_sift
 from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
 from edgeward.core.authz import Principal, administrator
 from edgeward.core.bus import Bus
 from edgeward.core.chain import Head
-from edgeward.core.describe import LOGS, described
-from edgeward.core.errors import EdgewardError, NotFound, Unreachable
+from edgeward.core.errors import EdgewardError
 from edgeward.core.files import read_json
 from edgeward.core.gate import Auth, Gate
 from edgeward.core.identity import NodeIdentity, inbox_prefix
-from edgeward.core.invocation import MAX_BODY
-from edgeward.core.natsserver import AGENT_USER, NatsServer, NodeSpec, free_port
+from edgeward.core.natsserver import AGENT_USER, NatsServer
 from edgeward.core.outbox import Outbox
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key, Resource
 from edgeward.core.resources import Resources
 from edgeward.core.scope import check_local
-from edgeward.core.store import Change
-from edgeward.core.streaming import flag, json, number, read_body
 from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
-from edgeward.functions.edge import Sections, read_logs
-from edgeward.functions.relay import INVOKE, LONGEST, SILENCE, answer, call_args, log_args, pieces_of, to_plane
-from edgeward.functions.relay import LOGS as FUNCTION_LOGS
 from edgeward.functions.stats import HELP as FUNCTION_HELP
-from edgeward.gateway import edge as gateway
-from edgeward.gateway.relay import CALL
-from edgeward.gateway.rules import Listen
-from edgeward.nodes.calls import CallServer, Handler
+from edgeward.nodes.calls import CallServer
 from edgeward.nodes.door import Door
 from edgeward.nodes.edge import NodeEdge
 from edgeward.nodes.enrol_edge import Renewer, doors_of
@@ -75,40 +64,8 @@ from edgeward.workloads.edge import AppsEdge
 
 log = logging.getLogger("edgeward.agent")
 
-MQTT_USER = "edge"
 #: Seconds that a node that starts waits for its data plane before it calls itself ready.
 _PLANE_TIME = 20.0
-
-#: Counters of the outbox by Prometheus' rules of naming.
-_METRIC = {
-    **{k: f"{k}_total" for k in ("accepted", "forwarded")},
-    **{f"dropped_{k}": f"dropped_{k}_total" for k in ("full", "age", "duplicate", "size")},
-    "no_identity": "without_identity_total",
-    "last_ack_at": "last_ack_timestamp_seconds",
-}
-_HELP = {
-    "edgeward_agent_memory_bytes": "Resident memory of the agent.",
-    "edgeward_agent_pending_changes": "Local changes that the hub has not decided yet.",
-    "edgeward_agent_revision": "Revision of the replica.",
-    "edgeward_agent_resources": "Resources in the replica.",
-    "edgeward_agent_uptime_seconds": "Since the agent started.",
-    "edgeward_link_up": "1 while the hub answers.",
-    "edgeward_link_beats_total": "Heartbeats that the hub answered.",
-    "edgeward_link_syncs_total": "Syncs of desired state.",
-    "edgeward_link_full_syncs_total": "Syncs that began from nothing.",
-    "edgeward_link_pushed_total": "Local changes sent to the hub.",
-    "edgeward_link_reports_total": "Reports of state.",
-    "edgeward_outbox_accepted_total": "Readings taken into the queue.",
-    "edgeward_outbox_forwarded_total": "Readings that the hub acknowledged.",
-    "edgeward_outbox_pending": "Readings that wait for the hub.",
-    "edgeward_outbox_pending_bytes": "Bytes that wait for the hub.",
-    "edgeward_outbox_dropped_full_total": "Readings dropped because the queue was full.",
-    "edgeward_outbox_dropped_age_total": "Readings dropped because they were too old.",
-    "edgeward_outbox_dropped_duplicate_total": "Repeats of a reading, known by its identity.",
-    "edgeward_outbox_dropped_size_total": "Readings too large to be carried.",
-    "edgeward_outbox_without_identity_total": "Readings without the declared identity.",
-    "edgeward_outbox_last_ack_timestamp_seconds": "When the hub last acknowledged (Unix time).",
-}
 
 
 class Agent:
@@ -131,43 +88,75 @@ class Agent:
         self.renewer = Renewer(self.identity, self.node, self._doors, self._renewed, self._kept_out)
         self.vault = Vault.open(data / "identity")
         self.replica = Replica(data / "replica.db", site=self.site, vault=self.vault)
+        self.broker = Broker(
+            self.node, bind=self.bind, hub=self.hub, identity=self.identity, doors=self._doors, replica=self.replica
+        )
         self.records = SqliteRecords(data / "records.db")
         self.audit = Audit(data / "audit.db")
         self.resources = Resources(self.replica, self.audit, self._may_write)
         self.link = NodeEdge(self.node, self.replica, self.records, self._flipped)
         self.link.on_strange = self._report_node
         self.desired = Desired(self.replica, self.node, self.site)
+        self.reports = Reports(
+            self.node,
+            replica=self.replica,
+            records=self.records,
+            desired=self.desired,
+            link=self.link,
+            moved=lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
+            spawn=self._spawn,
+        )
         self.apps = AppsEdge(
             node=self.node,
             site=self.site,
             data_dir=data,
             source=self.desired,
-            report=self._app_status,
-            event=self._event,
+            report=self.reports.app_status,
+            event=self.reports.event,
             address=self.address,
             vault=self.vault,
         )
         self.tokens = AccessTokens(self.replica, site=self.site, now=self._now)
         listen = address_of(config.get("api"))
         self.listener = Listener(self.identity, listen, self._say) if listen else None
-        self.gateway = dict(config.get("gateway") or {})
-        values = self.desired.values
-        self.functions = Sections(partial(values, "Config"), partial(values, "Secret"), self.vault)
+        self.sections = PlaneSections(
+            self.node,
+            self.site,
+            bind=self.bind,
+            address=self.address,
+            given=dict(config.get("gateway") or {}),
+            desired=self.desired,
+            replica=self.replica,
+            vault=self.vault,
+        )
         self.plane = Keeper(
             data,
-            sections=self._sections,
-            status=lambda kind, ns, name, status: self._status(Key(kind, ns, name), status),
-            event=self._event,
-            refused=self._plane_refused,
+            sections=self.sections.all,
+            status=lambda kind, ns, name, status: self.reports.status(Key(kind, ns, name), status),
+            event=self.reports.event,
+            refused=self.sections.refused,
             say=self._say,
         )
         self.doors = GatewayRoutes(self.plane)
+        self.routes = AgentRoutes(
+            self.node,
+            self.site,
+            data,
+            replica=self.replica,
+            records=self.records,
+            apps=self.apps,
+            plane=self.plane,
+            doors=self.doors,
+            link_use=self._link_use,
+            hurry=self.renewer.hurry,
+        )
+        self.changes = Changes(
+            self.replica, apps=self.apps, plane=self.plane, link=self.link, exports=self._apply_exports
+        )
         self._ready = False
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.nats: NatsServer | None = None
         self.bus: Bus | None = None
         self.outbox: Outbox | None = None
-        self._hung_up = False
         self.wan: LinkWatch | None = None
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -181,7 +170,8 @@ class Agent:
             async with server:
                 self.api_socket.chmod(0o600)
                 os.umask(old_umask)
-                works = [self.apps.run, self.plane.run, self._watch, self._messages, self._token_uses, self._anchor]
+                works = [self.apps.run, self.plane.run, self.changes.run]
+                works += [self._messages, self._token_uses, self._anchor]
                 if (listener := self.listener) is not None:
                     open_api = self._api(self._bearer)
                     works.append(lambda: listener.run(open_api))
@@ -195,8 +185,8 @@ class Agent:
                 await self.bus.close()
             if self.stop_apps:
                 await self.plane.stop()
-                if self.nats is not None:
-                    await self.nats.stop()
+                if self.broker.server is not None:
+                    await self.broker.server.stop()
             self.run_file.remove()
             self.api_socket.unlink(missing_ok=True)
         return 0
@@ -206,7 +196,7 @@ class Agent:
             self.resources,
             self.replica,
             auth=auth,
-            extra_routes=self._routes(),
+            extra_routes=self.routes.routes(),
             health=self._health,
             metrics=self._metrics,
             info={"role": "agent", "version": __version__, "node": self.node, "site": self.site},
@@ -215,8 +205,8 @@ class Agent:
 
     async def _messages(self) -> None:
         """nats-server, and everything that speaks through it."""
-        spec = self._nats_spec()
-        self.nats = nats = NatsServer(self.data / "nats", spec, on_restart=self._say)
+        spec = self.broker.spec()
+        self.broker.server = nats = NatsServer(self.data / "nats", spec, on_restart=self._say)
         await nats.start()
         self.bus = bus = await Bus.connect(
             nats.url,
@@ -230,14 +220,14 @@ class Agent:
             bus,
             self.outbox,
             data=self.data / "exports",
-            mqtt=(daemon.local(self.bind), nats.ports["mqtt"], MQTT_USER, self._mqtt_password()),
-            report=self._export_status,
+            mqtt=(daemon.local(self.bind), nats.ports["mqtt"], MQTT_USER, self.broker.password()),
+            report=self.reports.export_status,
             quota=self.desired.messages,
-            turnstile=Turnstile(bus, self._close_topics, self._closed_topics()),
-            event=self._event,
+            turnstile=Turnstile(bus, self.broker.close_topics, self.broker.closed_topics()),
+            event=self.reports.event,
         )
         self._exports = exports
-        calls = CallServer(self.node, self._calls())
+        calls = CallServer(self.node, self.routes.calls())
         if self.replica.hub_revision:  # an empty replica knows nothing: what waits in the queues stays
             await exports.prune(self.desired.exports())
         await exports.apply(self.desired.exports())
@@ -257,7 +247,7 @@ class Agent:
                 self.wan = LinkWatch(self.link, ports, lambda: nats.pid, again)
                 group.create_task(self.wan.run())
                 issued = lambda: self.identity.lease[0] if self.identity.enrolled else 0.0  # noqa: E731
-                keeper = Timekeeper(self.link.hub_clock, issued, self._event, self._report_node, again)
+                keeper = Timekeeper(self.link.hub_clock, issued, self.reports.event, self._report_node, again)
                 group.create_task(keeper.run())
             group.create_task(nats.run())
             group.create_task(self.outbox.run())
@@ -267,61 +257,32 @@ class Agent:
             if spec.hub_url:
                 group.create_task(self.renewer.run())
 
+    async def _apply_exports(self) -> None:
+        if self.outbox is not None and self._ready:
+            await self._exports.apply(self.desired.exports())
+
+    def _link_use(self) -> tuple[int | None, dict[str, Any]]:
+        nats = self.broker.server
+        return nats.pid if nats else None, self.wan.usage() if self.wan else {}
+
     # -- identity ------------------------------------------------------------------------------------------------
-
-    def _nats_spec(self, *, dial: bool = True) -> NodeSpec:
-        enrolled = dial and bool(self.hub) and self.identity.enrolled
-        urls = [d.address.url.replace("https:", "wss:", 1) for d in self._doors()] if enrolled else [""]
-        return NodeSpec(
-            self.node,
-            hub_url=urls[0],
-            more_urls=tuple(urls[1:]),
-            creds_file=self.identity.creds_file if enrolled else None,
-            ca_file=self.identity.trust_file if enrolled else None,
-            proxy=str(self.hub.get("proxy", "")),
-            mqtt_host=self.bind,
-            mqtt_users={MQTT_USER: self._mqtt_password()},
-            closed=self._closed_topics(),
-        )
-
-    def _closed_topics(self) -> tuple[str, ...]:
-        """What the broker is to refuse; kept, so that it goes on refusing over a restart of the agent."""
-        return tuple(msgspec.json.decode(self.replica.meta("mqtt_closed") or "[]", type=list[str]))
-
-    async def _close_topics(self, subjects: tuple[str, ...]) -> None:
-        if self.nats is None:
-            raise Unreachable("the node's nats-server is not started")
-        self.replica.set_meta("mqtt_closed", msgspec.json.encode(list(subjects)).decode())
-        await self.nats.apply(self._nats_spec(dial=not self._hung_up))
 
     def _doors(self) -> list[Door]:
         return doors_of(self.identity, self.hub)
 
     async def _renewed(self, changed: bool) -> None:
-        self._event("Normal", "CredentialsRenewed", "the hub renewed this node's credentials")
+        self.reports.event("Normal", "CredentialsRenewed", "the hub renewed this node's credentials")
         if self.listener is not None:
             self.listener.renewed()
-        if (changed or self._hung_up) and self.nats is not None:
-            self._hung_up = False
-            self.nats.spec = self._nats_spec()
-            await self.nats.restart()
+        if await self.broker.dial_again(changed):
             self._say()
 
     def _kept_out(self, error: EdgewardError) -> None:
         log.warning("the hub refuses this node: %s", error)
-        if not self.link.online and not self._hung_up:
-            self._hung_up = True
-            self._spawn(self._hang_up())
-        self._event("Warning", "RefusedByHub", str(error))
-
-    async def _hang_up(self) -> None:
-        """A hub that refuses us is not to be dialled every second; the renewals ask now and then."""
-        if self.nats is not None:
-            await self.nats.apply(self._nats_spec(dial=False))
-
-    async def _renew(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
-        self.renewer.hurry()
-        yield b"{}"
+        if not self.link.online and not self.broker.hung_up:
+            self.broker.hung_up = True
+            self._spawn(self.broker.hang_up())
+        self.reports.event("Warning", "RefusedByHub", str(error))
 
     async def _anchor(self) -> None:
         """The audit's head is kept in the replica's file, and goes to the hub with what the node reports of itself."""
@@ -344,98 +305,19 @@ class Agent:
 
         await self.tokens.run(used)
 
-    def _mqtt_password(self) -> str:
-        import secrets
-
-        saved = self.replica.meta("mqtt_password")
-        return saved or self.replica.set_meta("mqtt_password", secrets.token_urlsafe(24))
-
     def _say(self) -> None:
-        nats = self.nats
+        nats = self.broker.server
         self.run_file.write(
             ready=self._ready,
             nats=nats.pid if nats else None,
             api=str(self.api_socket),
             api_url=(self.listener.url or None) if self.listener is not None else None,
             plane=self.plane.pid,
-            gateway_url=self._gateway_url(),
+            gateway_url=self.sections.gateway_url(self.plane.pid is not None and self.plane.started.is_set()),
             mqtt_url=f"mqtt://{self.address}:{nats.ports['mqtt']}" if nats else None,
             mqtt_user=MQTT_USER,
-            mqtt_password=self._mqtt_password(),
+            mqtt_password=self.broker.password(),
         )
-
-    # -- the data plane ------------------------------------------------------------------------------------------------
-
-    def _sections(self) -> dict[str, Any]:
-        routes = gateway.section(
-            self.node, self.desired.routes(), self.desired.endpoints, self.gateway, self._gateway_listens()
-        )
-        functions = self.functions.section(self.desired.functions())
-        return {"node": self.node, "site": self.site, "functions": functions, "gateway": routes}
-
-    def _gateway_listens(self) -> list[Listen]:
-        """Where the gateway listens: as ``node.json`` says, else on a port of its own that is kept."""
-        given = self.gateway.get("listen")
-        if given == "":
-            return []
-        if given is not None and (address := address_of(self.gateway, "gateway")) is not None:
-            return [Listen(*address)]
-        kept = self.replica.meta("gateway_port")
-        port = int(kept) if kept else int(self.replica.set_meta("gateway_port", str(free_port(self.bind))))
-        return [Listen(self.bind, port)]
-
-    def _gateway_url(self) -> str | None:
-        """What answers it, when it does."""
-        listens = self._gateway_listens()
-        if not listens or self.plane.pid is None or not self.plane.started.is_set():
-            return None
-        host = self.address if listens[0].host == self.bind else daemon.local(listens[0].host)
-        return f"http://[{host}]:{listens[0].port}" if ":" in host else f"http://{host}:{listens[0].port}"
-
-    def _plane_refused(self, error: EdgewardError) -> bool:
-        """A port of our own choice that somebody has taken meanwhile is no reason not to serve."""
-        if error.field == "$.gateway.listen" and self.gateway.get("listen") is None:
-            self.replica.set_meta("gateway_port", str(free_port(self.bind)))
-            return True
-        return False
-
-    async def _watch(self) -> None:
-        """What changed in the replica moves the rooms."""
-        for key in [r.key for r in self.replica.items("App")]:
-            self.apps.poke(key.namespace, key.name)
-        while True:
-            try:
-                with self.replica.watch(self.replica.revision) as changes:
-                    async for change in changes:
-                        await self._changed(change)
-            except EdgewardError as e:
-                log.info("watch starts anew: %s", e)
-
-    async def _changed(self, change: Change) -> None:
-        key = change.key
-        if self.replica.local_change(key) or change.resource is None:
-            self.link.wake_push()
-        if change.status_only and key.kind not in ("Service",):
-            return
-        if key.kind in ("Route", "Service", "App", "Node", "Function", "Config", "Secret"):
-            self.plane.poke()
-        if key.kind in ("Route", "Function") and change.resource is None:
-            self.link.report(key, None)
-        if key.kind == "Export":
-            if self.outbox is not None and self._ready:
-                await self._exports.apply(self.desired.exports())
-        elif key.kind == "App":
-            self.apps.poke(key.namespace, key.name)
-            if change.resource is None:
-                self.link.report(key, None)
-        elif key.kind == "AccessToken" and change.resource is None:
-            self.link.report(key, None)
-        elif key.kind in ("Config", "Secret", "Service"):
-            for app in self.replica.items("App", key.namespace):
-                self.apps.poke(key.namespace, app.metadata.name)
-        elif key.kind in ("Node", "Override"):
-            for app in self.replica.items("App"):
-                self.apps.poke(app.metadata.namespace, app.metadata.name)
 
     # -- what the rooms say ----------------------------------------------------------------------------------------
 
@@ -451,68 +333,19 @@ class Agent:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _status(self, key: Key, status: dict[str, Any] | None) -> None:
-        self.link.report(key, status)
-        self._keep(key, status or {})
-
-    def _keep(self, key: Key, status: dict[str, Any]) -> None:
-        """What the node's own API shows."""
-        if self.replica.find(key) is not None:
-            self._spawn(self.replica.put_status(key, status))
-
-    def _app_status(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
-        key = Key("App", namespace, name)
-        self.desired.said(key, status)
-        self.plane.poke()  # where its Services are may be new
-        if status is None:
-            self.link.report(key, None)
-            self._keep(key, self.desired.elsewhere(key))
-        else:
-            self._status(key, status)
-
-    def _export_status(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
-        self._status(Key("Export", namespace, name), status)
-
-    def _event(
-        self, type: str, reason: str, message: str, namespace: str = "", name: str = "", kind: str = "App"
-    ) -> None:
-        resource = str(Key(kind, namespace or "default", name)) if name else f"Node/{self.node}"
-        record = {"type": type, "reason": reason, "resource": resource, "message": message, "node": self.node}
-
-        async def keep() -> None:
-            await self.records.append("events", record)
-            self.link.wake_events()
-
-        self._spawn(keep())
-
     def _flipped(self, online: bool) -> None:
         self.renewer.flipped(online)
         if online and self.outbox is not None:
             self.outbox.kick()
-        self._event(
+        self.reports.event(
             "Normal" if online else "Warning",
             "LinkUp" if online else "LinkDown",
             "the hub answers" if online else "the hub does not answer; the site goes on by itself",
         )
 
     def _report_node(self) -> None:
-        self.link.report_node(
-            {
-                "version": __version__,
-                "address": self.address,
-                "system": f"{platform.system()} {platform.machine()}",
-                "python": platform.python_version(),
-                "enforced": self.apps.enforced(),
-                "secrets": {"sealed": True, "key": self.vault.source},
-                "clock": self.link.hub_clock.status(clock.now(), clock.steady()),
-                "audit": {"last": head.seq, "hash": head.hash} if (head := self._audit_head()) else {},
-                **(
-                    {"notUnderstood": [str(k) for k in sorted(strange)[:20]]}
-                    if (strange := self.replica.strange())
-                    else {}
-                ),
-            }
-        )
+        about = about_node(self.address, self.apps, self.vault, self.link, self.replica, self._audit_head())
+        self.link.report_node(about)
 
     def _now(self) -> float:
         """The hub's time, as far as it is known: a token does not live longer because this box's clock is wrong."""
@@ -526,139 +359,23 @@ class Agent:
     def _bearer(self, token: str | None, client: Any) -> Principal:
         return self.tokens.verify(needs_token(token))
 
-    # -- API beside the resources ---------------------------------------------------------------------
-
-    def _routes(self) -> list[Route]:
-        return [
-            Route(
-                "/api/v1/namespaces/{ns}/apps/{name}/logs",
-                needs("logs", "App", "object")(self._logs_route),
-                methods=["GET"],
-            ),
-            Route(
-                "/api/v1/namespaces/{ns}/functions/{name}/logs",
-                needs("logs", "Function", "object")(self._function_logs_route),
-                methods=["GET"],
-            ),
-            Route(
-                "/api/v1/namespaces/{ns}/functions/{name}/invoke",
-                needs("invoke", "Function", "object")(self._invoke_route),
-                methods=["POST"],
-            ),
-            Route("/api/v1/top", declare(self._top_route, Action("own", ("top",), "Node")), methods=["GET"]),
-            *self.doors.routes(),
-            *record_routes(self.records),
-        ]
-
-    def _calls(self) -> dict[str, Handler]:
-        """What the hub may ask this node."""
-        return {
-            "logs": self._logs,
-            "usage": self._usage,
-            "renew": self._renew,
-            "invoke": self._invoke,
-            CALL: self.doors.called,
-            "function-logs": lambda args: read_logs(self.data / "functions", args),
-        }
-
-    def _function_known(self, request: Request) -> tuple[str, str]:
-        namespace, name = request.path_params["ns"], request.path_params["name"]
-        if self.replica.find(Key("Function", namespace, name)) is None:
-            raise NotFound("not found", resource=f"Function/{name}")
-        return namespace, name
-
-    @described(
-        "Call a function on this node: the body is the event's data, the answer is the function's own",
-        query=INVOKE,
-        media="*/*",
-    )
-    async def _invoke_route(self, request: Request) -> Response:
-        namespace, name = self._function_known(request)
-        data = await read_body(request, MAX_BODY)
-        return await answer(self._invoke(call_args(namespace, name, data, request.query_params, request.headers)))
-
-    def _invoke(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
-        return pieces_of(self.plane.ask("invoke", timeout=LONGEST + SILENCE, **to_plane(args)))
-
-    @described("What a function wrote, on this node", query=FUNCTION_LOGS, media="text/plain")
-    async def _function_logs_route(self, request: Request) -> Response:
-        args = log_args(*self._function_known(request), request)
-        return StreamingResponse(read_logs(self.data / "functions", args), media_type="text/plain; charset=utf-8")
-
-    @described("What an app wrote, on this node", query=LOGS, media="text/plain")
-    async def _logs_route(self, request: Request) -> Response:
-        args = {
-            "namespace": request.path_params["ns"],
-            "name": request.path_params["name"],
-            "tail": number(request, "tail", 200, high=100_000),
-            "follow": flag(request, "follow"),
-            "since": request.query_params.get("since", ""),
-            "instance": request.query_params.get("instance", ""),
-        }
-        if self.replica.find(Key("App", args["namespace"], args["name"])) is None:
-            raise NotFound("not found", resource=f"App/{args['name']}")
-        return StreamingResponse(self._logs(args), media_type="text/plain; charset=utf-8")
-
-    async def _logs(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
-        pieces = self.apps.logs.read(
-            str(args["namespace"]),
-            str(args["name"]),
-            tail=int(args.get("tail", 200)),
-            follow=bool(args.get("follow")),
-            since=str(args.get("since", "")),
-            instance=str(args.get("instance", "")),
-            after={str(k): str(v) for k, v in dict(args.get("after") or {}).items()},
-        )
-        async for piece in pieces:
-            yield piece
-
-    @described("What this node and its apps use now")
-    async def _top_route(self, request: Request) -> Response:
-        node_seen, app_seen = top_sift(request)
-        use = self._use()
-        return json({"nodes": list(filter(node_seen, use["nodes"])), "apps": list(filter(app_seen, use["apps"]))})
-
-    async def _usage(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
-        yield msgspec.json.encode(self._use())
-
-    def _use(self) -> dict[str, Any]:
-        load1 = os.getloadavg()[0]
-        return {
-            "nodes": [
-                {
-                    "name": self.node,
-                    "site": self.site,
-                    "online": True,
-                    "load1": round(load1, 2),
-                    "cpus": os.cpu_count() or 1,
-                    "agentMB": round(daemon.memory_mb(os.getpid()), 1),
-                    "planeMB": round(daemon.memory_mb(self.plane.pid), 1),
-                    "natsMB": round(daemon.memory_mb(self.nats.pid if self.nats else None), 1),
-                    "wan": self.wan.usage() if self.wan else {},
-                }
-            ],
-            "apps": self.apps.usage(),
-        }
-
     def _health(self) -> tuple[bool, dict[str, Any]]:
         return self._ready, {"state": "ready" if self._ready else "starting"}
 
     async def _metrics(self) -> str:
-        values = {f"edgeward_agent_{k}": float(v) for k, v in self.replica.stats().items()}
-        values |= {f"edgeward_link_{k}_total": float(v) for k, v in self.link.counters.items()}
-        values["edgeward_link_up"] = float(self.link.online)
-        values["edgeward_agent_pending_changes"] = float(len(self.replica.pending()))
-        values["edgeward_agent_memory_bytes"] = daemon.memory_mb(os.getpid()) * 2**20
-        values["edgeward_agent_uptime_seconds"] = clock.monotonic() - daemon.STARTED
-        if self.outbox is not None:
-            for queue, counters in self.outbox.counters().items():
-                for k, v in counters.items():
-                    if isinstance(v, int | float):
-                        values[f'edgeward_outbox_{_METRIC.get(k, k)}{{queue="{queue}"}}'] = float(v)
+        values = numbers(
+            replica=self.replica.stats(),
+            link=self.link.counters,
+            queues=self.outbox.counters() if self.outbox is not None else {},
+            online=self.link.online,
+            pending=len(self.replica.pending()),
+            memory=daemon.memory_mb(os.getpid()) * 2**20,
+            uptime=clock.monotonic() - daemon.STARTED,
+        )
         of_gateway, meanings = await self.doors.metrics()
         with contextlib.suppress(EdgewardError):  # a plane that does not answer has no numbers
             values |= (await self.plane.one("functions.stats", timeout=2.0))["metrics"]
-        return daemon.metrics_text(values | of_gateway, _HELP | meanings | FUNCTION_HELP)
+        return daemon.metrics_text(values | of_gateway, HELP | meanings | FUNCTION_HELP)
 
 
 def main() -> int:

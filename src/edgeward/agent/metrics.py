@@ -1,0 +1,65 @@
+"""The agent's own numbers under the names that ``/metrics`` gives them, and what each one means. Pure.
+
+Those of the gateway and of functions come from the plane and have their meanings beside them, in their rooms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: Counters of the outbox by Prometheus' rules of naming.
+_METRIC = {
+    **{k: f"{k}_total" for k in ("accepted", "forwarded")},
+    **{f"dropped_{k}": f"dropped_{k}_total" for k in ("full", "age", "duplicate", "size")},
+    "no_identity": "without_identity_total",
+    "last_ack_at": "last_ack_timestamp_seconds",
+}
+HELP = {
+    "edgeward_agent_memory_bytes": "Resident memory of the agent.",
+    "edgeward_agent_pending_changes": "Local changes that the hub has not decided yet.",
+    "edgeward_agent_revision": "Revision of the replica.",
+    "edgeward_agent_resources": "Resources in the replica.",
+    "edgeward_agent_uptime_seconds": "Since the agent started.",
+    "edgeward_link_up": "1 while the hub answers.",
+    "edgeward_link_beats_total": "Heartbeats that the hub answered.",
+    "edgeward_link_syncs_total": "Syncs of desired state.",
+    "edgeward_link_full_syncs_total": "Syncs that began from nothing.",
+    "edgeward_link_pushed_total": "Local changes sent to the hub.",
+    "edgeward_link_reports_total": "Reports of state.",
+    "edgeward_outbox_accepted_total": "Readings taken into the queue.",
+    "edgeward_outbox_forwarded_total": "Readings that the hub acknowledged.",
+    "edgeward_outbox_pending": "Readings that wait for the hub.",
+    "edgeward_outbox_pending_bytes": "Bytes that wait for the hub.",
+    "edgeward_outbox_dropped_full_total": "Readings dropped because the queue was full.",
+    "edgeward_outbox_dropped_age_total": "Readings dropped because they were too old.",
+    "edgeward_outbox_dropped_duplicate_total": "Repeats of a reading, known by its identity.",
+    "edgeward_outbox_dropped_size_total": "Readings too large to be carried.",
+    "edgeward_outbox_without_identity_total": "Readings without the declared identity.",
+    "edgeward_outbox_last_ack_timestamp_seconds": "When the hub last acknowledged (Unix time).",
+}
+
+
+def numbers(
+    *,
+    replica: Mapping[str, float],
+    link: Mapping[str, float],
+    queues: Mapping[str, Mapping[str, Any]],
+    online: bool,
+    pending: int,
+    memory: float,
+    uptime: float,
+) -> dict[str, float]:
+    """The samples by their names. ``queues``: the outbox's counters, queue by queue; ``memory`` in bytes, ``uptime`` in
+    seconds."""
+    values = {f"edgeward_agent_{k}": float(v) for k, v in replica.items()}
+    values |= {f"edgeward_link_{k}_total": float(v) for k, v in link.items()}
+    values["edgeward_link_up"] = float(online)
+    values["edgeward_agent_pending_changes"] = float(pending)
+    values["edgeward_agent_memory_bytes"] = memory
+    values["edgeward_agent_uptime_seconds"] = uptime
+    for queue, counters in queues.items():
+        for k, v in counters.items():
+            if isinstance(v, int | float):
+                values[f'edgeward_outbox_{_METRIC.get(k, k)}{{queue="{queue}"}}'] = float(v)
+    return values

@@ -1,0 +1,92 @@
+"""What the rooms say of what they run: to the hub, to the node's own API, and into the record of events.
+
+A status goes both ways at once, for the site must see it without a link; an event is on the disk before the link is
+told of it. ``nodes/edge.py`` brings both to the hub when it answers.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+from edgeward import __version__
+from edgeward.agent.desired import Desired
+from edgeward.agent.replica import Replica
+from edgeward.core import clock
+from edgeward.core.chain import Head
+from edgeward.core.records import SqliteRecords
+from edgeward.core.resource import Key
+from edgeward.core.vault import Vault
+from edgeward.nodes.edge import NodeEdge
+from edgeward.workloads.edge import AppsEdge
+
+
+class Reports:
+    """``moved``: called when apps may be somewhere else; ``spawn``: owns what runs beside."""
+
+    def __init__(
+        self,
+        node: str,
+        *,
+        replica: Replica,
+        records: SqliteRecords,
+        desired: Desired,
+        link: NodeEdge,
+        moved: Callable[[], None],
+        spawn: Callable[[Any], None],
+    ) -> None:
+        self._node, self._replica, self._records = node, replica, records
+        self._desired, self._link = desired, link
+        self._moved, self._spawn = moved, spawn
+
+    def status(self, key: Key, status: dict[str, Any] | None) -> None:
+        self._link.report(key, status)
+        self._keep(key, status or {})
+
+    def _keep(self, key: Key, status: dict[str, Any]) -> None:
+        """What the node's own API shows."""
+        if self._replica.find(key) is not None:
+            self._spawn(self._replica.put_status(key, status))
+
+    def app_status(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
+        key = Key("App", namespace, name)
+        self._desired.said(key, status)
+        self._moved()  # where its Services are may be new
+        if status is None:
+            self._link.report(key, None)
+            self._keep(key, self._desired.elsewhere(key))
+        else:
+            self.status(key, status)
+
+    def export_status(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
+        self.status(Key("Export", namespace, name), status)
+
+    def event(
+        self, type: str, reason: str, message: str, namespace: str = "", name: str = "", kind: str = "App"
+    ) -> None:
+        resource = str(Key(kind, namespace or "default", name)) if name else f"Node/{self._node}"
+        record = {"type": type, "reason": reason, "resource": resource, "message": message, "node": self._node}
+
+        async def keep() -> None:
+            await self._records.append("events", record)
+            self._link.wake_events()
+
+        self._spawn(keep())
+
+
+def about_node(
+    address: str, apps: AppsEdge, vault: Vault, link: NodeEdge, replica: Replica, head: Head | None
+) -> dict[str, Any]:
+    """What the node reports of itself. ``head``: the newest entry of its audit trail."""
+    return {
+        "version": __version__,
+        "address": address,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "enforced": apps.enforced(),
+        "secrets": {"sealed": True, "key": vault.source},
+        "clock": link.hub_clock.status(clock.now(), clock.steady()),
+        "audit": {"last": head.seq, "hash": head.hash} if head is not None else {},
+        **({"notUnderstood": [str(k) for k in sorted(strange)[:20]]} if (strange := replica.strange()) else {}),
+    }

@@ -1,0 +1,76 @@
+"""What the data plane is told to do: the gateway's section and the functions', made of the desired state.
+
+``keeper.py`` hands the whole to the plane and says when the plane refused it. Where the gateway listens is decided
+here: as ``node.json`` says, else on a port of the agent's own choice, kept until somebody else has taken it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from edgeward.agent.desired import Desired
+from edgeward.agent.listen import address_of
+from edgeward.agent.replica import Replica
+from edgeward.core import daemon
+from edgeward.core.errors import EdgewardError
+from edgeward.core.natsserver import free_port
+from edgeward.core.vault import Vault
+from edgeward.functions.edge import Sections
+from edgeward.gateway import edge as gateway
+from edgeward.gateway.rules import Listen
+
+
+class PlaneSections:
+    """``given``: the ``gateway`` of ``node.json``."""
+
+    def __init__(
+        self,
+        node: str,
+        site: str,
+        *,
+        bind: str,
+        address: str,
+        given: dict[str, Any],
+        desired: Desired,
+        replica: Replica,
+        vault: Vault,
+    ) -> None:
+        self._node, self._site, self._bind, self._address = node, site, bind, address
+        self._gateway, self._desired, self._replica = given, desired, replica
+        values = desired.values
+        self._functions = Sections(partial(values, "Config"), partial(values, "Secret"), vault)
+
+    def all(self) -> dict[str, Any]:
+        """What the plane shall do now."""
+        routes = gateway.section(
+            self._node, self._desired.routes(), self._desired.endpoints, self._gateway, self._listens()
+        )
+        functions = self._functions.section(self._desired.functions())
+        return {"node": self._node, "site": self._site, "functions": functions, "gateway": routes}
+
+    def _listens(self) -> list[Listen]:
+        """Where the gateway listens: as ``node.json`` says, else on a port of its own that is kept."""
+        given = self._gateway.get("listen")
+        if given == "":
+            return []
+        if given is not None and (address := address_of(self._gateway, "gateway")) is not None:
+            return [Listen(*address)]
+        kept = self._replica.meta("gateway_port")
+        port = int(kept) if kept else int(self._replica.set_meta("gateway_port", str(free_port(self._bind))))
+        return [Listen(self._bind, port)]
+
+    def gateway_url(self, up: bool) -> str | None:
+        """What answers requests, when it does. ``up``: the plane runs and has taken its configuration."""
+        listens = self._listens()
+        if not listens or not up:
+            return None
+        host = self._address if listens[0].host == self._bind else daemon.local(listens[0].host)
+        return f"http://[{host}]:{listens[0].port}" if ":" in host else f"http://{host}:{listens[0].port}"
+
+    def refused(self, error: EdgewardError) -> bool:
+        """A port of our own choice that somebody has taken meanwhile is no reason not to serve."""
+        if error.field == "$.gateway.listen" and self._gateway.get("listen") is None:
+            self._replica.set_meta("gateway_port", str(free_port(self._bind)))
+            return True
+        return False
