@@ -62,13 +62,12 @@ def edgeward(port: int) -> None:
 
     from edgeward.gateway.dnszone import Zone
     from edgeward.gateway.steer import Steering
-    from edgeward.hub.steering import DnsServer, Known, Responder
+    from edgeward.hub.responder import DnsServer, Responder
 
-    class Fixed(Known):
-        now = Steering.of(edges())  # type: ignore[assignment]
+    known = Steering.of(edges())
 
     async def main() -> None:
-        server = DnsServer(Responder(Zone(ZONE, ("app",)), Fixed(), 1e6))
+        server = DnsServer(Responder(Zone(ZONE, ("app",)), lambda: known, 1e6))
         await server.open("127.0.0.1", port)
         await asyncio.Event().wait()
 

@@ -23,10 +23,8 @@ from edgeward.core.api import build_app
 from edgeward.core.authz import BUILT_IN, Principal, Rule, administrator
 from edgeward.core.errors import EdgewardError, Invalid, Unauthorized, Unreachable
 from edgeward.core.resource import CLUSTER, Key
-from edgeward.core.store import Change
-from edgeward.gateway.dnszone import FACTOR, Zone
 from edgeward.hub.main import Hub
-from edgeward.hub.steering import HubSteering, Known, Responder, Settings, load_of
+from edgeward.hub.steering import HubSteering, Settings, load_of
 from edgeward.nodes.wire import BeatAnswer, BeatAsk
 
 ZONE = "edge.example.org"
@@ -167,52 +165,6 @@ async def _load_is_asked_of_the_nodes(tmp_path: Path) -> None:
         assert load_of("a", odd) is None
 
 
-def known() -> Known:
-    k = Known()
-    k.take(Change(1, Key("Site", CLUSTER, "plant"), doc("Site", "plant", {"addresses": ["192.0.2.1"]})))
-    node = doc("Node", "plant-1", {"site": "plant"})
-    node.status = {"online": True}
-    k.take(Change(2, node.key, node))
-    return k
-
-
-def test_a_source_has_a_bound_and_who_is_real_gets_through() -> None:
-    responder = Responder(Zone(ZONE), known(), 5.0)
-    query = dns.message.make_query(ZONE, "A").to_wire()
-    got = [responder.udp(query, "198.51.100.1", 0.0) for _ in range(25)]
-    full = [g for g in got if g and not dns.message.from_wire(g).flags & dns.flags.TC]
-    cut = [g for g in got if g and dns.message.from_wire(g).flags & dns.flags.TC]
-    assert (len(full), len(cut)) == (5, 10), "the rest gets nothing"
-    assert all(len(g) <= len(query) for g in cut) and all(len(g) <= FACTOR * len(query) for g in full)
-    assert responder.udp(query, "198.51.100.2", 0.0) == full[0], "another source has its own"
-    assert responder.udp(query, "198.51.100.1", 1.0) == full[0]
-    six = [responder.udp(query, f"2001:db8::{n:x}", 0.0) for n in range(8)]
-    assert six[4] and not dns.message.from_wire(six[4]).flags & dns.flags.TC
-    assert six[7] is None or dns.message.from_wire(six[7]).flags & dns.flags.TC, "an IPv6 network is one source"
-    assert responder.udp(b"\0" * 5, "198.51.100.3", 0.0) is None
-
-
-def test_what_is_kept_is_bounded_and_true() -> None:
-    k = known()
-    responder = Responder(Zone(ZONE), k, 1e6)
-    query = dns.message.make_query(ZONE, "A", id=1).to_wire()
-    again = b"\x77\x77" + query[2:]
-    first, second = responder.udp(query, "10.0.0.1", 0.0), responder.udp(again, "10.0.0.1", 0.0)
-    assert first is not None and second == b"\x77\x77" + first[2:]
-    for n in range(9000):
-        responder.udp(dns_query(n), "10.0.0.1", 0.0)
-    assert len(responder._kept) <= 8192
-    k.take(Change(3, Key("Node", CLUSTER, "plant-1"), None))
-    gone = responder.udp(query, "10.0.0.1", 0.0)
-    assert gone is not None and dns.message.from_wire(gone).rcode() == dns.rcode.SERVFAIL
-    assert responder.tcp(query, "10.0.0.1") is not None
-
-
-def dns_query(n: int) -> bytes:
-    label = f"h{n}".encode()
-    return b"\0\1\1\0\0\1\0\0\0\0\0\0" + bytes([len(label)]) + label + b"\4edge\7example\3org\0\0\1\0\1"
-
-
 @pytest.mark.parametrize(
     ("found", "says"),
     [
@@ -243,6 +195,7 @@ async def _the_hub_has_it_off_and_on(tmp_path: Path) -> None:
         assert (await lookup(hub.steering.dns, "app." + ZONE)).rcode() == dns.rcode.SERVFAIL
         assert (await lookup(hub.steering.dns, "www." + ZONE, tcp=True)).rcode() == dns.rcode.NXDOMAIN
         assert "edgeward_hub_dns_queries_total" in hub._metrics()
+        assert [r.path for r in hub.steering.routes()] == ["/api/v1/steer"], "the redirect is off"
         taken = "{}:{}".format(*hub.steering.dns.address)
         other = HubSteering(hub.store, Settings.read({"zone": ZONE, "dns": taken}), hub._usage_of)
         with pytest.raises(EdgewardError, match="cannot listen on"):

@@ -1,9 +1,9 @@
 """Steering at the hub: what is known of the sites, told by DNS, by JSON and by redirect. A thin shell.
 
-Sites and Nodes come from the store's watch, load from the nodes themselves, asked now and then; each change makes a new
-:class:`Steering`. The decisions are in ``gateway/steer.py``, what DNS says in ``gateway/dnszone.py``; here are the
-sockets, the bound for each source, and a store of answers that is emptied with every change. All of it is off unless
-``steering`` of hub.json (or ``--dns``) says so, but the question ``/api/v1/steer`` that readers of Sites may ask.
+Sites and Nodes come from the store's watch, load from the nodes themselves, asked now and then; each change makes a
+new :class:`Steering`. The decisions are in ``gateway/steer.py``, what DNS says in ``gateway/dnszone.py``, its sockets
+are in ``responder.py``. All of it is off unless ``steering`` of hub.json (or ``--dns``) says so, but the question
+``/api/v1/steer`` that readers of Sites may ask.
 """
 
 from __future__ import annotations
@@ -11,34 +11,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
 
 import msgspec
+import nats.errors
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from edgeward.core import clock
 from edgeward.core.access import needs, opened
 from edgeward.core.describe import described
 from edgeward.core.errors import EdgewardError, Invalid, Unreachable
 from edgeward.core.quantity import parse_duration
 from edgeward.core.store import Change, Store
 from edgeward.core.streaming import json, only
-from edgeward.core.throttle import Throttle, source_of
-from edgeward.gateway import dnswire
-from edgeward.gateway.dnszone import Zone, literal, respond
+from edgeward.gateway.dnszone import Zone, literal
 from edgeward.gateway.steer import Answer, Edge, Prefixes, Steering, client_address
+from edgeward.hub.responder import DnsServer, Responder
 
 log = logging.getLogger("edgeward.steering")
 
-#: Answers that are kept until something changes, and the longest query whose answer is.
-_KEPT, _KEPT_QUERY = 8192, 256
-#: Over TCP: connections, queries on one, bytes of a query, seconds of silence.
-_CONNECTIONS, _QUERIES, _QUERY, _SILENCE = 64, 64, 1024, 10.0
 #: Nodes asked at once for their load, and the least difference that counts.
 _AT_ONCE, _STEP = 16, 0.05
 _MOST_PATH = 2048
@@ -192,138 +186,6 @@ class Known:
         return edges
 
 
-class Responder:
-    """Messages in, answers out, for both transports. Its stores are bounded."""
-
-    def __init__(self, zone: Zone, known: Known, rate: float) -> None:
-        self.zone, self._known = zone, known
-        self._throttle = Throttle(burst=rate, rate=rate)
-        self._of: Steering | None = None
-        self._kept: dict[Any, bytes] = {}
-        self.counts: Counter[str] = Counter()
-
-    def udp(self, data: bytes, host: str, now: float) -> bytes | None:
-        if self._throttle.take(host if "." in host and ":" not in host else source_of(host), now):
-            return self._too_many(data)
-        steering = self._known.now
-        if steering is not self._of:
-            self._of = steering
-            self._kept.clear()
-        asked = data[2:]
-        kept = self._kept.get(asked) or self._kept.get((asked, host))
-        if kept is not None:
-            self.counts["udp"] += 1
-            return data[:2] + kept
-        answer, mine = respond(data, host, self.zone, steering.steer)
-        if answer is None:
-            self.counts["dropped"] += 1
-            return None
-        self.counts["udp"] += 1
-        if len(data) <= _KEPT_QUERY:
-            if len(self._kept) >= _KEPT:
-                self._kept.clear()
-            self._kept[(asked, host) if mine else asked] = answer[2:]
-        return answer
-
-    def _too_many(self, data: bytes) -> bytes | None:
-        """Every other one is told to come by TCP, where it has to be who it says: who is real gets through."""
-        self.counts["over"] += 1
-        query = dnswire.parse(data) if self.counts["over"] % 2 else None
-        if query is None:
-            return None
-        return dnswire.answer(query, query.fault, limit=0)
-
-    def tcp(self, data: bytes, host: str) -> bytes | None:
-        self.counts["tcp"] += 1
-        return respond(data, host, self.zone, self._known.now.steer, udp=False)[0]
-
-
-class _Udp(asyncio.DatagramProtocol):
-    def __init__(self, responder: Responder) -> None:
-        self._responder, self._full = responder, False
-        self._transport: Any = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
-
-    def pause_writing(self) -> None:
-        self._full = True  # what the kernel does not take is not heaped up
-
-    def resume_writing(self) -> None:
-        self._full = False
-
-    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
-        if self._full or not addr[1]:
-            return
-        answer = self._responder.udp(data, addr[0], clock.monotonic())
-        if answer is not None:
-            self._transport.sendto(answer, addr)
-
-
-class DnsServer:
-    """UDP and TCP on one port."""
-
-    def __init__(self, responder: Responder) -> None:
-        self._responder = responder
-        self._udp: asyncio.DatagramTransport | None = None
-        self._tcp: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self.address: tuple[str, int] = ("", 0)
-
-    async def open(self, host: str, port: int) -> None:
-        """Raises ``OSError`` where it may not listen."""
-        for left in reversed(range(1 if port else 8)):  # a port that is free for TCP may be another's for UDP
-            self._tcp = await asyncio.start_server(self._connection, host, port, limit=_QUERY * 2)
-            self.address = self._tcp.sockets[0].getsockname()[:2]
-            loop = asyncio.get_running_loop()
-            try:
-                self._udp, _ = await loop.create_datagram_endpoint(
-                    lambda: _Udp(self._responder), local_addr=self.address
-                )
-                return
-            except OSError:
-                self._tcp.close()
-                if not left:
-                    raise
-
-    async def close(self) -> None:
-        if self._udp is not None:
-            self._udp.close()
-        if self._tcp is not None:
-            self._tcp.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is None or len(self._tasks) >= _CONNECTIONS:
-            writer.close()
-            return
-        self._tasks.add(task)
-        try:
-            host = str(writer.get_extra_info("peername")[0])
-            with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
-                for _ in range(_QUERIES):
-                    async with asyncio.timeout(_SILENCE):
-                        if not await self._one(reader, writer, host):
-                            break
-        finally:
-            self._tasks.discard(task)
-            writer.close()
-
-    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str) -> bool:
-        length = int.from_bytes(await reader.readexactly(2), "big")
-        if length > _QUERY:
-            return False
-        answer = self._responder.tcp(await reader.readexactly(length), host)
-        if answer is None:
-            return False
-        writer.write(len(answer).to_bytes(2, "big") + answer)
-        await writer.drain()
-        return True
-
-
 class Steered(msgspec.Struct):
     """Which site serves a client. ``site``: null when none is there; ``addresses``: those of the site."""
 
@@ -348,7 +210,7 @@ class HubSteering:
             return
         host, port = self.settings.listen()
         own = host if host not in ("0.0.0.0", "::") else ""  # noqa: S104 - compared, not bound
-        self._responder = Responder(self.settings.made_zone(own), self.known, self.settings.rate)
+        self._responder = Responder(self.settings.made_zone(own), lambda: self.known.now, self.settings.rate)
         server = DnsServer(self._responder)
         try:
             await server.open(host, port)
@@ -387,7 +249,7 @@ class HubSteering:
 
     async def _load(self, node: str) -> None:
         load = None
-        with contextlib.suppress(EdgewardError, msgspec.DecodeError, TimeoutError):
+        with contextlib.suppress(EdgewardError, nats.errors.Error, msgspec.DecodeError, TimeoutError):
             load = load_of(node, await self._ask(node))
         self.known.loaded(node, load)
 
