@@ -10,12 +10,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.core.pair import until
 
 from edgeward.agent.keeper import Keeper
-from edgeward.agent.plane import CALLERS
+from edgeward.agent.plane import CALLERS, RESERVED
 from edgeward.core import proc
-from edgeward.core.errors import EdgewardError
+from edgeward.core.errors import EdgewardError, TooMany
 from edgeward.core.natsserver import free_port
 
 
@@ -180,6 +181,22 @@ def test_what_it_could_not_hear_is_told_later(tmp_path: Path) -> None:
             file.rmdir()
             await agent.until(lambda: agent.statuses.get("Route/default/b"))
             assert await agent.get("/b") == 503
+
+    with_plane(tmp_path, body)
+
+
+def test_callers_of_the_rooms_keep_no_configuration_away(tmp_path: Path) -> None:
+    async def body(port: int) -> None:
+        async with running(Agent(tmp_path, port)) as agent:
+            callers = [await asyncio.open_unix_connection(str(agent.keeper.socket)) for _ in range(CALLERS - RESERVED)]
+            with pytest.raises(TooMany, match="callers already"):
+                await agent.keeper.one("gateway.stats")
+            agent.routes = [NONE]
+            agent.keeper.poke()
+            await agent.until(lambda: agent.statuses.get("Route/default/a"))
+            assert await agent.get("/a") == 503
+            for _, writer in callers:
+                writer.close()
 
     with_plane(tmp_path, body)
 

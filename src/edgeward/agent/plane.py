@@ -43,6 +43,8 @@ LINE_BYTES = 16 * 1024**2
 EVENTS = 256
 #: Callers of the control socket at once.
 CALLERS = 64
+#: Of these for the agent itself: calls of functions that take long must not keep a new configuration away.
+RESERVED = 8
 DRAIN = 5.0
 
 Verb = Callable[[dict[str, Any]], AsyncIterator[dict[str, Any]]]
@@ -212,6 +214,9 @@ class Plane:
         verb = self._verbs.get(str(doc.get("verb")))
         if verb is None:
             raise NotFound(f"there is no verb {str(doc.get('verb'))[:40]!r}", remedy=", ".join(sorted(self._verbs)))
+        if doc["verb"] not in ("hello", "reload", "follow") and self._callers > CALLERS - RESERVED:
+            most = CALLERS - RESERVED
+            raise TooMany(f"the data plane has {most} callers already", remedy="try again in a moment")
         args = doc.get("args")
         answering = asyncio.create_task(self._answers(verb, args if isinstance(args, dict) else {}, writer))
         leaving = asyncio.create_task(reader.read(1))
