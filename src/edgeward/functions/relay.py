@@ -7,6 +7,7 @@ The same pieces travel from the plane to the agent, from a node to its hub and o
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -101,11 +102,13 @@ class Head(msgspec.Struct):
         own.append(("ew-duration", f"{self.duration:.6f}"))
         found = []
         for name, value in [*self.headers, *own]:
-            if value and name.lower() not in _CONNECTION and not set(name + value) & set("\r\n\0"):
+            if value and name.lower() not in _CONNECTION and _NAME.fullmatch(name) and not set(value) & set("\r\n\0"):
                 found.append((name.lower().encode("latin-1", "replace"), value.encode("latin-1", "replace")))
         return found
 
 
+#: What a function says is not trusted to be HTTP.
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
 _CONNECTION = {
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding",
     "upgrade", "content-length",
@@ -145,6 +148,6 @@ async def answer(pieces: AsyncIterator[bytes]) -> Response:
         raise Unreachable("the node ended the call without an answer") from None
     except msgspec.DecodeError:
         raise EdgewardError("the node's answer is not understood", remedy="upgrade the node's agent") from None
-    response = StreamingResponse(pieces, head.status)
+    response = StreamingResponse(pieces, head.status if 200 <= head.status <= 599 else 502)
     response.raw_headers = head.http()
     return response
