@@ -259,4 +259,4 @@ def test_an_adopted_instance_is_limited_again(runtime: ProcessRuntime) -> None:
     proc.kill_group(started.process, 9)
     assert proc.wait_exit_blocking(started.process, 30)
     runtime.clean(r)
-    group.parent.rmdir()
+    assert not group.exists()  # the group above it may be another system's too
