@@ -5,8 +5,10 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
-from edgeward.core.daemon import metrics_text
+from edgeward.core.daemon import RunFile, metrics_text
+from edgeward.core.files import read_json
 
 
 def test_metrics_are_written_in_full_with_their_type_and_meaning() -> None:
@@ -44,3 +46,14 @@ def test_the_file_limit_is_raised_as_far_as_it_goes() -> None:
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True).stdout
     assert out.split() == [str(hard), str(hard)]
+
+
+def test_a_record_that_cannot_be_written_ends_nobody_and_is_written_later(tmp_path: Path) -> None:
+    """A full disk is such a place: the agent and the plane go on."""
+    folder = tmp_path / "d"
+    record = RunFile(folder)
+    folder.mkdir()
+    record.write(state="a")
+    folder.rmdir()
+    record.write(state="a")
+    assert read_json(folder)["state"] == "a"

@@ -176,6 +176,21 @@ async def test_a_call_whose_caller_went_away_does_not_wait_on(tmp_path: Path) ->
 
 
 @looped
+async def test_where_no_worker_can_be_made_calls_fail_and_later_ones_do_not(tmp_path: Path) -> None:
+    """A disk without room is such a place: when there is room again nothing has to be started anew."""
+    async with Node(tmp_path) as node:
+        room = node.d.tmp
+        node.d.tmp = tmp_path / "no" / "room"
+        node.d.configure([function("one", HELLO)])
+        await node.phase("one", "Failed")
+        error = await node.fails("one", b"a")
+        assert (error.kind, "cannot be made" in error.message) == ("unavailable", True)
+        node.d.tmp = room
+        await node.phase("one", "Running")
+        assert (await node.call("one", b"a")).status == 200
+
+
+@looped
 async def test_code_that_hangs_while_it_loads_fails_with_that_reason(tmp_path: Path) -> None:
     async with Node(tmp_path) as node:
         hangs = function("hangs", "import time\ntime.sleep(1000)\ndef handler(e, c): ...", limits={"startup": "300ms"})

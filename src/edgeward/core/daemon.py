@@ -92,7 +92,11 @@ class RunFile:
     def write(self, **facts: Any) -> None:
         doc = {**self._fixed, **facts}
         if doc != self._last:
-            write_json(self._path, doc)
+            try:
+                write_json(self._path, doc)
+            except OSError as e:  # a disk that is full ends nobody; it is said again with the next change
+                logging.getLogger("edgeward.daemon").warning("%s cannot be written: %s", self._path, e.strerror or e)
+                return
             self._last = doc
 
     def remove(self) -> None:

@@ -97,7 +97,11 @@ class Nursery:
             if now < self._not_before:
                 raise Unreachable("the process that workers are forked from cannot be started; it is tried again soon")
             self._ready = asyncio.get_running_loop().create_future()
-            self._launch()
+            try:
+                self._launch()
+            except OSError as e:  # no memory, no descriptor, a disk that is full
+                self._lost(str(e))
+                raise Unreachable(f"the process that workers are forked from cannot be started: {e}") from None
         try:
             async with asyncio.timeout(_START):
                 await asyncio.shield(self._ready)
@@ -210,6 +214,12 @@ class Nursery:
 
     async def spawn(self, cage: Cage, env: dict[str, str], *, probe: bool = False) -> Child:
         """A new worker in its cage; ``cage.instance`` may be another one afterwards. Raises ``Unreachable``."""
+        try:
+            return await self._spawn(cage, env, probe)
+        except OSError as e:  # no room for its folder or its groups: whoever wants a worker tries again later
+            raise Unreachable(f"a worker cannot be made: {e}") from None
+
+    async def _spawn(self, cage: Cage, env: dict[str, str], probe: bool) -> Child:
         async with self._slots:
             await self.start()
             spare, self._spare = self._spare, None
@@ -231,7 +241,7 @@ class Nursery:
             cage = Cage(f"{self._prefix}{os.getpid():x}-spare-{self._last}", "", memory=_NO_MEMORY, pids=_NO_PIDS)
             await asyncio.to_thread(self._prepare, cage)
             self._spare = await self._fork(zygote.Spawn(cage, {}, spare=True))
-        except Unreachable as e:
+        except (Unreachable, OSError) as e:
             log.info("no spare worker: %s", e)
         finally:
             self._sparing = None
