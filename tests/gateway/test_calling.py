@@ -204,6 +204,14 @@ def test_answers_of_functions_are_kept_as_well(rig: Rig, client: Connect) -> Non
     assert c.get("/f").headers["cache-status"].startswith("edgeward; hit")
 
 
+def test_a_route_to_a_function_that_is_gone_does_not_say_ready(rig: Rig, client: Connect) -> None:
+    function(rig, lambda c: Reply(200, [], b""), key="default/here")
+    function(rig, lambda c: Reply(200, [], b""), path="/g", key="default/gone", missing=True)
+    here, gone = (rig.heard.statuses[f"default/{n}"] for n in ("here", "gone"))
+    assert here is not None and here["phase"] == "Ready"
+    assert gone is not None and (gone["phase"], "requests get 404" in gone["message"]) == ("NoEndpoints", True)
+
+
 def test_no_functions_here(rig: Rig, client: Connect) -> None:
     rig.gate.invoker = None
     rig.route("/f", to="function", target="Function/f", function="default/f")

@@ -63,6 +63,12 @@ def test_the_section() -> None:
     assert (web.headers, web.rate, web.burst, web.cache) == ((("x-a", "1"),), 1.0, 60, None)
 
 
+def test_a_route_knows_whether_its_function_is_here() -> None:
+    made = section("n1", [route("a", to={"function": "f"}), route("b", to={"function": "g@x"})], lambda *_: [], {}, [],
+                   {"shop/g", "default/f"})  # fmt: skip
+    assert [(c.key, c.missing) for c in rules.decode(made).routes] == [("shop/a", True), ("shop/b", False)]
+
+
 def test_rules_keep_what_they_learnt() -> None:
     def config(budget: float, *ports: int) -> dict[str, Any]:
         where = [{"host": "h", "port": p} for p in ports]

@@ -43,10 +43,12 @@ class PlaneSections:
 
     def all(self) -> dict[str, Any]:
         """What the plane shall do now."""
+        declared = self._desired.functions()
+        functions = self._functions.section(declared)
         routes = gateway.section(
-            self._node, self._desired.routes(), self._desired.endpoints, self._gateway, self._listens()
-        )
-        functions = self._functions.section(self._desired.functions())
+            self._node, self._desired.routes(), self._desired.endpoints, self._gateway, self._listens(),
+            {f"{f.metadata.namespace}/{f.metadata.name}" for f in declared},
+        )  # fmt: skip
         return {"node": self._node, "site": self._site, "functions": functions, "gateway": routes}
 
     def _listens(self) -> list[Listen]:

@@ -6,7 +6,7 @@ hub to serve them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -92,13 +92,21 @@ def _cors(spec: RouteSpec) -> CorsConfig | None:
 
 
 def section(
-    node: str, routes: Iterable[Resource], endpoints: Endpoints, settings: Mapping[str, Any], listen: Iterable[Listen]
-) -> dict[str, Any]:
-    """The section of ``plane.json``. ``settings``: ``gateway`` of ``node.json``."""
+    node: str, routes: Iterable[Resource], endpoints: Endpoints, settings: Mapping[str, Any], listen: Iterable[Listen],
+    functions: Container[str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The section of ``plane.json``. ``settings``: ``gateway`` of ``node.json``. ``functions``: those of this node
+    (``namespace/name``); None: not known."""
+    made = sorted((route_config(r, endpoints) for r in routes), key=lambda c: c.key)
+    if functions is not None:
+        made = [
+            msgspec.structs.replace(c, missing=True) if c.to == "function" and c.function not in functions else c
+            for c in made
+        ]
     config = GatewayConfig(
         node=node,
         listen=tuple(listen),
-        routes=tuple(sorted((route_config(r, endpoints) for r in routes), key=lambda c: c.key)),
+        routes=tuple(made),
         memory=parse_bytes(settings.get("memory", "32Mi")),
         access_log=settings.get("accessLog", "all"),
     )

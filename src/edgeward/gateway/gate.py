@@ -134,12 +134,16 @@ class Gate:
         told: set[str] = set()
         for rule in self.table.rules:
             namespace, _, name = rule.key.partition("/")
-            ready = rule.config.to == "function" or bool(rule.config.endpoints)
+            ready = not rule.config.missing if rule.config.to == "function" else bool(rule.config.endpoints)
             status: dict[str, Any] = {"phase": "Ready" if ready else "NoEndpoints", "target": rule.config.target}
             if rule.config.to != "function":
                 status["endpoints"] = len(rule.config.endpoints)
             if not ready:
-                status["message"] = f"{rule.config.target} has no running endpoint at this site: requests get 503"
+                status["message"] = (
+                    f"{rule.config.target} is not on this node: requests get 404"
+                    if rule.config.missing
+                    else f"{rule.config.target} has no running endpoint at this site: requests get 503"
+                )
             if rule.key in shadowed:
                 status |= {
                     "phase": "Shadowed",

@@ -42,6 +42,8 @@ class RouteConfig(msgspec.Struct, frozen=True):
     #: The Host that an upstream is asked by; empty: the client's.
     send_host: str = ""
     function: str = ""
+    #: The function is not on this node.
+    missing: bool = False
     version: str | None = None
     connect: float = 2.0
     answer: float = 30.0
