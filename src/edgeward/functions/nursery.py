@@ -162,7 +162,10 @@ class Nursery:
             born.set_result(None)
 
     def _gone(self, number: int, status: int) -> None:
-        child = self._children.pop(number, None)
+        child, born = self._children.pop(number, None), self._born.pop(number, None)
+        if born is not None and not born.done():
+            born.set_exception(Unreachable(f"a worker cannot be forked: {os.strerror(status)}"))
+            born.exception()  # its caller may have gone
         if child is None:
             return
         child.close()

@@ -15,6 +15,7 @@ import datetime as _datetime  # noqa: F401
 import decimal as _decimal  # noqa: F401
 import email.utils as _email  # noqa: F401
 import encodings.idna as _idna  # noqa: F401
+import errno
 import gc
 import hashlib as _hashlib  # noqa: F401
 import hmac as _hmac  # noqa: F401
@@ -41,7 +42,8 @@ from edgeward.functions import sandbox, sdk
 MAX_MESSAGE = 160 * 1024
 #: Before each message: the worker's number.
 NUMBER = struct.Struct("=Q")
-#: From the zygote: number, pid, and how it ended (``STARTED``, with its pidfd: it has not).
+#: From the zygote: number, pid, and how it ended (``STARTED``, with its pidfd: it has not); without a pid the errno
+#: for which it could not be forked.
 TOLD = struct.Struct("=Qii")
 STARTED = -(1 << 31)
 
@@ -94,17 +96,33 @@ class Zygote:
         data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 1)
         if not data:
             return False
+        (number,) = NUMBER.unpack_from(data)
+        try:
+            self._fork(number, data, fds)
+        except OSError as e:  # no memory, no process, no descriptor: this one is not born, the others live on
+            self._control.send(TOLD.pack(number, 0, e.errno or errno.EAGAIN))
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def _fork(self, number: int, data: bytes, fds: list[int]) -> None:
+        if not fds:
+            raise OSError(errno.EMFILE, "its socket did not arrive")
         pid = os.fork()
         if pid == 0:
             _child(data, fds[0], (self._control, self._bell, self._ring))
-        (number,) = NUMBER.unpack_from(data)
+        try:
+            # nobody but us reaps it, so the number is still its own
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            raise
         self._children[pid] = number
-        # nobody but us reaps it, so the number is still its own
-        pidfd = os.pidfd_open(pid)
-        socket.send_fds(self._control, [TOLD.pack(number, pid, STARTED)], [pidfd])
-        os.close(pidfd)
-        os.close(fds[0])
-        return True
+        try:
+            socket.send_fds(self._control, [TOLD.pack(number, pid, STARTED)], [pidfd])
+        finally:
+            os.close(pidfd)
 
     def _reap(self) -> None:
         while True:
