@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from tests.core.pair import until
 from tests.nodes.fleet import Fleet, app, doc, fleet
 
 from edgeward.core.api import build_app
@@ -255,5 +256,36 @@ def test_followed_logs_go_on_when_the_nodes_agent_ends_and_comes_again(
             await run_on(f, "plant-1")  # else it is not asked twice
             answer = await client.get(LOGS)
             assert answer.text.startswith("1\nedgeward: Node/plant-1: node plant-1 does not answer")
+
+    asyncio.run(body())
+
+
+def test_a_reader_that_goes_while_much_waits_for_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    said = 0
+
+    async def logs(args: dict[str, Any]) -> AsyncIterator[bytes]:
+        nonlocal said
+        while True:
+            said += 1
+            yield b"line\n"
+
+    async def body() -> None:
+        async with api(tmp_path, logs) as (_, f, _asked):
+            client = f.hub.client
+            routes = HubRoutes(
+                store=f.store,
+                client=client,
+                nodes=f.nodes,
+                streams=StreamsCloud(client),
+                records=f.records,
+                write=f.write,
+            )
+            pieces = routes._merge(["plant-1"], {"tail": 1})
+            assert await anext(pieces) == b"line\n"
+            # 64 wait in the queue: the node has to wait with the next
+            await until(lambda: said >= 66)
+            async with asyncio.timeout(60):
+                await pieces.aclose()
+            await until(lambda: not any(s.subject.startswith("ew.hub.reply.") for s in client._subs.values()))
 
     asyncio.run(body())

@@ -285,3 +285,31 @@ def test_what_a_node_repeats_is_not_written_again(tmp_path: Path) -> None:
             assert f.store.get(service.key).status["endpoints"] == []
 
     asyncio.run(body())
+
+
+def test_what_a_peer_tells_of_a_node_before_it_is_in_the_copy_of_the_state_is_taken_then(tmp_path: Path) -> None:
+    """A node that enrolled at another process reports at once, and says what is new only once."""
+
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            await f.store.put(app("web", "plant"))
+            status = {"phase": "Running", "instances": [{"node": "plant-3", "phase": "Running"}]}
+            ask = ReportAsk([Status("App", "default", "web", status)], False, {"memory": 1}, [])
+            f.nodes._reported_to_peer(msgspec.msgpack.encode(("plant-3", msgspec.msgpack.encode(ask))))
+            for n in range(1000):  # who never comes takes no room
+                f.nodes._level_of_peer(msgspec.msgpack.encode((f"ghost-{n}" if n % 20 else "plant-3", 1, ["x"])))
+            assert len(f.nodes._early) <= 64
+            f.nodes._reported_to_peer(msgspec.msgpack.encode(("plant-3", msgspec.msgpack.encode(ask))))
+            await f.store.put(doc("Node", "plant-3", {"site": "plant"}))
+
+            async def shown() -> bool:
+                found = f.store.get(Key("App", "default", "web")).status.get("instances", [])
+                return [i["node"] for i in found] == ["plant-3"]
+
+            await until(shown)
+            node = Key("Node", CLUSTER, "plant-3")
+            await until(lambda: f.store.get(node).status.get("notTold") == ["x"])
+            assert f.store.get(node).status["memory"] == 1
+            assert "plant-3" not in f.nodes._early
+
+    asyncio.run(body())

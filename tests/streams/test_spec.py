@@ -83,6 +83,8 @@ def test_columns_and_example() -> None:
     kind = kinds.get("Export")
     d = export(priority=7).document() | {"status": {"nodes": {"a": {"pending": 2}, "b": {"pending": 3}, "c": {}}}}
     shown = {c.title: c.value(d) for c in kind.columns}
-    assert shown == {"FROM": "s/#", "STREAM": "line1", "PRIORITY": 7, "NODES": 3, "PENDING": 5}
+    assert shown == {
+        "FROM": "s/#", "STREAM": "line1", "PHASE": "Pending", "PRIORITY": 7, "NODES": 3, "PENDING": 5,
+    }  # fmt: skip
     assert {c.title: c.value(export().document()) for c in kind.columns}["PENDING"] == 0
     decode(yaml.safe_load(kind.example))

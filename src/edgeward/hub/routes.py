@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import msgspec
@@ -42,6 +43,8 @@ from edgeward.workloads.logs import Marked
 
 #: Bytes of the body that brings a node's public key.
 MAX_KEY = 4096
+
+log = logging.getLogger("edgeward.hub")
 
 
 class HubRoutes:
@@ -191,7 +194,7 @@ class HubRoutes:
         args = log_args(function.metadata.namespace, function.metadata.name, request)
         return StreamingResponse(self._merge(nodes, args, "function-logs"), media_type="text/plain; charset=utf-8")
 
-    async def _merge(self, nodes: list[str], args: dict[str, Any], verb: str = "logs") -> AsyncIterator[bytes]:
+    async def _merge(self, nodes: list[str], args: dict[str, Any], verb: str = "logs") -> AsyncGenerator[bytes, None]:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(64)
         several = len(nodes) > 1
 
@@ -200,37 +203,44 @@ class HubRoutes:
             try:
                 if not self._nodes.is_online(node):
                     raise Unreachable(f"node {node} is not connected; its logs are on it")
-                async for piece in self._again(node, verb, args):
-                    if data := marked.feed(piece):
-                        await queue.put(data)
+                async with contextlib.aclosing(self._again(node, verb, args)) as pieces:
+                    async for piece in pieces:
+                        if data := marked.feed(piece):
+                            await queue.put(data)
             except EdgewardError as e:
                 await queue.put(marked.rest() + f"edgeward: {e}\n".encode())
-            finally:
-                await queue.put(marked.rest())
-                await queue.put(None)
+            except Exception:
+                log.exception("%s of node %s", verb, node)
+                await queue.put(marked.rest() + b"edgeward: the hub failed; its log says why\n")
+            # not where this is cancelled: then nobody takes anything out any more, and it would wait for ever
+            await queue.put(marked.rest())
+            await queue.put(None)
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(n)) for n in nodes]
-            open_ = len(tasks)
-            try:
-                while open_:
-                    piece = await queue.get()
-                    if piece is None:
-                        open_ -= 1
-                    elif piece:
-                        yield piece
-            finally:
-                for task in tasks:
-                    task.cancel()
+        # no task group: a reader that goes ends this at its `yield`, and a group makes an error of that
+        tasks = [asyncio.create_task(one(n)) for n in nodes]
+        open_ = len(tasks)
+        try:
+            while open_:
+                piece = await queue.get()
+                if piece is None:
+                    open_ -= 1
+                elif piece:
+                    yield piece
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _again(self, node: str, verb: str, args: dict[str, Any]) -> AsyncIterator[bytes]:
+    async def _again(self, node: str, verb: str, args: dict[str, Any]) -> AsyncGenerator[bytes, None]:
         """A node's answer; what is followed goes on behind its last mark when the node's agent ends and comes again."""
         mark: dict[str, str] = {}
         while True:
             try:
-                async for piece in call(self._nc, node, verb, {**args, "after": mark} if mark else args):
-                    mark = getattr(piece, "mark", mark)
-                    yield piece
+                asked = call(self._nc, node, verb, {**args, "after": mark} if mark else args)
+                async with contextlib.aclosing(asked) as pieces:  # type: ignore[type-var]
+                    async for piece in pieces:
+                        mark = getattr(piece, "mark", mark)
+                        yield piece
                 return
             except Unreachable:
                 if not (mark and args.get("follow")):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -80,6 +81,8 @@ _UNPOKED = 30.0
 _LATER = 0.1
 #: Seconds that this process's cache may be behind another's.
 _BEHIND = 2.0
+#: Nodes that a peer may tell of before they are in this process's copy of the state, and words about each.
+_EARLY = 64
 
 Fold = Callable[[Resource, list[Resource], Mapping[str, dict[str, Any]]], dict[str, Any]]
 
@@ -107,6 +110,8 @@ class NodesCloud:
         #: node -> "Kind/ns/name" -> reported status
         self._reports: dict[str, dict[str, dict[str, Any]]] = {}
         self._node_reports: dict[str, dict[str, Any]] = {}
+        #: What other processes told of nodes that this one's copy of the state does not have yet.
+        self._early: dict[str, deque[Callable[[], None]]] = {}
         #: node -> [store id, last seq] of its events that were taken over
         self._event_seq: dict[str, tuple[str, int]] = {}
         self._fold: Loop[Key] = Loop("fold", self._fold_status)
@@ -243,11 +248,26 @@ class NodesCloud:
 
     def _reported_to_peer(self, data: bytes) -> None:
         node, report = msgspec.msgpack.decode(data, type=tuple[str, bytes])
+        if self._too_early(node, lambda: self._reported_to_peer(data)):
+            return
+        ask = msgspec.msgpack.decode(report, type=ReportAsk)
+        self._take_report(node, ask)
+        for event in ask.events:  # the process that was asked keeps them
+            self._event_seq[node] = (event.get("store", ""), event.get("seq", 0))
+
+    def _too_early(self, node: str, again: Callable[[], None]) -> bool:
+        """Whether the node is not in our copy of the state: a peer's word may be faster. It is taken when it is there.
+
+        A node says what is new once; a word that is dropped here would be missing until it changes again.
+        """
         if self._store.find(Key("Node", CLUSTER, node)) is not None:
-            ask = msgspec.msgpack.decode(report, type=ReportAsk)
-            self._take_report(node, ask)
-            for event in ask.events:  # the process that was asked keeps them
-                self._event_seq[node] = (event.get("store", ""), event.get("seq", 0))
+            return False
+        if node not in self._early:
+            while len(self._early) >= _EARLY:  # of nodes that were deleted meanwhile, say
+                del self._early[next(iter(self._early))]
+            self._early[node] = deque(maxlen=_EARLY)
+        self._early[node].append(again)
+        return True
 
     async def identity_changed(self, node: str) -> None:
         """A node joined or renewed; or it lost its identity, and is offline at once, whatever was heard of it."""
@@ -333,7 +353,7 @@ class NodesCloud:
 
     def _level_of_peer(self, data: bytes) -> None:
         node, level, untold = msgspec.msgpack.decode(data, type=tuple[str, int, list[str]])
-        if self._store.find(Key("Node", CLUSTER, node)) is not None:
+        if not self._too_early(node, lambda: self._level_of_peer(data)):
             self._take_level(node, level, untold)
 
     def _take_level(self, node: str, level: int, untold: list[str]) -> None:
@@ -360,6 +380,9 @@ class NodesCloud:
         touched = self.roster.views.change(key, change.resource, status_only=change.status_only)
         if key.kind == "Node" and change.resource is None:
             self._forget(key.name)
+        elif key.kind == "Node":
+            for again in self._early.pop(key.name, ()):
+                again()
         if change.resource is not None and not change.status_only and self._folds(key.kind):
             self._fold.add(key)
         for site in self.roster.nodes_at if touched is None else touched:
