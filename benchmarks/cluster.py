@@ -31,7 +31,7 @@ from nats.aio.client import Client
 from nats.js.api import KeyValueConfig
 
 from benchmarks.common import PYTHON, Row, percentile, row
-from edgeward.core.bus import Bus
+from edgeward.core.bus import Bus, cancellable
 from edgeward.core.errors import EdgewardError
 from edgeward.core.files import read_json
 from edgeward.core.identity import HubIdentity
@@ -433,7 +433,8 @@ class Bare:
 
     async def put(self, name: str, way: int) -> bool:
         try:
-            await self.clients[way].jetstream(timeout=PATIENCE).publish(f"$KV.b.{name}", name.encode())
+            # a bare client would swallow the cancellation of its writer
+            await cancellable(self.clients[way].jetstream(timeout=PATIENCE).publish(f"$KV.b.{name}", name.encode()))
         except (nats.errors.Error, nats.js.errors.Error, TimeoutError, OSError):
             return False
         return True
