@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edgeward.core.errors import Invalid, Refused
 from edgeward.core.resource import Key, Resource, decode
-from edgeward.core.scope import NodeView, check_local, fingerprint, matches, placed_sites, site_of, view
+from edgeward.core.scope import NodeView, check_local, fingerprint, matches, placed_sites, site_of, takes, view
 from edgeward.hub.kinds import load
 
 load()
@@ -135,3 +135,20 @@ def test_what_a_site_may_write_and_delete() -> None:
             check_local(never, None, "plant")
     with pytest.raises(Invalid, match="cannot delete a Site"):
         check_local(None, mine, "plant")
+
+
+def test_a_placement_takes_this_very_node_and_not_its_neighbour() -> None:
+    def node(name: str, site: str, **labels: str) -> Resource:
+        meta = {"name": name, "labels": labels}
+        return decode({"apiVersion": "edgeward/v1", "kind": "Node", "metadata": meta, "spec": {"site": site}})
+
+    fast, slow = node("a", "plant", cpu="fast"), node("b", "plant", cpu="slow")
+    for placement, found in (
+        ({}, [True, True]),
+        ({"site": "plant"}, [True, True]),
+        ({"site": "shop"}, [False, False]),
+        ({"nodeSelector": {"cpu": "fast"}}, [True, False]),
+        ({"site": "plant", "nodeSelector": {"cpu": "slow"}}, [False, True]),
+        ({"nodeSelector": {"cpu": "slow", "gpu": "yes"}}, [False, False]),
+    ):
+        assert [takes(app("x", placement), n) for n in (fast, slow)] == found, placement

@@ -90,6 +90,13 @@ async def test_a_call_that_still_runs_is_not_made_again_unless_allowed(tmp_path:
             await move(works, clock, 7200.0)
             await until(lambda c=clock, n=calls: len(c.calls) == n, 20)  # type: ignore[misc]
             clock.hold.set()
+            # what was not made then is not made later; the next one is
+            await until(lambda w=works: not any(t.running for t in w._triggers.values()), 20)  # type: ignore[misc]
+            await move(works, clock, 10800.0)
+            await until(lambda c=clock, n=calls: len(c.calls) == n + 1, 20)  # type: ignore[misc]
+            assert [c.event.id.rpartition("/")[2] for c in clock.calls] == [
+                "3600", *(["7200"] if overlap else []), "10800",
+            ]  # fmt: skip
 
 
 @looped

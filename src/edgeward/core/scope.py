@@ -36,6 +36,11 @@ def matches(placement: object, node: NodeView) -> bool:
     return any(all(labels.get(k) == v for k, v in selector.items()) for labels in node.labels)
 
 
+def takes(resource: Resource, node: Resource) -> bool:
+    """Whether the placement of ``resource`` takes this very node."""
+    return matches(resource.spec.placement, NodeView(node.metadata.name, node.spec.site, (node.metadata.labels,)))
+
+
 def site_of(resource: Resource) -> str:
     """The site that a resource of scope ``site`` names (a Site names itself)."""
     return resource.metadata.name if resource.kind == "Site" else str(getattr(resource.spec, "site", ""))

@@ -6,17 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgeward.core.resource import Resource
+from edgeward.core.scope import takes
 
 #: From bad to good: a function is as well as its worst node.
 _WORST = ("Failed", "Refused", "Degraded", "Pending", "Starting", "Updating", "Running")
-
-
-def takes(function: Resource, node: Resource) -> bool:
-    """Whether the function's placement takes the node."""
-    placement = function.spec.placement
-    if placement.site and placement.site != node.spec.site:
-        return False
-    return all(node.metadata.labels.get(k) == v for k, v in placement.nodeSelector.items())
 
 
 def fold(function: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

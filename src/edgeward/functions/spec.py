@@ -10,6 +10,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 from msgspec import Meta
 
+from edgeward.core.declared import Declared, EnvFrom, Placement
 from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
@@ -28,18 +29,14 @@ RUNTIMES = ("python",)
 Promise = Literal["memory", "cpu", "pids", "tmp", "files", "network", "exec", "user", "signals", "kernel"]
 
 
-class _Struct(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    pass
-
-
-class Source(_Struct):
+class Source(Declared):
     """The code: one of the two."""
 
     inline: Annotated[str, Meta(description="The text of main.py")] = ""
     files: Annotated[dict[str, str], Meta(description="Relative path to text; modules and other files")] = {}
 
 
-class Limits(_Struct):
+class Limits(Declared):
     """What one instance may use. Status says which are enforced on which node."""
 
     timeout: Annotated[Duration, Meta(description="Of one call; the instance that is over it is ended")] = "10s"
@@ -55,14 +52,7 @@ class Limits(_Struct):
     ] = "none"
 
 
-class EnvFrom(_Struct):
-    """All keys of a Config or Secret as environment variables."""
-
-    config: Annotated[str, Meta(description="A Config of the namespace")] = ""
-    secret: Annotated[str, Meta(description="A Secret of the namespace")] = ""
-
-
-class Scale(_Struct):
+class Scale(Declared):
     """Instances on each node; each works on one call at a time."""
 
     min: Annotated[int, Meta(description="Kept warm; 0: none while nobody calls", ge=0, le=256)] = 0
@@ -70,13 +60,13 @@ class Scale(_Struct):
     idle: Annotated[Duration, Meta(description="Ended after so long without a call, down to min")] = "60s"
 
 
-class Check(_Struct):
+class Check(Declared):
     """A call that a new version must answer (status below 400) before it takes over."""
 
     data: Annotated[str, Meta(description="The event's data")] = ""
 
 
-class Cron(_Struct):
+class Cron(Declared):
     """A call at times of the node's own clock, with and without the link."""
 
     schedule: Annotated[str, Meta(description="minute hour day month weekday, or six fields with seconds first")]
@@ -91,27 +81,20 @@ class Cron(_Struct):
     data: Annotated[str, Meta(description="The event's data")] = ""
 
 
-class Trigger(_Struct):
+class Trigger(Declared):
     """What calls the function by itself, on every node that has it."""
 
     cron: Annotated[Cron | None, Meta(description="At times")] = None
 
 
-class Logs(_Struct):
+class Logs(Declared):
     bytes: Annotated[Size, Meta(description="Hard cap on each node's disk, oldest first to go")] = "10Mi"
     level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="What is less is not kept")] = (
         "info"
     )
 
 
-class Placement(_Struct):
-    """Where it may be called; empty: on every node."""
-
-    site: Annotated[str, Meta(description="Only at this site")] = ""
-    nodeSelector: Annotated[dict[str, str], Meta(description="Only on nodes with these labels")] = {}
-
-
-class FunctionSpec(_Struct):
+class FunctionSpec(Declared):
     """Code that answers calls on the node where they come in."""
 
     runtime: Annotated[

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from edgeward.core.declared import Declared, Placement
 from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
@@ -28,16 +29,7 @@ _FIELD = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
 _ORIGIN = re.compile(r"https?://([a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 
 
-class _Struct(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    pass
-
-
-class RoutePlacement(_Struct):
-    site: Annotated[str, Meta(description="Only at this site")] = ""
-    nodeSelector: Annotated[dict[str, str], Meta(description="Only on nodes with these labels")] = {}
-
-
-class RouteTarget(_Struct):
+class RouteTarget(Declared):
     """What answers. Exactly one."""
 
     function: Annotated[str, Meta(description="A Function of the namespace, or one of its aliases: name@alias")] = ""
@@ -47,7 +39,7 @@ class RouteTarget(_Struct):
     ] = ""
 
 
-class RouteTimeouts(_Struct):
+class RouteTimeouts(Declared):
     connect: Annotated[Duration, Meta(description="To open a connection to the target; then the next is tried")] = "2s"
     answer: Annotated[Duration, Meta(description="To the head of the answer; a function's own limit holds as well")] = (
         "30s"
@@ -55,7 +47,7 @@ class RouteTimeouts(_Struct):
     idle: Annotated[Duration, Meta(description="Between two pieces of a body, or of a WebSocket's traffic")] = "60s"
 
 
-class Retries(_Struct):
+class Retries(Declared):
     """A request is sent again only where that cannot do it twice: none of it was sent, or it is idempotent."""
 
     attempts: Annotated[int, Meta(description="How often it is sent at most", ge=1, le=5)] = 2
@@ -64,14 +56,14 @@ class Retries(_Struct):
     ] = 0.2
 
 
-class Breaker(_Struct):
+class Breaker(Declared):
     """An endpoint that fails again and again is left alone for a while; then one request tries it."""
 
     failures: Annotated[int, Meta(description="Failures in a row that open it; 0: never", ge=0, le=1000)] = 5
     pause: Annotated[Duration, Meta(description="How long it is left alone")] = "5s"
 
 
-class Rate(_Struct):
+class Rate(Declared):
     """How often one client address may ask; more gets 429 with Retry-After."""
 
     requests: Annotated[int, Meta(description="Requests", ge=1, le=1_000_000)]
@@ -82,14 +74,14 @@ class Rate(_Struct):
     ] = None
 
 
-class RouteLimits(_Struct):
+class RouteLimits(Declared):
     body: Annotated[Size, Meta(description="A request's body; a function's is at most 6Mi")] = "64Mi"
     requests: Annotated[int, Meta(description="In progress at once on a node; more are refused (503)", ge=1)] = 1024
 
     rate: Annotated[Rate | None, Meta(description="Of each client; left out: no limit")] = None
 
 
-class Cors(_Struct):
+class Cors(Declared):
     """Which pages of other origins may ask and read; the gateway says it in place of the target."""
 
     origins: Annotated[
@@ -104,7 +96,7 @@ class Cors(_Struct):
     maxAge: Annotated[Duration, Meta(description="How long a browser remembers it")] = "10m"
 
 
-class Cache(_Struct):
+class Cache(Declared):
     """A shared cache as RFC 9111 asks; what is left out is what the RFC says, and nothing else."""
 
     object: Annotated[Size, Meta(description="Larger answers are passed on and not kept")] = "1Mi"
@@ -116,7 +108,7 @@ class Cache(_Struct):
     ] = 0
 
 
-class RouteSpec(_Struct):
+class RouteSpec(Declared):
     """Requests that reach the gateway of a node, and what answers them there."""
 
     to: Annotated[RouteTarget, Meta(description="What answers")]
@@ -138,8 +130,8 @@ class RouteSpec(_Struct):
     )
     cache: Annotated[Cache | None, Meta(description="Keep answers; {} is RFC 9111 and nothing else")] = None
     cors: Annotated[Cors | None, Meta(description="For pages of other origins; left out: the target's own word")] = None
-    placement: Annotated[RoutePlacement, Meta(description="Which nodes serve it; empty: all")] = msgspec.field(
-        default_factory=RoutePlacement
+    placement: Annotated[Placement, Meta(description="Which nodes serve it; empty: all")] = msgspec.field(
+        default_factory=Placement
     )
 
 

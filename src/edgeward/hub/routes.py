@@ -31,9 +31,9 @@ from edgeward.core.invocation import MAX_BODY
 from edgeward.core.records import Records
 from edgeward.core.registry import kinds
 from edgeward.core.resource import CLUSTER, Key, Resource, from_stored, merge_patch, to_stored
+from edgeward.core.scope import takes
 from edgeward.core.store import Store
 from edgeward.core.streaming import flag, json, ndjson, number, read_body
-from edgeward.functions.cloud import takes
 from edgeward.functions.relay import INVOKE, SILENCE, answer, call_args, log_args
 from edgeward.functions.relay import LOGS as FUNCTION_LOGS
 from edgeward.nodes.calls import call

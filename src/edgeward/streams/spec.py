@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from edgeward.core.declared import Declared, Placement
 from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
@@ -20,20 +21,11 @@ HARD_CAP = 8 * 1024**3
 _PATH = re.compile(r"^\$(\.[A-Za-z_][A-Za-z0-9_-]*)+$")
 
 
-class _Struct(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    pass
-
-
-class ExportPlacement(_Struct):
-    site: Annotated[str, Meta(description="Only at this site")] = ""
-    nodeSelector: Annotated[dict[str, str], Meta(description="Only on nodes with these labels")] = {}
-
-
-class From(_Struct):
+class From(Declared):
     mqtt: Annotated[str, Meta(description="MQTT topic filter (+ and # allowed)", min_length=1, max_length=1024)]
 
 
-class HubTarget(_Struct):
+class HubTarget(Declared):
     stream: Annotated[str, Meta(description="The hub's stream", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$(?!\n)")]
 
     keep: Annotated[
@@ -42,11 +34,11 @@ class HubTarget(_Struct):
     ] = "4Gi"
 
 
-class To(_Struct):
+class To(Declared):
     hub: Annotated[HubTarget, Meta(description="A stream at the hub")]
 
 
-class Bounds(_Struct):
+class Bounds(Declared):
     """What the node keeps while the link is down."""
 
     bytes: Annotated[Annotated[str, Meta(pattern=BYTES_PATTERN)] | int, Meta(description="On disk, e.g. 64Mi")] = "64Mi"
@@ -79,8 +71,8 @@ class ExportSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
         Annotated[str, Meta(pattern=BYTES_PATTERN)] | int, Meta(description="Bytes per second on the link; 0: no limit")
     ] = 0
     bounds: Annotated[Bounds, Meta(description="What is kept while cut off")] = msgspec.field(default_factory=Bounds)
-    placement: Annotated[ExportPlacement, Meta(description="Which nodes export; empty: all")] = msgspec.field(
-        default_factory=ExportPlacement
+    placement: Annotated[Placement, Meta(description="Which nodes export; empty: all")] = msgspec.field(
+        default_factory=Placement
     )
 
 

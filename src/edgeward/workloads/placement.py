@@ -6,14 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 from edgeward.core.resource import Resource
-
-
-def takes(app: Resource, node: Resource) -> bool:
-    """Whether the app's placement takes the node."""
-    placement = app.spec.placement
-    if placement.site and placement.site != node.spec.site:
-        return False
-    return all(node.metadata.labels.get(k) == v for k, v in placement.nodeSelector.items())
+from edgeward.core.scope import takes
 
 
 def _rank(app: Resource, node: Resource) -> bytes:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from edgeward.core.declared import Declared, EnvFrom, Placement
 from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
@@ -29,18 +30,7 @@ BUILT_IN = (
 )
 
 
-class _Struct(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    pass
-
-
-class Placement(_Struct):
-    """Where it runs; empty: at every site."""
-
-    site: Annotated[str, Meta(description="Only at this site")] = ""
-    nodeSelector: Annotated[dict[str, str], Meta(description="Only on nodes with these labels")] = {}
-
-
-class Process(_Struct):
+class Process(Declared):
     """The process runtime: a program of the node itself."""
 
     command: Annotated[list[str], Meta(description="Program and first arguments; ${NAME} is replaced", min_length=1)]
@@ -50,14 +40,7 @@ class Process(_Struct):
     inheritPath: Annotated[bool, Meta(description="Give it the agent's PATH")] = True
 
 
-class EnvFrom(_Struct):
-    """All keys of a Config or Secret as environment variables."""
-
-    config: Annotated[str, Meta(description="A Config of the namespace")] = ""
-    secret: Annotated[str, Meta(description="A Secret of the namespace")] = ""
-
-
-class File(_Struct):
+class File(Declared):
     """One key of a Config or Secret as a file (0600) in the instance's working folder."""
 
     path: Annotated[str, Meta(description="Relative to the working folder", min_length=1, max_length=512)]
@@ -66,7 +49,7 @@ class File(_Struct):
     secret: Annotated[str, Meta(description="A Secret of the namespace")] = ""
 
 
-class Port(_Struct):
+class Port(Declared):
     """A port the app listens on; without ``port`` each instance gets a free one, told by ``env``."""
 
     name: Annotated[
@@ -79,16 +62,16 @@ class Port(_Struct):
     ] = None
 
 
-class HttpCheck(_Struct):
+class HttpCheck(Declared):
     port: Annotated[str, Meta(description="Name of the port")]
     path: Annotated[str, Meta(description="Path to GET", pattern=r"^/[^\s]*$(?!\n)")] = "/"
 
 
-class TcpCheck(_Struct):
+class TcpCheck(Declared):
     port: Annotated[str, Meta(description="Name of the port")]
 
 
-class ExecCheck(_Struct):
+class ExecCheck(Declared):
     command: Annotated[
         list[str],
         Meta(
@@ -97,7 +80,7 @@ class ExecCheck(_Struct):
     ]
 
 
-class Health(_Struct):
+class Health(Declared):
     """How it is known that an instance works. Exactly one of http, tcp, exec, or none: then living is healthy."""
 
     http: Annotated[HttpCheck | None, Meta(description="Healthy on status 200 to 399")] = None
@@ -110,7 +93,7 @@ class Health(_Struct):
     failureThreshold: Annotated[int, Meta(description="Failures in a row that restart it", ge=1, le=1000)] = 3
 
 
-class Limits(_Struct):
+class Limits(Declared):
     """Enforced by cgroups where the node can; status says which."""
 
     memory: Annotated[Size | None, Meta(description="Bytes, e.g. 64Mi")] = None
@@ -118,7 +101,7 @@ class Limits(_Struct):
     pids: Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="Processes and threads")] = None
 
 
-class Restart(_Struct):
+class Restart(Declared):
     policy: Annotated[
         Literal["always", "on-failure", "never"],
         Meta(description="When to start it again; on-failure: not after status 0"),
@@ -127,19 +110,19 @@ class Restart(_Struct):
     max: Annotated[Duration, Meta(description="Longest pause")] = "30s"
 
 
-class Stop(_Struct):
+class Stop(Declared):
     signal: Annotated[Literal["TERM", "INT", "QUIT", "HUP", "USR1"], Meta(description="Asks it to end")] = "TERM"
     grace: Annotated[Duration, Meta(description="Then SIGKILL")] = "10s"
     drain: Annotated[Duration, Meta(description="Old instances live on this long after a switch")] = "200ms"
 
 
-class Logs(_Struct):
+class Logs(Declared):
     bytes: Annotated[Size, Meta(description="Hard cap on disk for one instance's output; the oldest goes first")] = (
         "8Mi"
     )
 
 
-class AppSpec(_Struct):
+class AppSpec(Declared):
     """A program kept running at sites, with its settings, health and limits."""
 
     process: Annotated[Process | None, Meta(description="Runs a program of the node")] = None
@@ -161,7 +144,7 @@ class AppSpec(_Struct):
     ] = []
 
 
-class ServiceSpec(_Struct):
+class ServiceSpec(Declared):
     """A name for the endpoints of an app within a site."""
 
     app: Annotated[str, Meta(description="The App behind it", min_length=1)]
