@@ -209,20 +209,27 @@ def test_a_reader_that_has_the_oldest_file_open_keeps_no_bytes_on_the_disk(tmp_p
 
 @pytest.mark.skipif(not hasattr(os, "splice"), reason="a copying pump that is killed loses what it has in its hands")
 def test_no_byte_is_lost_while_the_pump_is_killed(tmp_path: Path, running: list[subprocess.Popen[bytes]]) -> None:
-    log = tmp_path / "d" / "a" / "i.log"
-    last = 1_500_000
-    expected = b"".join(b"%d\n" % n for n in range(1, last + 1))
+    log, part = tmp_path / "d" / "a" / "i.log", 250_000
+    expected = b"".join(b"%d\n" % n for n in range(1, 6 * part + 1))
+    # each part when it is told to: a fast machine would be done with all before the last kill
+    script = (
+        'a=1; for n in 1 2 3 4 5 6; do until [ -e "$0/go.$n" ]; do sleep 0.02; done; '
+        f"seq $a $((a + {part - 1})); a=$((a + {part})); done"
+    )
 
     async def main() -> None:
         pipes = Pipes(tmp_path)
         async with kept(pipes):
-            writer = start(pipes, log, 24 << 20, "seq", "1", str(last))  # both files together hold all of it
+            writer = start(pipes, log, 24 << 20, "sh", "-c", script, str(tmp_path))  # both files hold all of it
             running.append(writer)
             for n in range(1, 6):
-                await until(lambda n=n: size(log.parent) > n * 1_500_000)  # type: ignore[misc]
+                before = size(log.parent)
+                (tmp_path / f"go.{n}").touch()
+                await until(lambda before=before: size(log.parent) > before + 100_000)  # type: ignore[misc]
                 victim = await pump_of(pipes)
                 os.kill(victim.pid, signal.SIGKILL)
                 await until(lambda: not proc.alive(victim))  # noqa: B023 - awaited here
+            (tmp_path / "go.6").touch()
             await until(lambda: not pipes.needed())
             assert writer.wait(30) == 0, "it never noticed"
             assert text(log) == expected
