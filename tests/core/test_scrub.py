@@ -33,6 +33,7 @@ USER = KeyPair.create("user")
         "ew_Zx81kq-90aPl_QmTTx",
         "ewj_eyJ2IjoxfQ-90aPl",
     ],
+    ids=["pem", "pem-cut", "operator", "user", "jwt", "recovery", "token", "join"],
 )
 @pytest.mark.parametrize("around", ["{}", 'a "{}" b', "x={} y", "line\n{}\nline", "(see {})"])
 def test_what_looks_like_a_key_goes(secret: str, around: str) -> None:

@@ -134,7 +134,11 @@ def test_a_token_is_for_its_name_and_site() -> None:
         rules.check_enrol(ask(device, site="shop"), facts())
 
 
-@pytest.mark.parametrize("key", ["", "x", KeyPair.create("account").public, KeyPair.create("user").seed])
+@pytest.mark.parametrize(
+    "key",
+    ["", "x", KeyPair.create("account").public, KeyPair.create("user").seed],
+    ids=["empty", "short", "account", "seed"],
+)
 def test_a_key_that_is_none_is_a_wrong_signature(key: str) -> None:
     a = ask(KeyPair.create("user"))
     a.key = key
