@@ -5,6 +5,10 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 UV := $(shell command -v uv 2>/dev/null)
 BIN := .venv/bin
 PYTEST_ARGS ?=
+# Most tests wait for other processes, so one more than there are processors. A test that fails is run once again: it is
+# printed with its trace, as one to mend, and only a second failure fails the run.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$(( n < 8 ? n + 1 : 8 )))
+PYTEST_ALL ?= -n $(WORKERS) --dist loadfile --reruns 1
 
 .PHONY: demo setup setup-dev test lint bench docs wheel clean
 
@@ -32,7 +36,7 @@ lint: setup-dev
 test: setup-dev
 	@bash scripts/system-packages.sh
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/pytest $(PYTEST_ARGS)
+	@$(BIN)/pytest $(PYTEST_ALL) $(PYTEST_ARGS)
 
 bench: setup-dev
 	@$(BIN)/python -m benchmarks
