@@ -27,6 +27,7 @@ from edgeward.core.invocation import Call, CallFailed, Event, Reply
 from edgeward.functions import scale
 from edgeward.functions.logs import Line, LogFile, level_name, log_path
 from edgeward.functions.nursery import Nursery
+from edgeward.functions.origins import Forked, Origin
 from edgeward.functions.pool import Job, Pool, deadline_of
 from edgeward.functions.sandbox import Cage, Verdict
 from edgeward.functions.stats import BUCKETS
@@ -44,6 +45,8 @@ _GATHER = 0.05
 _TELL, _TELL_COUNTS = 0.05, 10.0
 #: Failed calls in a row, none good, after which a version that has just taken over is taken back; how long it is new.
 _BAD, _NEW = 5, 60.0
+#: Seconds after which it is looked again whether a node that lacked something has it.
+_LOOK = 15.0
 
 
 class Function:
@@ -100,6 +103,7 @@ class Dispatcher:
         # groups are named by the folder too: on one machine several nodes may have one name
         self._prefix = f"fn-{zlib.crc32(str(folder.absolute()).encode()):08x}-"
         self.nursery = Nursery(folder / "zygote.log", node, self._prefix)
+        self.origins: dict[str, Origin] = {"python": Forked(self.nursery)}
         self._serial = int(clock.now() * 1000) % 0xFFFFFFFF
         self._instances = 0
         self._calls = 0
@@ -258,6 +262,9 @@ class Dispatcher:
         if f.trying is not None:
             f.trying.cancel()
             f.trying = None
+        self._withdraw(f)
+
+    def _withdraw(self, f: Function) -> None:
         coming, f.coming = f.coming, None
         if coming is not None:
             self._hand_over(f, coming, f.current)
@@ -293,10 +300,10 @@ class Dispatcher:
     async def _try(self, f: Function) -> None:
         """Until the wanted version has taken over; a failure of the node's is tried again, one of the code's is not."""
         version = f.wanted
-        if refusal := self._refusal(version):
-            self._give_up(f)
+        while refusal := await self._refusal(version):
+            self._withdraw(f)
             self._settle(f, "Refused", refusal)
-            return
+            await asyncio.sleep(_LOOK)  # the period of looking whether the node can by now
         while True:
             if not f.attempts:
                 f.phase = "Starting" if f.current is None else "Updating"
@@ -324,7 +331,12 @@ class Dispatcher:
         pool.probation = True
         return pool
 
-    def _refusal(self, version: Version) -> str:
+    async def _refusal(self, version: Version) -> str:
+        """Why this node cannot or must not run it; empty: it may."""
+        if version.runtime not in self.origins:
+            return f"this node does not run {version.runtime}; update Edgeward on it"
+        if lacking := await self.origins[version.runtime].lacks(version):
+            return lacking
         if self.probed is None or not version.require:
             return ""
         missing = [r for r in version.require if r not in self.probed.enforced and r != "cpu"]
@@ -398,8 +410,6 @@ class Dispatcher:
 
     def _settle(self, f: Function, phase: str, message: str) -> None:
         f.phase, f.message = phase, message
-        if phase in ("Failed", "Refused"):
-            f.trying = f.trying if phase == "Failed" else None
         self._tell_soon(f)
 
     def _roll_back(self, f: Function, why: str) -> None:

@@ -21,7 +21,7 @@ from edgeward.core.errors import EdgewardError
 from edgeward.core.invocation import Call, CallFailed, Event, FailKind, Reply, frame
 from edgeward.core.proc import ending
 from edgeward.functions import scale
-from edgeward.functions.nursery import Child, Nursery
+from edgeward.functions.origins import Origin, Worker
 from edgeward.functions.sandbox import Cage
 from edgeward.functions.versions import Policy, Version
 
@@ -40,7 +40,8 @@ _STREAM = 256 * 1024
 class Host(Protocol):
     """What a pool needs of the dispatcher."""
 
-    nursery: Nursery
+    #: runtime -> where its workers come from
+    origins: dict[str, Origin]
     tmp: Path
     node: str
     site: str
@@ -112,7 +113,7 @@ class Link(asyncio.Protocol):
         self._pool = pool
         self._frames = wire.Frames(pool.version.body + 256 * 1024)
         self.transport: asyncio.Transport | None = None
-        self.child: Child | None = None
+        self.child: Worker | None = None
         self.job: Job | None = None
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.jailed: wire.Jailed | None = None
@@ -449,6 +450,9 @@ class Pool:
     async def start(self) -> Link:
         """A worker that has loaded the code. Raises ``EdgewardError`` that says why not."""
         version = self.version
+        origin = self.host.origins.get(version.runtime)
+        if origin is None:
+            raise EdgewardError(f"this node does not run {version.runtime}")
         instance = self.host.new_instance()
         tmp = self.host.tmp / instance
         cage = Cage(
@@ -463,12 +467,12 @@ class Pool:
             network=version.network,
         )
         env = {**version.env, "HOME": str(tmp), "TMPDIR": str(tmp), "LANG": "C.UTF-8"}
-        child = await self.host.nursery.spawn(cage, env)
+        child = await origin.worker(version, cage, env)
         link = Link(self)
         link.child = child
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=child.sock)
-            await self._load(link)
+            await self._load(link, origin.files(version))
         except BaseException as e:
             child.kill()
             if link.transport is not None:
@@ -479,7 +483,7 @@ class Pool:
         self.links.add(link)
         return link
 
-    async def _load(self, link: Link) -> None:
+    async def _load(self, link: Link, files: dict[str, str]) -> None:
         version = self.version
         init = wire.Init(
             version.namespace,
@@ -488,7 +492,7 @@ class Pool:
             self.host.node,
             self.host.site,
             version.handler,
-            version.files,
+            files,
             version.body,
             self.policy.log_level,
         )
@@ -542,7 +546,7 @@ class Pool:
         self.grow(self.host.now())
 
     @staticmethod
-    async def _told_end(child: Child) -> tuple[bool, str]:
+    async def _told_end(child: Worker) -> tuple[bool, str]:
         """(over its memory, how it ended in words)"""
         try:
             async with asyncio.timeout(_TOLD):

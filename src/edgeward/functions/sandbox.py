@@ -53,6 +53,8 @@ class Cage(msgspec.Struct):
     tmp_size: int = 16 << 20
     open_files: int = 64
     network: bool = False
+    #: Folders and files that it may read beside its runtime's library; it is nobody's to write to.
+    library: list[str] = []
     #: What its groups hold already, what not and why, and where it enters them.
     grouped: list[str] = []
     ungrouped: dict[str, str] = {}
@@ -174,6 +176,10 @@ def _landlock(cage: Cage) -> list[str]:
     ruleset = _checked(_syscall(444, prepared.attr, ctypes.c_size_t(size), 0), "landlock_create_ruleset")
     for rule in prepared.rules:
         _checked(_syscall(445, ruleset, 1, rule, 0), "landlock_add_rule")
+    for path in cage.library:
+        if (found := _rule_of(path, _READ & prepared.every)) is not None:
+            _checked(_syscall(445, ruleset, 1, found[0], 0), "landlock_add_rule")
+            os.close(found[1])
     own = _rule_of(cage.tmp, prepared.every & ~(1 << 0 | 1 << 6 | 1 << 11))  # all but execute and device nodes
     if own is None:
         raise OSError(errno.ENOENT, "its folder cannot be opened")

@@ -16,15 +16,13 @@ from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes,
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import Resource
 from edgeward.functions.cron import Schedule
+from edgeward.functions.sources import RULES
 
 Duration = Annotated[str, Meta(pattern=DURATION_PATTERN)] | float | int
 Size = Annotated[str, Meta(pattern=BYTES_PATTERN)] | int
 _ENV = re.compile(r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")
-_HANDLER = re.compile(r"^(?:[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*:)?[A-Za-z_][A-Za-z0-9_]*$")
 #: Bytes of a function's source and environment: it must fit one object and one message to a worker.
 _MAX_ENV = 64 * 1024
-#: What this release can run; the others are named so that the refusal can say so.
-RUNTIMES = ("python",)
 
 Promise = Literal["memory", "cpu", "pids", "tmp", "files", "network", "exec", "user", "signals", "kernel"]
 
@@ -128,24 +126,7 @@ def _check_source(spec: FunctionSpec) -> None:
             raise Invalid(
                 f"{path[:80]!r} is no relative path", field="$.spec.source.files", remedy="e.g. main.py or lib/a.py"
             )
-    if not _HANDLER.fullmatch(spec.handler):
-        raise Invalid(
-            f"{spec.handler[:80]!r} names no function",
-            field="$.spec.handler",
-            remedy="write handler, or module:function",
-        )
-    module = (spec.handler.rpartition(":")[0] or "main").replace(".", "/")
-    if source.files and not {f"{module}.py", f"{module}/__init__.py"} & set(source.files):
-        there = ", ".join(sorted(source.files)[:8])
-        raise Invalid(
-            f"there is no file {module}.py",
-            field="$.spec.handler",
-            remedy=f"files: {there}",
-        )
-    if source.inline and module != "main":
-        raise Invalid(
-            "inline source is the module main", field="$.spec.handler", remedy="write the function's name only"
-        )
+    RULES[spec.runtime].check(spec)
 
 
 def _check_numbers(spec: FunctionSpec) -> None:
@@ -201,11 +182,11 @@ def _check_triggers(spec: FunctionSpec) -> None:
 
 def _check(r: Resource) -> None:
     spec: FunctionSpec = r.spec
-    if spec.runtime not in RUNTIMES:
+    if spec.runtime not in RULES:
         raise Invalid(
             f"runtime {spec.runtime} is not here yet",
             field="$.spec.runtime",
-            remedy=f"this release has: {', '.join(RUNTIMES)}",
+            remedy=f"this release has: {', '.join(RULES)}",
         )
     _check_source(spec)
     _check_numbers(spec)

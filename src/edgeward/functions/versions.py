@@ -14,6 +14,7 @@ import msgspec
 
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
+from edgeward.functions.sources import RULES
 from edgeward.functions.spec import Cron, FunctionSpec
 
 #: Characters of a digest that are shown and compared; 48 bits are plenty among the versions of one function.
@@ -108,7 +109,7 @@ def config_of(function: Resource, env: dict[str, str], secret: dict[str, str], m
     limits = spec.limits
     files = dict(spec.source.files)
     if spec.source.inline:
-        files["main.py"] = spec.source.inline
+        files[RULES[spec.runtime].inline(spec)] = spec.source.inline
     plain = {**env, **spec.env}
     made: dict[str, Any] = {
         "runtime": spec.runtime,
