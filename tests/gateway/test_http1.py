@@ -202,3 +202,12 @@ def test_malformed_chunks(coded: bytes) -> None:
     with pytest.raises(Bad):
         for n in range(len(coded)):
             chunks.feed(coded[n : n + 1])
+
+
+def test_a_url_as_target_is_of_the_scheme_that_brought_it() -> None:
+    head = b"GET https://h/a HTTP/1.1\r\nHost: h\r\n\r\n"
+    assert (parse_request(head, "https").target, parse_request(head, "https").scheme) == ("/a", "https")
+    with pytest.raises(Bad):
+        parse_request(head)
+    with pytest.raises(Bad):
+        parse_request(head.replace(b"https:", b"http:"), "https")

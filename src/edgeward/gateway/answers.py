@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import msgspec
 
-from edgeward.gateway.http1 import REASONS, write_response
+from edgeward.gateway.http1 import REASONS, Headers, write_response
 
 
-def problem(
+def problem_parts(
     status: int,
     detail: str,
     *,
@@ -19,8 +19,8 @@ def problem(
     close: bool = False,
     head: bool = False,
     headers: Iterable[tuple[str, str]] = (),
-) -> bytes:
-    """The whole answer. ``head``: to HEAD, without its body."""
+) -> tuple[Headers, bytes]:
+    """Fields and body of the answer. ``head``: to HEAD, without its body."""
     doc: dict[str, object] = {"title": REASONS.get(status, "Error"), "status": status, "detail": detail}
     doc |= {k: v for k, v in (("route", route), ("target", target), ("remedy", remedy)) if v}
     body = msgspec.json.encode(doc)
@@ -32,4 +32,10 @@ def problem(
     ]
     if close:
         fields.append(("connection", "close"))
-    return write_response(status, fields) + (b"" if head else body)
+    return fields, b"" if head else body
+
+
+def problem(status: int, detail: str, *, close: bool = False, headers: Iterable[tuple[str, str]] = ()) -> bytes:
+    """The whole answer, as HTTP/1.1 writes it."""
+    fields, body = problem_parts(status, detail, close=close, headers=headers)
+    return write_response(status, fields) + body

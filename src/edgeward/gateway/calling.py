@@ -17,7 +17,7 @@ from edgeward.gateway.exchange import HELD, Exchange
 from edgeward.gateway.http1 import CHUNKED, HOP, Headers, Response, end_to_end, is_claim
 
 if TYPE_CHECKING:
-    from edgeward.gateway.door import Door
+    from edgeward.gateway.desk import Desk
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]{1,128}")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]{0,8192}")
@@ -138,6 +138,6 @@ class FunctionExchange(Exchange):
 
     async def _room(self) -> None:
         """Until the client takes more of the answer; the sweep ends one that does not."""
-        door: Door | None = self.door
+        door: Desk | None = self.door
         if door is not None and self._storing is None:
             await door.room()

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING
 
 from edgeward.core import clock
 from edgeward.gateway import cache
-from edgeward.gateway.answers import problem
+from edgeward.gateway.answers import problem_parts
 from edgeward.gateway.balance import Endpoint, may_repeat
 from edgeward.gateway.cache import Stored
 from edgeward.gateway.cors import with_cors
-from edgeward.gateway.http1 import CHUNKED, Headers, Request, Response, end_to_end, write_request, write_response
+from edgeward.gateway.http1 import CHUNKED, Headers, Request, Response, end_to_end, write_request
 from edgeward.gateway.rules import Rule
 from edgeward.gateway.serving import forwarded, from_store
 from edgeward.gateway.shelf import NAME, Key
 from edgeward.gateway.upstream import Connection
 
 if TYPE_CHECKING:
-    from edgeward.gateway.door import Door
+    from edgeward.gateway.desk import Desk
     from edgeward.gateway.gate import Gate
 
 #: Bytes of a request's body that are kept to send it again; the client waits while no connection is open beyond it.
@@ -40,7 +40,7 @@ class Exchange:
     """A request that is being answered by its rule's target."""
 
     def __init__(
-        self, gate: Gate, door: Door | None, request: Request, rule: Rule, client: str,
+        self, gate: Gate, door: Desk | None, request: Request, rule: Rule, client: str,
         *, key: Key | None = None, stored: Stored | None = None, fwd: str = "",
     ) -> None:  # fmt: skip
         self.gate, self.door, self.request, self.rule, self.client = gate, door, request, rule, client
@@ -121,7 +121,9 @@ class Exchange:
             if wire is not None and wire[0] is rule and wire[1] == self.client:
                 return wire[2]
         validators = self.stored.validators if self.stored is not None else None
-        headers = forwarded(request, rule, self.gate.authority, self.client, self.gate.via, validators=validators)
+        headers = forwarded(
+            request, rule, self.gate.authority, self.client, self.gate.via_of(request), validators=validators
+        )
         if request.length > 0:
             headers.append(("content-length", str(request.length)))
         elif request.length == CHUNKED:
@@ -227,7 +229,7 @@ class Exchange:
         elif request.minor == 1:
             self._chunked = True
             fields.append(("transfer-encoding", "chunked"))
-        else:
+        elif request.minor == 0:
             close = True
         if self.rule.cache is not None:
             fwd = self.fwd or "bypass"
@@ -241,7 +243,7 @@ class Exchange:
             fields.append(("connection", "close"))
         elif request.minor == 0:
             fields.append(("connection", "keep-alive"))
-        door.write(write_response(response.status, fields, response.reason))
+        door.head(response.status, fields, response.reason)
 
     def on_body(self, data: bytes) -> None:
         if self._swallow:
@@ -369,12 +371,10 @@ class Exchange:
     def _answer(self, stored: Stored, now: float, word: str, *, detail: str = "", fwd: str = "") -> None:
         self.answered = self._swallow = True
         self.cache_word = word
-        self.status, head, body = from_store(self.request, stored, now, detail, fwd, cors=self.rule.cors)
+        self.status, fields, body = from_store(self.request, stored, now, detail, fwd, cors=self.rule.cors)
         self.size = len(body)
         if self.door is not None:
-            self.door.write(head + body if len(body) < 65536 else head)
-            if len(body) >= 65536:
-                self.door.write(body)
+            self.door.whole(self.status, fields, body, stored.reason if self.status == stored.status else "")
             self.door.closing = self.door.closing or not self.request.keep
 
     def _release(self, stored: bool) -> None:
@@ -399,7 +399,7 @@ class Exchange:
         self.answered = self.tunnel = True
         self.status = 101
         if self.door is not None:
-            self.door.write(write_response(101, headers, response.reason))
+            self.door.head(101, headers, response.reason)
             self.door.switch()
 
     def on_tunnel(self, data: bytes) -> None:
@@ -457,12 +457,11 @@ class Exchange:
         close = not self.request.keep or not self.body_done
         if self.door is not None:
             self.door.closing = self.door.closing or close
-            self.door.write(
-                problem(
-                    status, why, route=f"Route/{self.rule.key}", target=self.rule.config.target, close=close,
-                    head=self.request.method == "HEAD", headers=with_cors(self.rule.cors, self.request, headers or []),
-                )
+            fields, body = problem_parts(
+                status, why, route=f"Route/{self.rule.key}", target=self.rule.config.target, close=close,
+                head=self.request.method == "HEAD", headers=with_cors(self.rule.cors, self.request, headers or []),
             )  # fmt: skip
+            self.door.whole(status, fields, body)
         self._done()
 
     def _done(self) -> None:

@@ -31,7 +31,7 @@ def request_of(args: dict[str, Any]) -> Request:
         head = write_request(str(args.get("method") or "GET").upper(), target, headers)
     except UnicodeEncodeError:
         raise Bad(400, "a target with characters that must be encoded") from None
-    request = parse_request(head)
+    request = parse_request(head, "https" if parts.scheme == "https" else "http")
     request.path, request.query = clean(request.target)
     return request
 

@@ -23,6 +23,7 @@ from edgeward.gateway.accesslog import AccessLog
 from edgeward.gateway.balance import Endpoint
 from edgeward.gateway.cache import Stored
 from edgeward.gateway.calling import FunctionExchange
+from edgeward.gateway.desk import Desk
 from edgeward.gateway.door import Door
 from edgeward.gateway.exchange import Exchange
 from edgeward.gateway.explain import explain, purge_args
@@ -261,7 +262,11 @@ class Gate:
             self._memo[head] = request, rule
         return request, rule
 
-    def exchange(self, door: Door | None, request: Request, rule: Rule, client: str, **more: Any) -> Exchange:
+    def via_of(self, request: Request) -> str:
+        """What this gateway says of a request that it passes on (RFC 9110, section 7.6.3)."""
+        return self.via if request.minor < 2 else f"2.0{self.via_name}"
+
+    def exchange(self, door: Desk | None, request: Request, rule: Rule, client: str, **more: Any) -> Exchange:
         kind = FunctionExchange if rule.config.to == "function" else Exchange
         return kind(self, door, request, rule, client, **more)
 

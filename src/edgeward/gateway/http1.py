@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from edgeward.gateway.peer import Peer
+
 #: Bytes of a head, of its first line; number of fields.
 HEAD_BYTES = 32 * 1024
 LINE_BYTES = 8 * 1024
@@ -35,7 +37,9 @@ CLAIMS = frozenset(
     {"forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-forwarded-server",
      "x-forwarded-prefix", "x-forwarded-scheme", "x-forwarded-ssl", "x-real-ip", "x-client-ip", "x-original-url",
      "x-original-host", "x-original-method", "x-rewrite-url", "x-host", "x-http-method", "x-http-method-override",
-     "x-method-override", "x-http-host-override", "true-client-ip"}
+     "x-method-override", "x-http-host-override", "true-client-ip", "client-cert", "client-cert-chain", "x-client-cert",
+     "x-ssl-client-cert", "ssl-client-cert", "x-forwarded-client-cert", "x-ssl-client-verify", "x-ssl-client-dn",
+     "x-ssl-client-s-dn", "x-client-verify", "x-client-dn"}
 )  # fmt: skip
 
 #: What asks for an answer under a condition, or for a part of it.
@@ -65,7 +69,7 @@ class Request:
 
     __slots__ = (
         "authority", "expect", "fields", "headers", "host", "keep", "known", "length", "method", "minor", "path",
-        "plain", "query", "target", "unconditional", "upgrade",
+        "peer", "plain", "query", "scheme", "target", "unconditional", "upgrade",
     )  # fmt: skip
 
     def __init__(self, method: str, target: str, minor: int, headers: Headers) -> None:
@@ -78,6 +82,9 @@ class Request:
         self.length = 0
         self.keep = self.expect = False
         self.upgrade = ""
+        self.scheme = "http"
+        #: The client's certificate, where its listener asks for one and it was good.
+        self.peer: Peer | None = None
         #: No conditions and no range; and beyond that nothing at all that a cache would have to look at.
         self.unconditional = self.plain = False
         #: It is remembered, with the bytes that it came in (``gate.py``).
@@ -128,8 +135,8 @@ def check_partial(data: bytes | bytearray) -> None:
         raise Bad(414, f"the first line is longer than {LINE_BYTES} bytes")
 
 
-def parse_request(head: bytes) -> Request:
-    """The request of a head that ends in an empty line. Raises :class:`Bad`."""
+def parse_request(head: bytes, scheme: str = "http") -> Request:
+    """The request of a head that ends in an empty line. ``scheme``: by what it came. Raises :class:`Bad`."""
     if len(head) > HEAD_BYTES:
         raise Bad(431, f"the head is longer than {HEAD_BYTES} bytes")
     match = _REQUEST.fullmatch(head.decode("latin-1"))
@@ -142,7 +149,7 @@ def parse_request(head: bytes) -> Request:
         raise Bad(501, f"the method {method[:20]} is not served")
     headers, fields = _fields(lines)
     request = Request(method, target, int(minor), headers)
-    request.fields = fields
+    request.fields, request.scheme = fields, scheme
     _authority(request)
     _request_body(request)
     _connection(request)
@@ -173,8 +180,8 @@ def _authority(request: Request) -> None:
     authority = request.fields.get("host", "")
     if not request.target.startswith("/"):
         scheme, slashes, rest = request.target.partition("://")
-        if not slashes or scheme.lower() != "http":
-            raise Bad(400, "a target that is neither a path nor an http URL")
+        if not slashes or scheme.lower() != request.scheme:
+            raise Bad(400, f"a target that is neither a path nor an {request.scheme} URL")
         named, slash, path = rest.partition("/")
         if authority and named.lower() != authority.lower():
             raise Bad(400, "the target names another host than Host")

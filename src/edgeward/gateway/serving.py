@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgeward.gateway.cache import Stored, not_modified, part_of
 from edgeward.gateway.cors import CorsConfig, with_cors
-from edgeward.gateway.http1 import CONDITIONS, Headers, Request, end_to_end, is_claim, write_response
+from edgeward.gateway.http1 import CONDITIONS, Headers, Request, end_to_end, is_claim
 from edgeward.gateway.rules import Rule
 from edgeward.gateway.shelf import NAME
 
@@ -28,7 +28,7 @@ def forwarded(
         *(validators or []),
         ("x-forwarded-for", client),
         ("x-forwarded-host", request.authority or authority),
-        ("x-forwarded-proto", "http"),
+        ("x-forwarded-proto", request.scheme),
         ("via", f"{told}, {via}" if told else via),
     ]
     if request.upgrade:
@@ -38,8 +38,8 @@ def forwarded(
 
 def from_store(
     request: Request, stored: Stored, now: float, detail: str = "", fwd: str = "", *, cors: CorsConfig | None = None
-) -> tuple[int, bytes, bytes]:
-    """``(status, head, body)`` for what the client asked of a stored answer: whole, part, 304 or 416.
+) -> tuple[int, Headers, bytes]:
+    """``(status, fields, body)`` for what the client asked of a stored answer: whole, part, 304 or 416.
 
     ``fwd``: the answer was just fetched or validated (RFC 9211), so it is no hit.
     """
@@ -52,16 +52,15 @@ def from_store(
     headers = stored.headers if cors is None else with_cors(cors, request, stored.headers)
     if not_modified(request, stored):
         kept = [h for h in headers if h[0] in _IN_304 or h[0].startswith("access-control-")]
-        return 304, write_response(304, [*kept, *more]), b""
+        return 304, [*kept, *more], b""
     part = part_of(request, stored)
     size = len(stored.body)
     if part == "unsatisfiable":
         fields = [("content-range", f"bytes */{size}"), ("content-length", "0"), *more]
-        return 416, write_response(416, fields), b""
+        return 416, fields, b""
     if part is not None:
         start, end = part
         fields = [("content-range", f"bytes {start}-{end - 1}/{size}"), ("content-length", str(end - start)), *more]
-        return 206, write_response(206, [*headers, *fields]), stored.body[start:end]
+        return 206, [*headers, *fields], stored.body[start:end]
     length = [] if stored.status in (204, 304) else [("content-length", str(size))]
-    head = write_response(stored.status, [*headers, *length, *more], stored.reason)
-    return stored.status, head, b"" if request.method == "HEAD" else stored.body
+    return stored.status, [*headers, *length, *more], b"" if request.method == "HEAD" else stored.body

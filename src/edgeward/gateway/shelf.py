@@ -1,6 +1,7 @@
 """The cache's memory: answers by their key, with a bound in bytes; the least recently used goes first. Pure.
 
-A key is the host asked for and the path with its query; below it lie the variants that Vary makes, each with the route
+A key is the host asked for (with ``https://`` before it where TLS brought the request: a target may answer otherwise)
+and the path with its query; below it lie the variants that Vary makes, each with the route
 whose target it came from: what one target said is never another one's answer. Purges go by key, by
 prefix and by tag (``Cache-Tag`` of the answer). What may be kept and given is decided in ``cache.py``.
 """
@@ -15,12 +16,14 @@ from edgeward.gateway.http1 import Request, write_response
 #: Variants of one key; a Vary that names a field of random values must not fill the memory.
 VARIANTS = 16
 NAME = "edgeward"
+_SECURE = "https://"
 
 Key = tuple[str, str]
 
 
 def key_of(request: Request) -> Key:
-    return request.authority.lower(), request.path + request.query
+    authority = request.authority.lower()
+    return authority if request.scheme == "http" else _SECURE + authority, request.path + request.query
 
 
 class Shelf:
@@ -87,7 +90,7 @@ class Shelf:
     def purge(self, *, host: str = "", path: str = "", prefix: str = "", tag: str = "") -> int:
         """Drops by exact path, by prefix or by tag, of one host or of all; gives how many answers went."""
         n = 0
-        for key in [k for k in self._items if not host or k[0] == host.lower()]:
+        for key in [k for k in self._items if not host or k[0].removeprefix(_SECURE) == host.lower()]:
             if tag:
                 keep = [s for s in self._items[key] if tag not in s.tags]
                 n += len(self._items[key]) - len(keep)
