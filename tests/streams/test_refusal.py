@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from edgeward.core.topics import filters
 from edgeward.streams.refusal import closable, is_full
-from edgeward.streams.topics import filters
 
 
 def test_it_closes_when_a_batch_finds_no_room_and_opens_when_half_is_free() -> None:

@@ -24,7 +24,7 @@ def export(stream: str = "line1", keep: Any = None, topic: str = "s/#", **spec: 
 @pytest.mark.parametrize(
     ("spec", "field", "says"),
     [
-        ({"topic": "#"}, "$.spec.from.mqtt", r"would export everything \(name a first level"),
+        ({"topic": "#"}, "$.spec.from.mqtt", r"would be everything \(name a first level"),
         ({"topic": ""}, "$.spec.from.mqtt", r"is empty \(at least 1"),
         ({"topic": "a" * 1025}, "$.spec.from.mqtt", "at most 1024"),
         ({"stream": "Line"}, "$.spec.to.hub.stream", "lower-case letters.*at most 63"),

@@ -8,7 +8,8 @@ into frames and refuses what is too long before it is there. Pure: no socket, no
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import base64
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -21,6 +22,15 @@ MAX_BODY = 6 * 1024 * 1024
 MAX_FRAME = MAX_BODY + 256 * 1024
 #: Seconds that a call may take where nothing says otherwise.
 DEFAULT_TIMEOUT = 10.0
+#: What one call may ask its node for (publish, state, samples): altogether, and at once, in number and in bytes.
+MAX_ASKS, MAX_OPEN, MAX_OPEN_BYTES = 10_000, 64, 16 * 1024 * 1024
+#: Bytes of one value of a function's state, characters of its key.
+MAX_VALUE, MAX_KEY = 256 * 1024, 256
+#: The event's extension that counts through how many functions a message came, and how many it may be.
+HOPS, MAX_HOPS = "edgewardhops", 8
+#: The content type of an event that holds several.
+BATCH = "application/cloudevents-batch+json"
+_ATTRIBUTES = ("id", "source", "type", "subject", "time", "datacontenttype")
 
 
 class Http(msgspec.Struct, array_like=True):
@@ -53,6 +63,28 @@ class Event(msgspec.Struct, array_like=True):
 
     def text(self) -> str:
         return self.data.decode()
+
+    def batch(self) -> list[Event]:
+        """The events in this one (``application/cloudevents-batch+json``); itself where it is none."""
+        if self.datacontenttype != BATCH:
+            return [self]
+        found: list[Event] = []
+        for doc in msgspec.json.decode(self.data, type=list[dict[str, str]]):
+            id, source, type, subject, time, kind = (doc.pop(k, "") for k in _ATTRIBUTES)
+            data = base64.b64decode(doc.pop("data_base64", ""))
+            doc.pop("specversion", None)
+            found.append(Event(id, source, type, data, kind, subject, time, doc))
+        return found
+
+
+def batch_of(events: Sequence[Event], *, id: str, source: str, type: str, subject: str) -> Event:
+    """Many events in one, as CloudEvents' JSON batch format has it; their data in base64, whatever it is."""
+    docs = []
+    for e in events:
+        doc = {"specversion": "1.0", "id": e.id, "source": e.source, "type": e.type, "subject": e.subject}
+        doc |= {"time": e.time, "datacontenttype": e.datacontenttype} | e.extensions
+        docs.append({k: v for k, v in doc.items() if v} | {"data_base64": base64.b64encode(e.data).decode()})
+    return Event(id, source, type, msgspec.json.encode(docs), BATCH, subject, events[-1].time)
 
 
 class Call(msgspec.Struct):
@@ -208,6 +240,7 @@ class Init(msgspec.Struct, array_like=True, tag=0):
     files: dict[str, str] = {}  #: relative path to text; inline source is ``main.py``
     max_body: int = MAX_BODY
     level: str = "info"
+    secrets: dict[str, dict[str, str]] = {}  #: name of a Secret to its keys and values
 
 
 class Invoke(msgspec.Struct, array_like=True, tag=1):
@@ -216,6 +249,18 @@ class Invoke(msgspec.Struct, array_like=True, tag=1):
     id: str
     left: float
     event: Event
+
+
+class Answer(msgspec.Struct, array_like=True, tag=2):
+    """To a worker: what came of what it asked for under the number ``ask``; ``error`` is ``(kind, message)``.
+
+    Kinds: ``refused`` (not allowed to it), ``conflict`` (another revision), ``too-large``, ``too-many``,
+    ``unavailable`` (not now). It may come when the call is over: nobody waits then.
+    """
+
+    ask: int
+    value: Any = None
+    error: tuple[str, str] | None = None
 
 
 class Jailed(msgspec.Struct, array_like=True, tag=15):
@@ -285,8 +330,65 @@ class Log(msgspec.Struct, array_like=True, tag=23):
     fields: dict[str, Any] = {}
 
 
-ToWorker = Init | Invoke
-FromWorker = Result | Jailed | Head | Chunk | End | Raised | Log | Ready | Broken
+class Publish(msgspec.Struct, array_like=True, tag=24):
+    """Publish on a topic of the node's broker. Answered with nil: taken (``qos`` 1: on the broker's disk)."""
+
+    id: str
+    ask: int
+    topic: str
+    data: bytes = b""
+    qos: int = 1
+
+
+class StateGet(msgspec.Struct, array_like=True, tag=25):
+    """Answered with ``(value, revision)``, or nil when there is none."""
+
+    id: str
+    ask: int
+    key: str
+
+
+class StateSet(msgspec.Struct, array_like=True, tag=26):
+    """Answered with the new revision. ``revision``: nil whatever is there, 0 only if nothing is, else only if it is."""
+
+    id: str
+    ask: int
+    key: str
+    value: bytes
+    revision: int | None = None
+
+
+class StateDelete(msgspec.Struct, array_like=True, tag=27):
+    """Answered with whether it was there."""
+
+    id: str
+    ask: int
+    key: str
+    revision: int | None = None
+
+
+class StateKeys(msgspec.Struct, array_like=True, tag=28):
+    """Answered with the keys that begin so, sorted."""
+
+    id: str
+    ask: int
+    prefix: str = ""
+
+
+class Sample(msgspec.Struct, array_like=True, tag=29):
+    """An input and what was made of it, for those who train the model. Answered with whether it is kept."""
+
+    id: str
+    ask: int
+    input: bytes
+    output: bytes = b""
+    score: float | None = None
+    tags: dict[str, str] = {}
+
+
+ToWorker = Init | Invoke | Answer
+Ask = Publish | StateGet | StateSet | StateDelete | StateKeys | Sample
+FromWorker = Result | Jailed | Head | Chunk | End | Raised | Log | Ready | Broken | Ask
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

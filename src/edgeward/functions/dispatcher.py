@@ -25,7 +25,9 @@ from edgeward.core.errors import EdgewardError
 from edgeward.core.files import ensure_dir
 from edgeward.core.invocation import Call, CallFailed, Event, Reply
 from edgeward.functions import scale
+from edgeward.functions.asks import Asks, Sampler
 from edgeward.functions.logs import Line, LogFile, level_name, log_path
+from edgeward.functions.memory import Memory
 from edgeward.functions.nursery import Nursery
 from edgeward.functions.origins import Forked, Origin
 from edgeward.functions.pool import Job, Pool, deadline_of
@@ -94,7 +96,10 @@ class Dispatcher:
         report: Report = lambda *_: None,
         tell: Tell = lambda *_: None,
         good: Callable[[Config], None] = lambda _: None,
+        sample: Sampler | None = None,
     ) -> None:
+        self.asks = Asks(Memory(folder / "state.db"))
+        self.asks.sampler = sample
         self.folder, self.node, self.site = ensure_dir(folder), node, site
         self.tmp = ensure_dir(folder / "tmp")
         self._report, self._tell, self._good = report, tell, good
@@ -602,6 +607,7 @@ class Dispatcher:
                 for job in pool.take_waiting():
                     pool.fail(job, pool.failure("unavailable", "the node's plane is ending", job))
         self._write_logs()
+        await self.asks.memory.close()
         await self.nursery.close()
 
 

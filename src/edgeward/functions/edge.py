@@ -64,16 +64,26 @@ class Sections:
             else:
                 secret |= found[0]
                 marks.append(f"{one.secret}@{found[1]}")
-        made = config_of(function, env, secret, marks)
+        secrets: dict[str, dict[str, str]] = {}
+        for name in function.spec.secrets:
+            found = self._secret(ns, name)
+            if found is None:
+                return {"key": key, "waiting": f"Secret/{name} is not here yet"}
+            secrets[name] = found[0]
+            marks.append(f"{name}@{found[1]}@")  # read by name: another version than one in the environment
+        made = config_of(function, env, secret, marks, secrets)
         entry: dict[str, Any] = {"key": key, "digest": made.version.digest}
-        if made.version.secret:
+        if made.version.secret or made.version.secrets:
             at = (key, made.version.digest)
             if at not in self._sealed:
                 values = {k: made.version.env[k] for k in made.version.secret}
+                # no variable has a slash in its name
+                values |= {f"{name}/{k}": v for name, data in made.version.secrets.items() for k, v in data.items()}
                 sealed = self._vault.seal(msgspec.json.encode(values), place(*at))
                 self._sealed[at] = base64.b64encode(sealed).decode()
             entry["sealed"] = self._sealed[at]
             made.version.env = {k: v for k, v in made.version.env.items() if k not in made.version.secret}
+            made.version.secrets = {name: {} for name in made.version.secrets}
         entry["config"] = msgspec.to_builtins(made)
         return entry
 

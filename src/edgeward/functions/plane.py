@@ -141,7 +141,12 @@ class FunctionsPart:
         except binascii.Error:
             raise Invalid("its secret values are damaged", resource=f"Function/{entry.key}") from None
         plain = msgspec.json.decode(self._vault.unseal(sealed, place(entry.key, entry.digest)), type=dict[str, str])
-        version = msgspec.structs.replace(entry.config.version, env={**plain, **entry.config.version.env})
+        secrets: dict[str, dict[str, str]] = {name: {} for name in entry.config.version.secrets}
+        for name in [k for k in plain if "/" in k]:
+            secret, _, key = name.partition("/")
+            secrets[secret][key] = plain.pop(name)
+        env = {**plain, **entry.config.version.env}
+        version = msgspec.structs.replace(entry.config.version, env=env, secrets=secrets)
         return Config(version, entry.config.policy)
 
     def _good(self, config: Config) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from edgeward.core.errors import EdgewardError
 from edgeward.core.invocation import Call, CallFailed, Event, FailKind, Reply, frame
 from edgeward.core.proc import ending
 from edgeward.functions import scale
+from edgeward.functions.asks import Asks, Tally, refusal
 from edgeward.functions.origins import Origin, Worker
 from edgeward.functions.sandbox import Cage
 from edgeward.functions.versions import Policy, Version
@@ -33,6 +34,8 @@ _GRACE = 2.0
 _TOLD = 2.0
 #: Bytes of log that one call may send before its worker counts as broken.
 _MAX_LOG = 16 << 20
+#: Bytes of answers to what it asked for that a worker may leave unread.
+_UNREAD = 32 << 20
 #: Bytes of an answer in pieces that wait for a slow reader.
 _STREAM = 256 * 1024
 
@@ -42,6 +45,7 @@ class Host(Protocol):
 
     #: runtime -> where its workers come from
     origins: dict[str, Origin]
+    asks: Asks
     tmp: Path
     node: str
     site: str
@@ -123,6 +127,7 @@ class Link(asyncio.Protocol):
         #: Why we ended it, when it was us.
         self.sentence: CallFailed | None = None
         self._logged = 0
+        self._tally = Tally()
 
     # -- asyncio's side --------------------------------------------------------------------------------------------
 
@@ -158,6 +163,8 @@ class Link(asyncio.Protocol):
             self._pool.say(message)
         elif isinstance(message, (wire.Jailed, wire.Ready, wire.Broken)):
             self._of_start(message)
+        elif isinstance(message, wire.Ask):
+            self._asked(job, message, size)
         else:
             self._of_call(job, message)
 
@@ -199,10 +206,41 @@ class Link(asyncio.Protocol):
             job.stream.end()
             self._pool.streamed(self)
 
+    def _asked(self, job: Job | None, ask: wire.Ask, size: int) -> None:
+        """Something of the node's is asked for: answered at once, or when it is done."""
+        tally, pool = self._tally, self._pool
+        tally.asked += 1
+        if tally.wild or self.transport.get_write_buffer_size() > _UNREAD:  # type: ignore[union-attr]
+            raise msgspec.ValidationError("it goes on asking and does not heed the answers")
+        if job is None or ask.id != job.id:
+            self._tell(refusal(ask, "refused", "there is no such call in hand"))
+        elif why := tally.over(size):
+            self._tell(refusal(ask, "too-many", why))
+        else:
+            answer = pool.host.asks.answer(pool.version, pool.policy, job.id, job.event, ask)
+            if isinstance(answer, wire.Answer):
+                self._tell(answer)
+            else:
+                tally.open += 1
+                tally.open_bytes += size
+                pool.host.spawn(self._answered(answer, size))
+
+    async def _answered(self, answer: Awaitable[wire.Answer], size: int) -> None:
+        try:
+            self._tell(await answer)
+        finally:
+            self._tally.open -= 1
+            self._tally.open_bytes -= size
+
+    def _tell(self, answer: wire.Answer) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(frame(answer))
+
     def give(self, job: Job, now: float) -> None:
         """Sends the call."""
         self.job = job
         self._logged = 0
+        self._tally.begin()
         self.transport.write(frame(wire.Invoke(job.id, job.deadline - now, job.event)))  # type: ignore[union-attr]
 
     def pause(self) -> None:
@@ -495,6 +533,7 @@ class Pool:
             files,
             version.body,
             self.policy.log_level,
+            version.secrets,
         )
         if link.transport is not None:
             link.transport.write(frame(init))

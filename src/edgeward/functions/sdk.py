@@ -24,6 +24,7 @@ import threading
 import time
 import traceback
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,7 +33,7 @@ import msgspec
 from edgeward.core import invocation as wire
 from edgeward.core.invocation import Event
 
-__all__ = ["Context", "Event", "Response", "serve"]
+__all__ = ["Conflict", "Context", "Event", "Refused", "Response", "State", "serve"]
 
 SDK = "edgeward-python/1"
 #: Lines that one call may log; the rest is counted.
@@ -62,12 +63,78 @@ class Response:
         self.headers = list(headers.items()) if isinstance(headers, dict) else list(headers or [])
 
 
+class Refused(RuntimeError):
+    """The node did not do what the handler asked for. ``kind``: refused, too-large, too-many, unavailable."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Conflict(Refused):
+    """The state's key has another revision than was said."""
+
+
+#: Sends a question and waits for the answer; raises ``Refused``.
+Ask = Callable[..., Any]
+
+
+class State:
+    """The function's key-value memory on this node: kept over calls, versions and restarts. Other nodes have theirs."""
+
+    __slots__ = ("_ask",)
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value (bytes), or ``default``."""
+        found = self._ask(wire.StateGet, key)
+        return default if found is None else found[0]
+
+    def entry(self, key: str) -> tuple[bytes, int] | None:
+        """The value and its revision, or None."""
+        found = self._ask(wire.StateGet, key)
+        return None if found is None else (found[0], found[1])
+
+    def set(self, key: str, value: Any, revision: int | None = None) -> int:
+        """Keeps bytes, text or anything JSON can say; it is on the disk when this returns. Gives the new revision.
+
+        With ``revision`` only when that is the present one (0: only when there is none), else ``Conflict``.
+        """
+        return int(self._ask(wire.StateSet, key, _body(value)[0], revision))
+
+    def delete(self, key: str, revision: int | None = None) -> bool:
+        """Whether it was there. ``revision`` as in :meth:`set`."""
+        return bool(self._ask(wire.StateDelete, key, revision))
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """The keys that begin so, sorted."""
+        return list(self._ask(wire.StateKeys, prefix))
+
+
 class Context:
-    """What a handler is told beside the event."""
+    """What a handler is told beside the event, and what it may ask of its node."""
 
-    __slots__ = ("deadline", "invocation", "logger", "name", "namespace", "node", "site", "version")
+    __slots__ = (
+        "_ask",
+        "deadline",
+        "invocation",
+        "logger",
+        "name",
+        "namespace",
+        "node",
+        "secrets",
+        "site",
+        "state",
+        "version",
+    )
 
-    def __init__(self, init: wire.Init) -> None:
+    def __init__(self, init: wire.Init, ask: Ask) -> None:
+        self._ask = ask
+        self.state = State(ask)
+        #: Name of a Secret that the function lists to its keys and values.
+        self.secrets = init.secrets
         self.name, self.namespace, self.version = init.name, init.namespace, init.version
         self.node, self.site = init.node, init.site
         #: Id of this call.
@@ -79,6 +146,18 @@ class Context:
     def left(self) -> float:
         """Seconds until this worker is ended."""
         return self.deadline - time.monotonic()
+
+    def publish(self, topic: str, data: Any = b"", qos: int = 1) -> None:
+        """Publishes bytes, text or JSON on a topic that the function declares (``publish``). With QoS 1 it is on the
+        broker's disk when this returns. Raises ``Refused``."""
+        self._ask(wire.Publish, topic, _body(data)[0], qos)
+
+    def sample(
+        self, input: Any, output: Any = b"", *, score: float | None = None, tags: dict[str, str] | None = None
+    ) -> bool:
+        """Offers an input and what was made of it to those who train the model; whether it is kept."""
+        tags = {str(k): str(v) for k, v in (tags or {}).items()}
+        return bool(self._ask(wire.Sample, _body(input)[0], _body(output)[0], score, tags))
 
 
 def _compiled(name: str, text: str) -> types.CodeType:
@@ -165,7 +244,10 @@ class Worker:
         self._sock = sock
         self._lock = threading.Lock()
         self._frames = wire.Frames()
-        self._waiting: list[bytes] = []
+        self._waiting: deque[bytes] = deque()
+        # whoever reads the socket holds it; another thread's answer waits until its turn
+        self._reading = threading.Lock()
+        self._asks = 0
         self._call = ""
         self._lines = self._dropped = 0
         self._level = logging.INFO
@@ -180,14 +262,45 @@ class Worker:
             self._sock.sendall(data)
 
     def receive(self) -> wire.ToWorker | None:
-        """The next message; None when the other end has closed."""
-        while not self._waiting:
-            size = self._sock.recv_into(_BUFFER)
-            if not size:
-                return None
-            self._waiting = list(self._frames.feed(_BUFFER[:size]))
-        message: wire.ToWorker = wire.decode_to_worker(self._waiting.pop(0))
-        return message
+        """The next message that is no late answer; None when the other end has closed."""
+        with self._reading:
+            while True:
+                while self._waiting:
+                    message: wire.ToWorker = wire.decode_to_worker(self._waiting.popleft())
+                    if not isinstance(message, wire.Answer):
+                        return message
+                if not self._more(self._waiting):
+                    return None
+
+    def _more(self, into: deque[bytes]) -> bool:
+        size = self._sock.recv_into(_BUFFER)
+        into.extend(self._frames.feed(_BUFFER[:size]))
+        return size > 0
+
+    def ask(self, kind: Any, *what: Any) -> Any:
+        """Asks the node something while a call is in hand, one thing at a time. Raises ``Refused``."""
+        call = self._call
+        with self._reading:
+            if not call or call != self._call:
+                raise Refused("refused", "there is no call in hand")
+            self._asks += 1
+            number = self._asks
+            try:
+                self.send(kind(call, number, *what))
+            except (TypeError, ValueError) as e:
+                raise Refused("refused", f"cannot be sent: {e}") from None
+            got: deque[bytes] = deque()
+            while True:
+                while got:
+                    payload = got.popleft()
+                    message = wire.decode_to_worker(payload)
+                    if not isinstance(message, wire.Answer):
+                        self._waiting.append(payload)  # a thread asks while the call ends: the next call
+                    elif message.ask == number:
+                        self._waiting.extend(got)
+                        return _value(message)
+                if not self._more(got):
+                    raise Refused("unavailable", "the node has gone")
 
     def log(self, level: int, text: str, fields: dict[str, Any] | None = None) -> None:
         """One line of the function's log; over its number of lines it is only counted."""
@@ -215,7 +328,7 @@ class Worker:
         root.setLevel(self._level)
         sys.stdout = out = _Lines(self.log, logging.INFO)
         sys.stderr = err = _Lines(self.log, logging.WARNING)
-        context = Context(init)
+        context = Context(init, self.ask)
         try:
             handler = self._load(init)
         except BaseException as e:  # noqa: BLE001 - whatever a module does while it is loaded, SystemExit too
@@ -320,6 +433,13 @@ class Worker:
                 yield self._loop.run_until_complete(anext(pieces))
             except StopAsyncIteration:
                 return
+
+
+def _value(answer: wire.Answer) -> Any:
+    if answer.error is None:
+        return answer.value
+    kind, message = answer.error
+    raise (Conflict if kind == "conflict" else Refused)(kind, message)
 
 
 def _body(value: Any) -> tuple[bytes, str]:

@@ -15,6 +15,7 @@ from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import Resource
+from edgeward.core.topics import check_filter
 from edgeward.functions.cron import Schedule
 from edgeward.functions.sources import RULES
 
@@ -23,6 +24,7 @@ Size = Annotated[str, Meta(pattern=BYTES_PATTERN)] | int
 _ENV = re.compile(r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")
 #: Bytes of a function's source and environment: it must fit one object and one message to a worker.
 _MAX_ENV = 64 * 1024
+_MAX_STATE = 64 << 20
 
 Promise = Literal["memory", "cpu", "pids", "tmp", "files", "network", "exec", "user", "signals", "kernel"]
 
@@ -85,6 +87,12 @@ class Trigger(Declared):
     cron: Annotated[Cron | None, Meta(description="At times")] = None
 
 
+class StateSpec(Declared):
+    """What it remembers on each node (``context.state``)."""
+
+    bytes: Annotated[Size, Meta(description="At most, keys and values together")] = "1Mi"
+
+
 class Logs(Declared):
     bytes: Annotated[Size, Meta(description="Hard cap on each node's disk, oldest first to go")] = "10Mi"
     level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="What is less is not kept")] = (
@@ -102,6 +110,15 @@ class FunctionSpec(Declared):
     handler: Annotated[str, Meta(description="`function` of main.py, or `module:function`")] = "handler"
     env: Annotated[dict[str, str], Meta(description="Environment")] = {}
     envFrom: Annotated[list[EnvFrom], Meta(description="Environment from Configs and Secrets")] = []
+    secrets: Annotated[
+        list[str], Meta(description="Secrets that the handler reads as `context.secrets[name][key]`", max_length=32)
+    ] = []
+    publish: Annotated[
+        list[str], Meta(description="Topics of the node's broker it may publish on (`+` and `#`)", max_length=64)
+    ] = []
+    state: Annotated[StateSpec, Meta(description="Key-value memory on each node, kept over versions and restarts")] = (
+        msgspec.field(default_factory=StateSpec)
+    )
     limits: Annotated[Limits, Meta(description="What an instance may use")] = msgspec.field(default_factory=Limits)
     require: Annotated[
         list[Promise], Meta(description="What must really be enforced; else the node refuses to run it")
@@ -136,6 +153,7 @@ def _check_numbers(spec: FunctionSpec) -> None:
         ("limits.tmp", limits.tmp, 4096),
         ("limits.body", limits.body, 1),
         ("logs.bytes", spec.logs.bytes, 16384),
+        ("state.bytes", spec.state.bytes, 0),
     ):
         try:
             size = parse_bytes(value)
@@ -143,6 +161,8 @@ def _check_numbers(spec: FunctionSpec) -> None:
             raise Invalid(str(e), field=f"$.spec.{name}") from None
         if size < least:
             raise Invalid(f"{size} bytes are too few", field=f"$.spec.{name}", remedy=f"at least {least}")
+    if parse_bytes(spec.state.bytes) > _MAX_STATE:
+        raise Invalid("is more than 64Mi", field="$.spec.state.bytes", remedy="keep large things elsewhere")
     if parse_bytes(limits.body) > 6 << 20:
         raise Invalid("is more than 6Mi", field="$.spec.limits.body", remedy="send larger answers in pieces (yield)")
     for name, duration in (("timeout", limits.timeout), ("startup", limits.startup)):
@@ -191,6 +211,8 @@ def _check(r: Resource) -> None:
     _check_source(spec)
     _check_numbers(spec)
     _check_triggers(spec)
+    for n, topic in enumerate(spec.publish):
+        check_filter(topic, f"$.spec.publish[{n}]")
     for name in spec.env:
         if not _ENV.fullmatch(name):
             raise Invalid(f"{name[:60]!r} is no variable name", field="$.spec.env", remedy="letters, digits, _")
@@ -214,6 +236,7 @@ def _refs(r: Resource) -> list[Ref]:
     for n, e in enumerate(spec.envFrom):
         kind = "Config" if e.config else "Secret"
         refs.append(Ref(kind, ns, e.config or e.secret, f"$.spec.envFrom[{n}].{kind.lower()}"))
+    refs += [Ref("Secret", ns, name, f"$.spec.secrets[{n}]") for n, name in enumerate(spec.secrets)]
     return refs
 
 

@@ -44,6 +44,8 @@ class Version(msgspec.Struct, omit_defaults=True):
     require: list[str]
     #: Keys of ``env`` whose values are secret.
     secret: list[str] = []
+    #: What the handler finds in ``context.secrets``.
+    secrets: dict[str, dict[str, str]] = {}
 
     @property
     def key(self) -> str:
@@ -79,6 +81,9 @@ class Policy(msgspec.Struct, omit_defaults=True):
     #: A call that a new version must answer well before it takes over; None: it must only load.
     check: bytes | None = None
     crons: list[CronPlan] = []
+    #: Topic filters that it may publish on, bytes that it may remember.
+    publish: list[str] = []
+    state: int = 1 << 20
 
 
 class Config(msgspec.Struct, omit_defaults=True):
@@ -99,8 +104,15 @@ def _plan(cron: Cron) -> CronPlan:
     return CronPlan(cron.schedule, cron.zone, jitter, once, overlap, cron.data.encode())
 
 
-def config_of(function: Resource, env: dict[str, str], secret: dict[str, str], marks: list[str]) -> Config:
-    """``env``: from Configs; ``secret``: from Secrets; ``marks``: names and revisions of those Secrets.
+def config_of(
+    function: Resource,
+    env: dict[str, str],
+    secret: dict[str, str],
+    marks: list[str],
+    secrets: dict[str, dict[str, str]] | None = None,
+) -> Config:
+    """``env``: from Configs; ``secret``: from Secrets; ``marks``: names and revisions of all Secrets;
+    ``secrets``: those that the handler reads itself.
 
     The digest is made of the marks, not of the secret values: it is shown to everybody, and a short secret could be
     guessed from it.
@@ -133,6 +145,7 @@ def config_of(function: Resource, env: dict[str, str], secret: dict[str, str], m
         digest=digest_of({**made, "env": plain, "secrets": sorted(marks)}),
         env={**secret, **plain},
         secret=sorted(set(secret) - set(plain)),
+        secrets=secrets or {},
         **made,
     )
     return Config(
@@ -147,5 +160,7 @@ def config_of(function: Resource, env: dict[str, str], secret: dict[str, str], m
             generation=meta.generation,
             check=None if spec.check is None else spec.check.data.encode(),
             crons=[_plan(t.cron) for t in spec.triggers if t.cron is not None],
+            publish=list(spec.publish),
+            state=parse_bytes(spec.state.bytes),
         ),
     )

@@ -27,9 +27,9 @@ from edgeward.core.errors import Conflict, EdgewardError, Refused, Unreachable
 from edgeward.core.files import remove, write_atomic
 from edgeward.core.jsread import Message, read_batch, stamp_of
 from edgeward.core.outqueue import Queue, Reading
+from edgeward.core.topics import filters, to_topic
 from edgeward.streams.dedupe import Window, identity_of
 from edgeward.streams.pace import Pace
-from edgeward.streams.topics import filters, to_topic
 
 log = logging.getLogger("edgeward.capture")
 

@@ -20,11 +20,11 @@ from edgeward.core.outbox import Outbox
 from edgeward.core.outqueue import QueueSpec
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
+from edgeward.core.topics import filters
 from edgeward.streams.capture import STREAM, Capture, wake_broker
 from edgeward.streams.pace import Pace
 from edgeward.streams.refusal import closable, is_full
 from edgeward.streams.spec import ExportSpec
-from edgeward.streams.topics import filters
 from edgeward.streams.turnstile import Turnstile
 
 log = logging.getLogger("edgeward.streams")

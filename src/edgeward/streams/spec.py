@@ -13,8 +13,8 @@ from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import Resource
+from edgeward.core.topics import check_filter, filters
 from edgeward.streams.refusal import closable
-from edgeward.streams.topics import check_filter, filters
 
 #: Bytes of a hub's stream beyond which it takes no more.
 HARD_CAP = 8 * 1024**3

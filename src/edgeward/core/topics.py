@@ -20,9 +20,9 @@ def check_filter(topic: str, field: str) -> None:
         if "+" in level and level != "+":
             raise Invalid(f"{topic[:60]!r}: + stands alone in its level", field=field, remedy="e.g. sensors/+/temp")
     if levels[0].startswith("$") or levels[0] == "ew":
-        raise Invalid(f"{topic[:60]!r} is the system's own", field=field, remedy="export topics of devices")
+        raise Invalid(f"{topic[:60]!r} is the system's own", field=field, remedy="name topics of devices")
     if topic == "#":
-        raise Invalid("# would export everything", field=field, remedy="name a first level, e.g. sensors/#")
+        raise Invalid("# would be everything", field=field, remedy="name a first level, e.g. sensors/#")
 
 
 def to_subject(topic: str) -> str:
@@ -51,3 +51,14 @@ def filters(topic: str) -> list[str]:
     """The subjects that a topic filter takes."""
     subject = to_subject(topic)
     return [subject, subject[:-2]] if subject.endswith(".>") else [subject]
+
+
+def covers(pattern: str, topic: str) -> bool:
+    """Whether the topic filter takes the topic (no wildcards in it)."""
+    levels, wanted = topic.split("/"), pattern.split("/")
+    for n, want in enumerate(wanted):
+        if want == "#" and n == len(wanted) - 1:
+            return len(levels) >= n
+        if n >= len(levels) or (want != "+" and want != levels[n]):
+            return False
+    return len(levels) == len(wanted)
