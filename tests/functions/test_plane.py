@@ -235,3 +235,28 @@ def test_a_function_is_as_well_as_its_worst_node() -> None:
     away = fold(resource("f", placement={"site": "c"}), nodes, {"a1": fine})
     assert (away["phase"], away["nodes"]) == ("Pending", {})
     assert "no node of site c" in away["message"]
+
+
+@looped
+async def test_secrets_by_name_are_sealed_on_the_way_and_state_goes_with_its_function(tmp_path: Path) -> None:
+    vault = Vault.open(tmp_path / "identity")
+    code = """
+def handler(event, context):
+    context.state.set("seen", "1")
+    return context.secrets
+"""
+    sections = Sections(nothing, lambda ns, name: ({"a/b": "treasure"}, "7"), vault)
+    async with running(tmp_path) as (part, _):
+        section = sections.section([resource("f", code, secrets=["db"]), resource("g", code)])
+        assert "treasure" not in json.dumps(section)
+        await take(part, section)
+        assert json.loads((await invoke(part, "f"))[1]) == {"db": {"a/b": "treasure"}}
+        assert json.loads((await invoke(part, "g"))[1]) == {}
+        memory = part.dispatcher.asks.memory
+        await take(part, {})  # nothing is said of functions: nothing is forgotten
+        assert memory.keys("default/f") == memory.keys("default/g") == ["seen"]
+        await take(part, sections.section([resource("f", code, secrets=["db"])]))
+        await until(lambda: memory.keys("default/g") == [], 30)
+        assert memory.keys("default/f") == ["seen"]
+    waiting = Sections(nothing, nothing, vault).section([resource("f", code, secrets=["db"])])
+    assert waiting == {"functions": [{"key": "default/f", "waiting": "Secret/db is not here yet"}]}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +50,8 @@ class Memory:
     """All functions' state of one node. The file is made at the first write."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file
+        self._file, self._there = file, file.exists()
+        self._opening = threading.Lock()
         self._reader: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
         self._waiting: list[_Change] = []
@@ -61,9 +63,12 @@ class Memory:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def _read(self) -> sqlite3.Connection | None:
-        if self._reader is None and self._file.exists():
+        if self._reader is None and (self._writer is not None or self._there):
+            self._open()  # the tables are there before anybody looks
             self._reader = _connect(self._file)
         return self._reader
+
+    # sqlite is a megabyte that a node whose functions remember nothing does not need: imported where it is used
 
     def get(self, function: str, key: str) -> tuple[bytes, int] | None:
         """The value and its revision. Raises ``Unreachable`` when the file cannot be read."""
@@ -111,11 +116,16 @@ class Memory:
 
     async def keep(self, functions: Collection[str]) -> None:
         """Forgets what functions had that are no more."""
-        db = self._read()
-        if db is not None:
-            for (function,) in db.execute("SELECT DISTINCT function FROM state").fetchall():
+        import sqlite3
+
+        try:
+            db = self._read()
+            found = db.execute("SELECT DISTINCT function FROM state").fetchall() if db is not None else []
+            for (function,) in found:
                 if function not in functions:
                     await self._change(_Change(function, None, None, None, 0))
+        except (sqlite3.Error, EdgewardError) as e:
+            log.warning("the state of functions that are gone stays: %s", e)  # until the next change
 
     async def _change(self, change: _Change) -> int:
         self._waiting.append(change)
@@ -163,16 +173,25 @@ class Memory:
         return outcomes
 
     def _open(self) -> sqlite3.Connection:
-        if self._writer is None:
-            db = _connect(self._file)
+        with self._opening:
+            return self._writer or self._opened()
+
+    def _opened(self) -> sqlite3.Connection:
+        db = _connect(self._file)
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
             db.executescript(_SCHEMA)
             sizes = db.execute(
                 "SELECT function, sum(length(key) + length(value) + ?) FROM state GROUP BY 1", (OVERHEAD,)
             )
             self._sizes = {str(f): int(n) for f, n in sizes}
             self._last = int(db.execute("SELECT last FROM counter").fetchone()[0])
-            self._writer = db
-        return self._writer
+        except BaseException:
+            db.close()
+            raise
+        self._writer = db
+        return db
 
     def _apply(self, db: sqlite3.Connection, change: _Change) -> int | EdgewardError:
         """The new revision; of a deletion 1 when it was there, else 0."""
@@ -218,8 +237,6 @@ def _connect(file: Path) -> sqlite3.Connection:
 
     file.touch(mode=0o600)
     db = sqlite3.connect(file, timeout=5.0, isolation_level=None, check_same_thread=False)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA cache_size = -512")
     return db
 

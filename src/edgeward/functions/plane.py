@@ -93,19 +93,21 @@ class FunctionsPart:
 
     # -- configuration -------------------------------------------------------------------------------------------------
 
-    async def provision(self, section: dict[str, Any]) -> list[Entry]:
+    async def provision(self, section: dict[str, Any]) -> list[Entry] | None:
         """Makes the section ready. Raises ``Invalid``; then nothing has changed."""
+        if "functions" not in section:
+            return None  # nothing is said: no reason to forget what functions remember
         try:
-            entries = msgspec.convert(section.get("functions", []), list[Entry])
+            entries = msgspec.convert(section["functions"], list[Entry])
         except msgspec.ValidationError as e:
             raise Invalid(f"the functions are not understood: {e}", field="$.functions") from None
         for entry in entries:
             self._opened(entry)
         return entries
 
-    def commit(self, prepared: list[Entry]) -> None:
+    def commit(self, prepared: list[Entry] | None) -> None:
         configs, fallbacks, known = [], {}, {}
-        for given in prepared:
+        for given in prepared or []:
             entry = given if given.config is not None else self._known.get(given.key)
             if entry is None:
                 namespace, _, name = given.key.partition("/")
@@ -120,6 +122,8 @@ class FunctionsPart:
                 except EdgewardError as e:
                     log.warning("%s: the version that ran before cannot be used: %s", entry.key, e)
         self._known = known
+        if prepared is not None:
+            self.dispatcher.spawn(self.dispatcher.asks.memory.keep({e.key for e in prepared}))
         if self._kept.keys() - known.keys():
             self._kept = {k: v for k, v in self._kept.items() if k in known}
             self._unwritten.set()
