@@ -69,9 +69,11 @@ class Node:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
 
-    async def call(self, name: str, data: bytes = b"", *, timeout: float = 0.0, version: str | None = None) -> Reply:
+    async def call(
+        self, name: str, data: bytes = b"", *, timeout: float = 0.0, version: str | None = None, key: str | None = None
+    ) -> Reply:
         deadline = asyncio.get_running_loop().time() + timeout if timeout else 0.0
-        return await self.d.invoke(Call(f"default/{name}", Event("1", "/test", "test", data), deadline, version))
+        return await self.d.invoke(Call(f"default/{name}", Event("1", "/test", "test", data), deadline, version, key))
 
     async def fails(self, name: str, data: bytes = b"", **more: Any) -> CallFailed:
         try:

@@ -15,6 +15,7 @@ from tests.core.pair import until
 from tests.functions.node import HELLO, looped
 
 from edgeward.core.errors import EdgewardError, TooLarge
+from edgeward.core.invocation import Call, CallFailed, Event
 from edgeward.core.resource import Resource, decode
 from edgeward.core.vault import Vault
 from edgeward.functions.cloud import fold
@@ -126,7 +127,49 @@ async def test_a_plane_that_starts_with_a_bad_version_goes_back_to_the_one_that_
         await until(lambda: (voice.statuses.get("default/f") or {}).get("phase") == "Degraded", 20)
         await take(part, {"functions": []})
         assert voice.statuses["default/f"] is None
-        await until(lambda: json.loads((tmp_path / "functions/good.json").read_text()) == [], 20)
+        await until(lambda: json.loads((tmp_path / "functions/good.json").read_text()) == {}, 20)
+
+
+@looped
+async def test_a_restart_in_the_middle_of_a_canary_keeps_its_share_and_what_was_found(tmp_path: Path) -> None:
+    sections = Sections(nothing, nothing, Vault.open(tmp_path / "identity"))
+    code = "def handler(e, c):\n    if e.data == b'bad':\n        raise ValueError\n    return c.version"
+    old = sections.section([resource("f", "def handler(e, c):\n    return c.version")])
+    new = sections.section([resource("f", code, canary={"weight": 30})])
+    digests = [s["functions"][0]["digest"] for s in (old, new)]
+    keys = [f"user-{n}" for n in range(40)]
+
+    async def answers(part: FunctionsPart) -> list[str]:
+        calls = [Call("default/f", Event("1", "/t", "t"), key=key) for key in keys]
+        return [(await part.invoke(call)).version for call in calls]
+
+    def status(voice: Voice) -> dict[str, Any]:
+        return voice.statuses.get("default/f") or {}
+
+    async with running(tmp_path) as (part, voice):
+        await take(part, old)
+        await invoke(part, "f")
+        await take(part, new)
+        await until(lambda: "canary" in status(voice), 30)
+        before = await answers(part)
+        assert set(before) == set(digests)
+        await until((tmp_path / "functions/good.json").exists, 20)
+    async with running(tmp_path) as (part, voice):
+        await take(part, new)
+        await until(lambda: "canary" in status(voice), 30)
+        assert await answers(part) == before
+        for _ in range(30):
+            with contextlib.suppress(CallFailed):
+                await part.invoke(Call("default/f", Event("1", "/t", "t", b"bad"), version="canary"))
+        await until(lambda: status(voice).get("takenBack") == digests[1], 30)
+        kept = tmp_path / "functions/good.json"
+        await until(lambda: "verdicts" in json.loads(kept.read_text()), 30)
+    async with running(tmp_path) as (part, voice):
+        await take(part, new)
+        assert set(await answers(part)) == {digests[0]}
+        await until(lambda: status(voice).get("takenBack") == digests[1], 30)
+        assert (status(voice)["phase"], status(voice)["version"]) == ("Degraded", digests[0])
+        assert status(voice)["message"].startswith(f"version {digests[1]} was taken back: ")
 
 
 @looped

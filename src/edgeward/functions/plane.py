@@ -1,7 +1,8 @@
 """The functions' share of a node's data plane: the dispatcher with its configuration, its control verbs, its memory.
 
-What a function last ran well with is kept in ``functions/good.json``: a plane that starts with a version that turns out
-bad (the power went in the middle of an update) goes back to it, without the cloud. Secret values are sealed there too.
+What a function last ran well with is kept in ``functions/good.json``, and which version was taken back and why: a plane
+that starts in the middle of an update or of a canary, or with a version that turns out bad, goes on with it, without
+the cloud. Secret values are sealed there too.
 """
 
 from __future__ import annotations
@@ -52,6 +53,13 @@ class Entry(msgspec.Struct, omit_defaults=True):
     waiting: str = ""
 
 
+class Kept(msgspec.Struct, omit_defaults=True):
+    """``good.json``. ``verdicts``: by function, the version that was taken back here, and why."""
+
+    good: list[Entry] = []
+    verdicts: dict[str, tuple[str, str]] = {}
+
+
 class FunctionsPart:
     def __init__(self, *, data: Path, node: str, site: str, voice: Voice) -> None:
         self._data = data
@@ -64,12 +72,15 @@ class FunctionsPart:
             report=lambda ns, name, status: voice.report("Function", ns, name, status),
             tell=lambda type, reason, message, ns, name: voice.event(type, reason, message, ns, name, "Function"),
             good=self._good,
+            judged=self._judged,
         )
         self._clockwork = Clockwork(data / "functions" / "cron.json", node, self.dispatcher.invoke, self._failed)
         self._node = node
         self._known: dict[str, Entry] = {}
         self._keep = data / "functions" / "good.json"
-        self._kept: dict[str, Entry] = self._read_kept()
+        kept = self._read_kept()
+        self._kept: dict[str, Entry] = {e.key: e for e in kept.good}
+        self._verdicts = kept.verdicts
         #: What was kept before the version that is kept now: where a version that is taken back goes back to.
         self._former: dict[str, Entry] = {}
         self._serial = 0
@@ -124,10 +135,11 @@ class FunctionsPart:
         self._known = known
         if prepared is not None:
             self.dispatcher.spawn(self.dispatcher.asks.memory.keep({e.key for e in prepared}))
-        if self._kept.keys() - known.keys():
+        if (self._kept.keys() | self._verdicts.keys()) - known.keys():
             self._kept = {k: v for k, v in self._kept.items() if k in known}
+            self._verdicts = {k: v for k, v in self._verdicts.items() if k in known}
             self._unwritten.set()
-        self.dispatcher.configure(configs, fallbacks)
+        self.dispatcher.configure(configs, fallbacks, dict(self._verdicts))
         self._clockwork.configure({c.version.key: c.policy.crons for c in configs})
         if configs:
             self._some.set()
@@ -167,18 +179,26 @@ class FunctionsPart:
                 self._unwritten.set()
                 return
 
-    def _read_kept(self) -> dict[str, Entry]:
+    def _judged(self, key: str, verdict: tuple[str, str] | None) -> None:
+        """A version was taken back, or is to be tried again."""
+        if verdict is not None:
+            self._verdicts[key] = verdict
+        else:
+            self._verdicts.pop(key, None)
+        self._unwritten.set()
+
+    def _read_kept(self) -> Kept:
         try:
-            return {e.key: e for e in msgspec.convert(read_json(self._keep, []), list[Entry])}
+            return msgspec.convert(read_json(self._keep, {}), Kept)
         except (EdgewardError, msgspec.ValidationError) as e:
             log.error("what ran well before is not readable, so it is no way back: %s", e)
-            return {}
+            return Kept()
 
     async def _write_kept(self) -> None:
         while True:
             await self._unwritten.wait()
             self._unwritten.clear()
-            data = msgspec.json.encode(sorted(self._kept.values(), key=lambda e: e.key))
+            data = msgspec.json.encode(Kept(sorted(self._kept.values(), key=lambda e: e.key), self._verdicts))
             await asyncio.to_thread(write_atomic, self._keep, data)
 
     async def run(self) -> None:

@@ -66,6 +66,25 @@ class Check(Declared):
     data: Annotated[str, Meta(description="The event's data")] = ""
 
 
+class Canary(Declared):
+    """What is declared gets a share of the calls, and the version before it goes on, until this is removed.
+
+    Each node takes it back by itself when it does worse; it does not come back by itself.
+    """
+
+    weight: Annotated[
+        float, Meta(description="Percent of the calls; 0: only calls that ask for NAME@canary", ge=0, le=100)
+    ]
+    calls: Annotated[
+        int,
+        Meta(description="Judged from so many of its calls on, or when more of them failed than may", ge=1, le=10_000),
+    ] = 20
+    errors: Annotated[
+        float, Meta(description="Its share of failed calls may be higher than stable's by this", ge=0, le=1)
+    ] = 0.05
+    latency: Annotated[Duration, Meta(description="Slower calls count as failed; 0: only errors count")] = 0
+
+
 class Cron(Declared):
     """A call at times of the node's own clock, with and without the link."""
 
@@ -129,6 +148,9 @@ class FunctionSpec(Declared):
     scale: Annotated[Scale, Meta(description="How many instances")] = msgspec.field(default_factory=Scale)
     triggers: Annotated[list[Trigger], Meta(description="What calls it beside Routes and people", max_length=32)] = []
     check: Annotated[Check | None, Meta(description="How a new version proves itself")] = None
+    canary: Annotated[Canary | None, Meta(description="Only a share of the calls at first; left out: all of them")] = (
+        None
+    )
     logs: Annotated[Logs, Meta(description="What is kept of its log")] = msgspec.field(default_factory=Logs)
     placement: Annotated[Placement, Meta(description="Where")] = msgspec.field(default_factory=Placement)
 
@@ -144,6 +166,11 @@ def _check_source(spec: FunctionSpec) -> None:
                 f"{path[:80]!r} is no relative path", field="$.spec.source.files", remedy="e.g. main.py or lib/a.py"
             )
     RULES[spec.runtime].check(spec)
+
+
+#: Fields that say how much, where and how it is looked after. All others are its code: together they are what a
+#: version is, and what a rollback brings back.
+POLICY = frozenset({"canary", "check", "concurrency", "logs", "placement", "samples", "scale", "triggers"})
 
 
 def _check_numbers(spec: FunctionSpec) -> None:
@@ -176,6 +203,11 @@ def _check_numbers(spec: FunctionSpec) -> None:
         parse_duration(spec.scale.idle)
     except ValueError as e:
         raise Invalid(str(e), field="$.spec.scale.idle") from None
+    if spec.canary is not None:
+        try:
+            parse_duration(spec.canary.latency)
+        except ValueError as e:
+            raise Invalid(str(e), field="$.spec.canary.latency") from None
     if spec.scale.min > spec.scale.max:
         raise Invalid("min is more than max", field="$.spec.scale.min", remedy=f"at most {spec.scale.max}")
 

@@ -14,6 +14,7 @@ import msgspec
 
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
+from edgeward.functions.canary import Plan
 from edgeward.functions.sources import RULES
 from edgeward.functions.spec import Cron, FunctionSpec
 
@@ -81,6 +82,8 @@ class Policy(msgspec.Struct, omit_defaults=True):
     #: A call that a new version must answer well before it takes over; None: it must only load.
     check: bytes | None = None
     crons: list[CronPlan] = []
+    #: What is wanted gets a share of the calls; the version before it goes on.
+    canary: Plan | None = None
     #: Topic filters that it may publish on, bytes that it may remember.
     publish: list[str] = []
     state: int = 1 << 20
@@ -102,6 +105,13 @@ def digest_of(parts: dict[str, Any]) -> str:
 def _plan(cron: Cron) -> CronPlan:
     jitter, once, overlap = parse_duration(cron.jitter), cron.missed == "once", cron.overlap == "allow"
     return CronPlan(cron.schedule, cron.zone, jitter, once, overlap, cron.data.encode())
+
+
+def _canary(spec: FunctionSpec) -> Plan | None:
+    c = spec.canary
+    return (
+        None if c is None else Plan(float(c.weight), c.calls, c.errors, parse_duration(c.latency) if c.latency else 0.0)
+    )
 
 
 def config_of(
@@ -160,6 +170,7 @@ def config_of(
             generation=meta.generation,
             check=None if spec.check is None else spec.check.data.encode(),
             crons=[_plan(t.cron) for t in spec.triggers if t.cron is not None],
+            canary=_canary(spec),
             publish=list(spec.publish),
             state=parse_bytes(spec.state.bytes),
         ),
