@@ -299,7 +299,7 @@ async def test_a_worker_that_asks_without_end_is_ended_and_one_that_asks_too_muc
         node.d.asks.publisher = publisher
         node.d.configure([function("f", FLOOD, publish=["a"], limits={"timeout": "60s"})])
         call = asyncio.create_task(node.call("f"))
-        asks = lambda: [link._tally for p in node.d._pools(node.d._functions["default/f"]) for link in p.links]  # noqa: E731
+        asks = lambda: [link._tally for p in node.d._functions["default/f"].pools() for link in p.links]  # noqa: E731
         await until(lambda: any(t.asked == 100 for t in asks()), 60)
         gate.set()
         assert json.loads((await call).body) == [""] * 64 + ["too-many"] * 36

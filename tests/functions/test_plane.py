@@ -275,6 +275,9 @@ def test_a_function_is_as_well_as_its_worst_node() -> None:
     assert status["message"] == "a2: why; not heard from: b1"
     assert status["nodes"]["a2"]["stale"]
     assert "stale" not in status["nodes"]["a1"]
+    trial = {**fine, "canary": {"version": "v2", "weight": 10}}
+    status = fold(resource("f"), nodes, {"a1": trial, "a2": fine, "b1": {**worse, "takenBack": "v2"}})
+    assert (status["canary"], status["takenBack"]) == ({"version": "v2", "nodes": 1}, "v2")
     away = fold(resource("f", placement={"site": "c"}), nodes, {"a1": fine})
     assert (away["phase"], away["nodes"]) == ("Pending", {})
     assert "no node of site c" in away["message"]

@@ -69,6 +69,9 @@ def test_a_secret_makes_a_version_by_its_revision_and_never_by_its_value() -> No
             "zone",
         ),
         ({"aliases": {}}, "$.spec", "aliases"),
+        ({"canary": {}}, "$.spec.canary", "weight"),
+        ({"canary": {"weight": 101}}, "$.spec.canary.weight", "100"),
+        ({"canary": {"weight": 1, "latency": "soon"}}, "$.spec.canary.latency", "soon"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_its_field(spec: dict[str, Any], field: str, words: str) -> None:

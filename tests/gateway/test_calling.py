@@ -73,6 +73,25 @@ def test_a_call_and_its_answer(rig: Rig, client: Connect) -> None:
     assert c.answer().body == b"<abc>"
 
 
+@pytest.mark.parametrize(
+    ("sticky", "headers", "key"),
+    [
+        (("", ""), ["X-User: anna"], "127.0.0.1"),
+        (("x-user", ""), ["X-User: anna"], "anna"),
+        (("x-user", ""), [], "127.0.0.1"),
+        (("cookie", "id"), ["Cookie: a=b; id=anna=1; c=d"], "anna=1"),
+        (("cookie", "id"), ["Cookie: xid=anna; id2=bert"], "127.0.0.1"),
+        (("cookie", "id"), [], "127.0.0.1"),
+    ],
+)
+def test_a_route_says_who_is_asking(
+    rig: Rig, client: Connect, sticky: tuple[str, str], headers: list[str], key: str
+) -> None:
+    calls = function(rig, lambda c: Reply(200, []), sticky=sticky)
+    assert client().get("/f", *headers).status == 200
+    assert [c.key for c in calls] == [key]
+
+
 def test_refusals_name_function_and_limit(rig: Rig, client: Connect) -> None:
     def fails(call: Call) -> Reply:
         kind = call.event.data.decode()

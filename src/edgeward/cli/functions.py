@@ -43,21 +43,28 @@ def invoke(
     content_type: Annotated[str, typer.Option("--content-type", metavar="TYPE", help="Of the data.")] = "",
     event_type: Annotated[str, typer.Option("--type", metavar="TYPE", help="The event's type (CloudEvents).")] = "",
     node: Annotated[str, typer.Option("--node", metavar="NODE", help="Call it on this node.")] = "",
-    version: Annotated[str, typer.Option("--version", metavar="DIGEST", help="Only this version may answer.")] = "",
+    version: Annotated[
+        str, typer.Option("--version", metavar="DIGEST", help="Only this version may answer, or an alias.")
+    ] = "",
+    key: Annotated[str, typer.Option("--key", metavar="TEXT", help="Who asks: one key, one version.")] = "",
     timeout: Annotated[str, typer.Option("--timeout", metavar="DURATION", help="Give up earlier, e.g. 2s.")] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print status and headers to stderr.")] = False,
 ) -> None:
     """Call a function and print its answer.
 
-    At the hub a node that has the function is asked; with --at NODE the node itself. The exit code is 0 for an answer
+    At the hub a node that has the function is asked; with --at NODE the node itself. NAME@canary asks the version that
+    is being tried, NAME@stable the other. The exit code is 0 for an answer
     with a status below 400.
     """
     from edgeward.cli.kinds import find_kind
 
     session.output(allowed=("table",))
     kind = find_kind("function")
+    name, at, alias = name.partition("@")
+    if at and (version or alias not in ("stable", "canary")):
+        raise UsageError("write NAME@stable or NAME@canary, or --version DIGEST")
     function = check_name(name.removeprefix("function/"), "FUNCTION", "")
-    query = {"node": node, "type": event_type, "version": version}
+    query = {"node": node, "type": event_type, "version": version or alias, "key": key}
     if timeout:
         query["timeout"] = f"{seconds(timeout, '--timeout'):g}"
     with session.api() as api:

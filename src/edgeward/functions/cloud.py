@@ -29,6 +29,11 @@ def fold(function: Resource, nodes: list[Resource], reports: Mapping[str, dict[s
             if n.metadata.name in told
         },
     }
+    trying = {str((r.get("canary") or {}).get("version", "")) for r in told.values()} - {""}
+    if trying:
+        status["canary"] = {"version": ",".join(sorted(trying)), "nodes": sum("canary" in r for r in told.values())}
+    if back := sorted({str(r["takenBack"]) for r in told.values() if r.get("takenBack")}):
+        status["takenBack"] = ",".join(back)
     if told:
         # the least: what every node has taken over
         status["observedGeneration"] = min(int(r.get("observedGeneration", 0)) for r in told.values())

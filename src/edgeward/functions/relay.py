@@ -29,8 +29,8 @@ SILENCE = 45.0
 #: What may be asked beside the data; the hub's API has ``node`` beside.
 INVOKE: Mapping[str, tuple[Form, str]] = {
     "type": ("string", "The event's type (CloudEvents); edgeward.invoke where left out"),
-    "version": ("string", "Only the version with this digest may answer"),
-    "key": ("string", "Calls with the same key go to the same alias"),
+    "version": ("string", "Only the version with this digest (8 digits or more) may answer; stable or canary"),
+    "key": ("string", "Who asks: calls with the same key go to the same version"),
     "timeout": ("string", "Seconds until the call is given up, at most 900"),
 }
 LOGS: Mapping[str, tuple[Form, str]] = {

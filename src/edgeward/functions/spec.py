@@ -170,7 +170,9 @@ def _check_source(spec: FunctionSpec) -> None:
 
 #: Fields that say how much, where and how it is looked after. All others are its code: together they are what a
 #: version is, and what a rollback brings back.
-POLICY = frozenset({"canary", "check", "concurrency", "logs", "placement", "samples", "scale", "triggers"})
+POLICY = frozenset(
+    {"canary", "check", "concurrency", "logs", "placement", "publish", "samples", "scale", "state", "triggers"}
+)
 
 
 def _check_numbers(spec: FunctionSpec) -> None:
@@ -276,6 +278,12 @@ def _status(d: dict[str, Any], name: str, default: object = "") -> object:
     return d.get("status", {}).get(name, default)
 
 
+def _canary(d: dict[str, Any]) -> str:
+    trying = d.get("status", {}).get("canary") or {}
+    weight = (d["spec"].get("canary") or {}).get("weight")
+    return f"{trying['version']} {weight:g} %" if trying.get("version") and weight is not None else ""
+
+
 kinds.add(
     Kind(
         "Function",
@@ -291,6 +299,7 @@ kinds.add(
         columns=(
             Column("PHASE", lambda d: _status(d, "phase", "Pending")),
             Column("VERSION", lambda d: _status(d, "version")),
+            Column("CANARY", _canary, wide=True),
             Column("INSTANCES", lambda d: _status(d, "instances", 0)),
             Column("SITE", lambda d: d["spec"].get("placement", {}).get("site", "") or "all"),
             Column("NODES", lambda d: ",".join(sorted(d.get("status", {}).get("nodes", {}))), wide=True),

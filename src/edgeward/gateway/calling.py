@@ -88,11 +88,19 @@ class FunctionExchange(Exchange):
             http=Http(request.method, request.path, request.query.removeprefix("?"), headers, self.client),
         )
 
+    def _key(self, field: str, cookie: str) -> str | None:
+        """Who is asking, so that the answers are of one version: as the Route says, else by address."""
+        value = self.request.fields.get(field, "") if field else ""
+        if cookie and value:
+            pairs = (p.strip().partition("=") for p in value.split(";"))
+            value = next((v for name, _, v in pairs if name == cookie), "")
+        return value or self.client or None
+
     async def _call(self) -> None:
         config = self.rule.config
         call = Call(
             config.function, self._event(), deadline=self.gate.loop.time() + config.answer, version=config.version,
-            key=self.client or None,
+            key=self._key(*config.sticky),
         )  # fmt: skip
         invoker: Invoker | None = self.gate.invoker
         try:

@@ -67,6 +67,7 @@ def route_config(route: Resource, endpoints: Endpoints) -> RouteConfig:
         budget=spec.retries.budget,
         failures=spec.breaker.failures,
         pause=parse_duration(spec.breaker.pause),
+        sticky=_sticky(spec),
         body=parse_bytes(spec.limits.body),
         requests=spec.limits.requests,
         cache=cache,
@@ -75,6 +76,12 @@ def route_config(route: Resource, endpoints: Endpoints) -> RouteConfig:
         burst=(spec.limits.rate.burst or spec.limits.rate.requests) if spec.limits.rate else 0,
         **_target(namespace, spec, endpoints),
     )
+
+
+def _sticky(spec: RouteSpec) -> tuple[str, str]:
+    if spec.sticky is None:
+        return "", ""
+    return ("cookie", spec.sticky.cookie) if spec.sticky.cookie else (spec.sticky.header.lower(), "")
 
 
 def _cors(spec: RouteSpec) -> CorsConfig | None:

@@ -45,6 +45,8 @@ class RouteConfig(msgspec.Struct, frozen=True):
     #: The function is not on this node.
     missing: bool = False
     version: str | None = None
+    #: The header field and the cookie in it whose value says who is asking; empty: the client's address.
+    sticky: tuple[str, str] = ("", "")
     connect: float = 2.0
     answer: float = 30.0
     idle: float = 60.0

@@ -39,6 +39,13 @@ class RouteTarget(Declared):
     ] = ""
 
 
+class Sticky(Declared):
+    """What makes two requests the same caller's, for a function that has a canary. At most one; empty: the client."""
+
+    header: Annotated[str, Meta(description="The value of this header field")] = ""
+    cookie: Annotated[str, Meta(description="The value of this cookie")] = ""
+
+
 class RouteTimeouts(Declared):
     connect: Annotated[Duration, Meta(description="To open a connection to the target; then the next is tried")] = "2s"
     answer: Annotated[Duration, Meta(description="To the head of the answer; a function's own limit holds as well")] = (
@@ -118,6 +125,9 @@ class RouteSpec(Declared):
     host: Annotated[str, Meta(description="The host asked for, or *.example.org; empty: any", max_length=253)] = ""
     methods: Annotated[list[Method], Meta(description="Only these; GET includes HEAD; empty: all")] = []
     headers: Annotated[dict[str, str], Meta(description="Only requests with these fields and values")] = {}
+    sticky: Annotated[
+        Sticky | None, Meta(description="Who stays with which version of a function; left out: by client address")
+    ] = None
     timeouts: Annotated[RouteTimeouts, Meta(description="How long is waited")] = msgspec.field(
         default_factory=RouteTimeouts
     )
@@ -176,6 +186,19 @@ def _check_target(to: RouteTarget) -> None:
         raise Invalid("an empty alias", field="$.spec.to.function", remedy="write name or name@alias")
 
 
+def _check_sticky(spec: RouteSpec) -> None:
+    sticky = spec.sticky
+    if sticky is None:
+        return
+    if not spec.to.function:
+        raise Invalid("is for functions", field="$.spec.sticky", remedy="remove it")
+    if bool(sticky.header) == bool(sticky.cookie):
+        raise Invalid("name one", field="$.spec.sticky", remedy="a header or a cookie")
+    for name, value in (("header", sticky.header), ("cookie", sticky.cookie)):
+        if value and not _FIELD.fullmatch(value):
+            raise Invalid(f"{value[:64]!r} is no name of a {name}", field=f"$.spec.sticky.{name}")
+
+
 def _check_durations(spec: RouteSpec) -> None:
     found = [(f"timeouts.{n}", getattr(spec.timeouts, n), 0.01) for n in ("connect", "answer", "idle")]
     found.append(("breaker.pause", spec.breaker.pause, 0.1))
@@ -211,6 +234,7 @@ def _check_cors(cors: Cors) -> None:
 def _check(r: Resource) -> None:
     spec: RouteSpec = r.spec
     _check_target(spec.to)
+    _check_sticky(spec)
     try:
         path, query = clean(spec.path)
     except Bad as e:
