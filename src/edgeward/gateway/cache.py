@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from email.utils import formatdate, mktime_tz, parsedate_tz
 from typing import Literal
 
-from edgeward.gateway.http1 import CLAIMS, SAFE, Headers, Request, Response
+from edgeward.gateway.http1 import SAFE, Headers, Request, Response, is_claim
 
 #: RFC 9110, section 15.1: may be kept without being told so.
 _HEURISTIC = frozenset({200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501})
@@ -161,14 +161,14 @@ def why_not_stored(request: Request, response: Response) -> str:
         return "no-store"
     if "private" in control:
         return "private"
-    if "authorization" in request.fields and not {"public", "s-maxage", "must-revalidate"} & control.keys():
+    if request.authorised and not {"public", "s-maxage", "must-revalidate"} & control.keys():
         return "the request was authorised"
     if "set-cookie" in response.fields:
         return "it sets a cookie"
     names = vary(response.fields)
     if names is None:
         return "Vary: *"
-    if not CLAIMS.isdisjoint(names):
+    if any(is_claim(n) for n in names):
         return "it varies by what the gateway itself says of the client"
     explicit = {"public", "max-age", "s-maxage"} & control.keys() or "expires" in response.fields
     if not explicit and response.status not in _HEURISTIC:
@@ -265,7 +265,7 @@ def choose(request: Request, stored: Stored | None, now: float, *, other_variant
         if "only-if-cached" in control:
             return Choice("refuse")
         return Choice("miss", "vary-miss" if other_variant else "uri-miss")
-    if "authorization" in request.fields and not {"public", "s-maxage", "must-revalidate"} & stored.control.keys():
+    if request.authorised and not {"public", "s-maxage", "must-revalidate"} & stored.control.keys():
         return Choice("bypass", "request")
     age = stored.age(now)
     ttl = stored.fresh_for - age

@@ -76,7 +76,10 @@ class FunctionExchange(Exchange):
 
     def _event(self) -> Event:
         request = self.request
-        headers = [h for h in end_to_end(request.headers) if not is_claim(h[0])]
+        ends = self.rule.guard.dropped if self.rule.guard is not None else ()
+        headers = [h for h in end_to_end(request.headers) if not is_claim(h[0]) and h[0] not in ends]
+        if request.identity is not None:
+            headers += request.identity.fields
         self.gate.calls += 1
         return Event(
             id=f"{self.gate.calls_of}-{self.gate.calls:x}",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from edgeward.core import clock
 from edgeward.gateway.answers import problem_parts
+from edgeward.gateway.auth import Denied, Guard
 from edgeward.gateway.cache import Stored, choose
 from edgeward.gateway.cors import CorsConfig, is_preflight, preflight, with_cors
 from edgeward.gateway.http1 import Bad, Headers, Request
@@ -147,6 +148,8 @@ class Desk:
             headers = with_cors(rule.cors, request, after)
             self.refuse(429, why, request, keep=request.length == 0, headers=headers)
             return
+        if rule.guard is not None and not self._admit(request, rule, rule.guard):
+            return
         if request.length > config.body:
             self.refuse(413, f"a body of more than {config.body} bytes", request)
             return
@@ -154,6 +157,17 @@ class Desk:
             self._from_memory(request, rule)
         else:
             self._start(request, rule, gate.exchange(self, request, rule, self.client))
+
+    def _admit(self, request: Request, rule: Rule, guard: Guard) -> bool:
+        """Whether the client is let in; before anything of the request is used, and before the cache answers."""
+        try:
+            request.identity = guard.admit(request, clock.now())
+        except Denied as e:
+            headers = with_cors(rule.cors, request, e.headers)
+            self.refuse(e.status, e.why, request, keep=request.length == 0, headers=headers)
+            return False
+        request.plain = False  # the cache looks at it: RFC 9111, section 3.5
+        return True
 
     def _preflight(self, request: Request, rule: Rule, cors: CorsConfig) -> None:
         self.respond(request, 204, preflight(cors, request), b"")

@@ -6,13 +6,15 @@ hub to serve them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
+from edgeward.gateway.auth import AuthConfig
+from edgeward.gateway.auth_edge import Auths
 from edgeward.gateway.balance import Endpoint
 from edgeward.gateway.cors import CorsConfig
 from edgeward.gateway.rules import CacheConfig, GatewayConfig, Listen, RouteConfig
@@ -44,7 +46,7 @@ def _target(namespace: str, spec: RouteSpec, endpoints: Endpoints) -> dict[str, 
     }
 
 
-def route_config(route: Resource, endpoints: Endpoints) -> RouteConfig:
+def route_config(route: Resource, endpoints: Endpoints, auth: AuthConfig | None = None) -> RouteConfig:
     spec: RouteSpec = route.spec
     namespace = route.metadata.namespace
     cache = None
@@ -72,6 +74,7 @@ def route_config(route: Resource, endpoints: Endpoints) -> RouteConfig:
         requests=spec.limits.requests,
         cache=cache,
         cors=_cors(spec),
+        auth=auth,
         rate=spec.limits.rate.requests / parse_duration(spec.limits.rate.per) if spec.limits.rate else 0.0,
         burst=(spec.limits.rate.burst or spec.limits.rate.requests) if spec.limits.rate else 0,
         **_target(namespace, spec, endpoints),
@@ -99,12 +102,13 @@ def _cors(spec: RouteSpec) -> CorsConfig | None:
 
 
 def section(
-    node: str, routes: Iterable[Resource], endpoints: Endpoints, settings: Mapping[str, Any], listen: Iterable[Listen],
-    functions: Container[str] | None = None,
+    node: str, routes: Sequence[Resource], endpoints: Endpoints, settings: Mapping[str, Any], listen: Iterable[Listen],
+    functions: Container[str] | None = None, *, auths: Auths | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The section of ``plane.json``. ``settings``: ``gateway`` of ``node.json``. ``functions``: those of this node
     (``namespace/name``); None: not known."""
-    made = sorted((route_config(r, endpoints) for r in routes), key=lambda c: c.key)
+    known = auths.all(routes) if auths is not None else {}
+    made = sorted((route_config(r, endpoints, known.get(str(r.key))) for r in routes), key=lambda c: c.key)
     if functions is not None:
         made = [
             msgspec.structs.replace(c, missing=True) if c.to == "function" and c.function not in functions else c

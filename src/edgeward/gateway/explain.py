@@ -86,6 +86,7 @@ def explain(table: Table[Rule], shelf: Shelf, args: dict[str, Any], now: float, 
         + (f", methods {', '.join(rule.methods)}" if rule.methods else "")
         + (f", {len(rule.match_headers)} header fields" if rule.match_headers else ""),
         "target": config.target,
+        "auth": rule.guard.ways if rule.guard is not None else [],
         "endpoints": [
             {"address": str(e), "here": e.here, "circuit": rule.balance.circuits[e].state(now)}
             for e in config.endpoints

@@ -27,6 +27,7 @@ from edgeward.gateway.desk import Desk
 from edgeward.gateway.door import Door
 from edgeward.gateway.exchange import Exchange
 from edgeward.gateway.explain import explain, purge_args
+from edgeward.gateway.guards import Guards
 from edgeward.gateway.http1 import Bad, Request, parse_request
 from edgeward.gateway.match import Table, clean
 from edgeward.gateway.rules import GatewayConfig, Listen, Rule
@@ -70,6 +71,7 @@ class Gate:
         self.pool = Pool()
         self.shelf = Shelf(self.config.memory)
         self.access = AccessLog(log_file)
+        self.guards = Guards(log_file.parent, self._run, self._keys_said)
         self.via_name = f" {node}.edgeward"  # with both its ends: n1 is not n10
         self.via = f"1.1{self.via_name}"
         self.authority = node
@@ -96,7 +98,7 @@ class Gate:
     async def provision(self, section: dict[str, Any]) -> Prepared:
         """Raises ``EdgewardError``; then nothing has changed."""
         config = rules.decode(section)
-        table = rules.table(config, self.table)
+        table = rules.table(config, self.table, self.guards.of(config.routes, self.table))
         opened: dict[Listen, asyncio.Server] = {}
         try:
             for listen in config.listen:
@@ -145,6 +147,8 @@ class Gate:
                     if rule.config.missing
                     else f"{rule.config.target} has no running endpoint at this site: requests get 503"
                 )
+            if rule.guard is not None and rule.guard.broken:
+                status |= {"phase": "Closed", "message": f"nobody is let in (503): {rule.guard.broken}"}
             if rule.key in shadowed:
                 status |= {
                     "phase": "Shadowed",
@@ -254,7 +258,8 @@ class Gate:
             rule = self.table.find(request)
         except Bad:
             rule = None
-        if len(head) <= REMEMBERED_BYTES and not _SECRET & request.fields.keys():
+        guarded = rule is not None and rule.guard is not None
+        if len(head) <= REMEMBERED_BYTES and not guarded and not _SECRET & request.fields.keys():
             if len(self._memo) >= REMEMBERED:
                 self._memo.clear()
                 self.wires.clear()
@@ -315,6 +320,15 @@ class Gate:
         if self.config.access_log != "off":
             said = (request.method, request.authority, request.path + request.query) if request else ("", "", "")
             self.access.add((clock.now(), client, *said, status, 0, 0.0, "", "", ""))
+
+    def _keys_said(self, url: str, why: str) -> None:
+        """An issuer's keys were fetched, or (``why``) were not."""
+        for rule in self.table.rules:
+            auth = rule.config.auth
+            if auth is not None and auth.jwt is not None and auth.jwt.url == url and why:
+                namespace, _, name = rule.key.partition("/")
+                text = f"the keys at {url} cannot be fetched, the last ones hold: {why}"
+                self.voice.event("Warning", "KeysNotFetched", text, namespace, name, "Route")
 
     def opened(self, rule: Rule, endpoint: Endpoint, why: str) -> None:
         """An endpoint failed so often that it is left alone for a while."""

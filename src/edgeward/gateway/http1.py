@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from edgeward.gateway.peer import Peer
+
+if TYPE_CHECKING:
+    from edgeward.gateway.auth import Identity
 
 #: Bytes of a head, of its first line; number of fields.
 HEAD_BYTES = 32 * 1024
@@ -42,6 +46,9 @@ CLAIMS = frozenset(
      "x-ssl-client-s-dn", "x-client-verify", "x-client-dn"}
 )  # fmt: skip
 
+#: What the gateway itself tells targets of a client (``auth.py``) begins so; from clients it is dropped.
+OURS = "x-edgeward-"
+
 #: What asks for an answer under a condition, or for a part of it.
 CONDITIONS = frozenset({"if-none-match", "if-modified-since", "if-match", "if-unmodified-since", "if-range", "range"})
 _OF_CACHES = frozenset({"cache-control", "pragma", "authorization", "upgrade"})
@@ -68,8 +75,8 @@ class Request:
     """One request's head. Names of fields are lower-case; ``length`` is -1 for a chunked body."""
 
     __slots__ = (
-        "authority", "expect", "fields", "headers", "host", "keep", "known", "length", "method", "minor", "path",
-        "peer", "plain", "query", "scheme", "target", "unconditional", "upgrade",
+        "authority", "expect", "fields", "headers", "host", "identity", "keep", "known", "length", "method", "minor",
+        "path", "peer", "plain", "query", "scheme", "target", "unconditional", "upgrade",
     )  # fmt: skip
 
     def __init__(self, method: str, target: str, minor: int, headers: Headers) -> None:
@@ -89,6 +96,13 @@ class Request:
         self.unconditional = self.plain = False
         #: It is remembered, with the bytes that it came in (``gate.py``).
         self.known = False
+        #: Who asks, where the Route wants to know (``auth.py``).
+        self.identity: Identity | None = None
+
+    @property
+    def authorised(self) -> bool:
+        """The answer is for this client, unless it says otherwise (RFC 9111, section 3.5)."""
+        return self.identity is not None or "authorization" in self.fields
 
 
 class Response:
@@ -280,10 +294,12 @@ def end_to_end(headers: Headers) -> Headers:
 def is_claim(name: str) -> bool:
     """Whether a field is a client's word about itself, or would be one, or frame the message, for a target that takes
     underscores for hyphens (CGI and what came after it do)."""
-    if name in CLAIMS:
+    if name in CLAIMS or name.startswith(OURS):
         return True
     plain = name.replace("_", "-") if "_" in name else ""
-    return bool(plain) and (plain in CLAIMS or plain in HOP or plain in ("host", "content-length", "via"))
+    return bool(plain) and (
+        plain in CLAIMS or plain.startswith(OURS) or plain in HOP or plain in ("host", "content-length", "via")
+    )
 
 
 def write_request(method: str, target: str, headers: Iterable[tuple[str, str]]) -> bytes:

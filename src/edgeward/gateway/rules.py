@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from edgeward.core.errors import Invalid
+from edgeward.gateway.auth import AuthConfig, Guard
 from edgeward.gateway.balance import Balance, Budget, Endpoint
 from edgeward.gateway.cors import CorsConfig
 from edgeward.gateway.match import Table
@@ -61,6 +62,7 @@ class RouteConfig(msgspec.Struct, frozen=True):
     rate: float = 0.0
     cors: CorsConfig | None = None
     burst: int = 0
+    auth: AuthConfig | None = None
 
 
 class Listen(msgspec.Struct, frozen=True):
@@ -112,6 +114,7 @@ class Rule:
         "config",
         "cors",
         "counters",
+        "guard",
         "host",
         "key",
         "match_headers",
@@ -122,12 +125,16 @@ class Rule:
         "preflight",
     )  # fmt: skip
 
-    def __init__(self, config: RouteConfig, old: Rule | None) -> None:
+    def __init__(self, config: RouteConfig, old: Rule | None, guard: Guard | None = None) -> None:
         self.config = config
         self.key, self.host, self.path = config.key, config.host, config.path
         self.methods, self.match_headers = config.methods, config.headers
         self.cache = config.cache
         self.cors = config.cors
+        #: Who is let in; None: everybody.
+        self.guard = guard
+        if config.auth is not None and guard is None:
+            raise ValueError(f"{config.key} has nobody at its door")
         #: The gateway itself answers what a browser asks before a request.
         self.preflight = config.cors is not None
         self.owner = f"{config.key} {config.target} {config.send_host}"
@@ -154,6 +161,8 @@ def decode(section: Mapping[str, Any]) -> GatewayConfig:
         raise Invalid(str(e), field="$.gateway") from None
 
 
-def table(config: GatewayConfig, old: Table[Rule] | None = None) -> Table[Rule]:
+def table(
+    config: GatewayConfig, old: Table[Rule] | None = None, guards: Mapping[str, Guard] | None = None
+) -> Table[Rule]:
     known = {r.key: r for r in old.rules} if old is not None else {}
-    return Table([Rule(c, known.get(c.key)) for c in config.routes])
+    return Table([Rule(c, known.get(c.key), (guards or {}).get(c.key)) for c in config.routes])

@@ -19,6 +19,8 @@ def forwarded(
     """The fields of the request as the target gets them. ``validators``: the gateway asks for itself, in place of the
     client's conditions."""
     mine = _DROPPED if validators is None else _DROPPED | CONDITIONS
+    if rule.guard is not None:
+        mine = mine | rule.guard.dropped
     passed = [h for h in end_to_end(request.headers) if h[0] not in mine and not is_claim(h[0]) and h[0] != "via"]
     told = request.fields.get("via")
     host = rule.config.send_host or request.authority or authority
@@ -26,6 +28,7 @@ def forwarded(
         ("host", host),
         *passed,
         *(validators or []),
+        *(request.identity.fields if request.identity is not None else ()),
         ("x-forwarded-for", client),
         ("x-forwarded-host", request.authority or authority),
         ("x-forwarded-proto", request.scheme),

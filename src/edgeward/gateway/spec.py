@@ -18,6 +18,7 @@ from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import NAME_PATTERN, Resource
+from edgeward.gateway.auth_spec import Auth, auth_refs, check_auth
 from edgeward.gateway.http1 import CLAIMS, HOP, Bad
 from edgeward.gateway.match import clean
 
@@ -139,6 +140,7 @@ class RouteSpec(Declared):
         default_factory=RouteLimits
     )
     cache: Annotated[Cache | None, Meta(description="Keep answers; {} is RFC 9111 and nothing else")] = None
+    auth: Annotated[Auth | None, Meta(description="Who may ask; left out: everybody")] = None
     cors: Annotated[Cors | None, Meta(description="For pages of other origins; left out: the target's own word")] = None
     placement: Annotated[Placement, Meta(description="Which nodes serve it; empty: all")] = msgspec.field(
         default_factory=Placement
@@ -258,6 +260,8 @@ def _check(r: Resource) -> None:
         raise Invalid("more than 16 header fields", field="$.spec.headers")
     if len(set(spec.methods)) != len(spec.methods):
         raise Invalid("a method is given twice", field="$.spec.methods", remedy="remove one")
+    if spec.auth is not None:
+        check_auth(spec.auth)
     if spec.cors is not None:
         _check_cors(spec.cors)
     _check_durations(spec)
@@ -279,6 +283,8 @@ def _refs(r: Resource) -> list[Ref]:
     if spec.to.function:
         function, _ = split_function(spec.to.function)
         refs.append(Ref("Function", r.metadata.namespace, function, "$.spec.to.function"))
+    if spec.auth is not None:
+        refs += auth_refs(spec.auth, r.metadata.namespace)
     if spec.placement.site:
         refs.append(Ref("Site", "_", spec.placement.site, "$.spec.placement.site"))
     return refs
