@@ -73,7 +73,8 @@ class Mtls(Declared):
 
     subjects: Annotated[list[str], Meta(description="e.g. CN=till-7,O=Shop (RFC 4514)", max_length=256)] = []
     sans: Annotated[
-        list[str], Meta(description="Alternative names: dns:till-7.shop, uri:spiffe://..., ip:..., email:...", max_length=256)
+        list[str],
+        Meta(description="Alternative names: dns:till-7.shop, uri:spiffe://..., ip:..., email:...", max_length=256),
     ] = []
     fingerprints: Annotated[list[str], Meta(description="SHA-256 of the certificate, hex", max_length=256)] = []
 
