@@ -49,7 +49,8 @@ class PlaneSections:
         functions = self._functions.section(declared)
         routes = gateway.section(
             self._node, self._desired.routes(), self._desired.endpoints, self._gateway, self._listens(),
-            {f"{f.metadata.namespace}/{f.metadata.name}" for f in declared}, auths=self._auths,
+            {f"{f.metadata.namespace}/{f.metadata.name}" for f in declared},
+            auths=self._auths, site=gateway.Site(self._desired.neighbours(), self._desired.fallback),
         )  # fmt: skip
         return {"node": self._node, "site": self._site, "functions": functions, "gateway": routes}
 

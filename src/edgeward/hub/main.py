@@ -50,6 +50,7 @@ from edgeward.hub.failover import Failover
 from edgeward.hub.front import Links, front_protocol
 from edgeward.hub.gateways import GatewayRelay
 from edgeward.hub.kinds import load
+from edgeward.hub.neighbours import Neighbours
 from edgeward.hub.oidc import SignIn
 from edgeward.hub.routes import HubRoutes
 from edgeward.hub.steering import HubSteering, Settings
@@ -163,7 +164,8 @@ class Hub:
         if self.cluster:
             more.append(self._failover(system).run)
             await self._caught_up(system)
-        self.steering = HubSteering(self.store, self.steering_settings, self._usage_of)
+        neighbours = Neighbours(self.store, self.steering_settings.scheme, lambda: self.peers.leads)
+        self.steering = HubSteering(self.store, self.steering_settings, self._usage_of, neighbours)
         routes = HubRoutes(
             store=self.store,
             client=self.bus.client,
