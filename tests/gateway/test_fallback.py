@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.gateway.rig import Answer, Client, Rig, Target, plain
+from tests.gateway.test_admission import jwt, token
 
 from edgeward.core.invocation import Call, CallFailed, Reply
 from edgeward.gateway.balance import Endpoint
@@ -389,3 +391,21 @@ def test_killed_and_flapping_endpoints_under_load(sites: Sites) -> None:
     assert len(answered) > len(failed), "that which was under way when its endpoint died, and no more"
     for c in (one, two, other, cloud):
         c.rig.do(c.down())
+
+
+def test_the_other_site_looks_at_the_token_itself_and_the_cloud_gets_none(sites: Sites) -> None:
+    target = sites.there.target(plain(b"berlin"))
+    sites.there.route("/r", target.port, key=KEY, auth=jwt())
+    sites.here.route("/r", key=KEY, auth=jwt(), then=(sites.near(), sites.far()))
+    assert sites.ask().status == 401 and target.connections == 0
+    assert sites.ask("/r", token(sub="ann")).body == b"berlin"
+    assert b"x-edgeward-identity: ann\r\n" in target.heads[0] and b"authorization" not in target.heads[0]
+    sites.there.routes.clear()
+    sites.there.route(
+        "/r",
+        target.port,
+        key=KEY,
+        auth=msgspec.structs.replace(jwt(), jwt=msgspec.structs.replace(jwt().jwt, audience=("others",))),
+    )
+    assert sites.ask("/r", token(sub="ann")).body == b"cloud", "which that site does not let in"
+    assert b"x-edgeward-identity: ann\r\n" in sites.cloud.heads[0] and b"authorization" not in sites.cloud.heads[0]
