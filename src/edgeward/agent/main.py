@@ -39,7 +39,7 @@ from edgeward.core.audit import Audit
 from edgeward.core.authz import Principal, administrator
 from edgeward.core.bus import Bus
 from edgeward.core.chain import Head
-from edgeward.core.errors import EdgewardError
+from edgeward.core.errors import EdgewardError, Unreachable
 from edgeward.core.files import read_json
 from edgeward.core.gate import Auth, Gate
 from edgeward.core.identity import NodeIdentity, inbox_prefix
@@ -52,6 +52,7 @@ from edgeward.core.scope import check_local
 from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
 from edgeward.functions.stats import HELP as FUNCTION_HELP
+from edgeward.functions.stock import Stock
 from edgeward.nodes.calls import CallServer
 from edgeward.nodes.door import Door
 from edgeward.nodes.edge import NodeEdge
@@ -119,6 +120,7 @@ class Agent:
         self.tokens = AccessTokens(self.replica, site=self.site, now=self._now)
         listen = address_of(config.get("api"))
         self.listener = Listener(self.identity, listen, self._say) if listen else None
+        self.stock = Stock(data, self._ask_hub, lambda: self.plane.poke())  # noqa: PLW0108 - the plane is made later
         self.sections = PlaneSections(
             self.node,
             self.site,
@@ -128,6 +130,7 @@ class Agent:
             desired=self.desired,
             replica=self.replica,
             vault=self.vault,
+            stock=self.stock,
         )
         self.plane = Keeper(
             data,
@@ -171,7 +174,7 @@ class Agent:
                 self.api_socket.chmod(0o600)
                 os.umask(old_umask)
                 works = [self.apps.run, self.plane.run, self.changes.run]
-                works += [self._messages, self._token_uses, self._anchor]
+                works += [self._messages, self._token_uses, self._anchor, self.stock.run]
                 if (listener := self.listener) is not None:
                     open_api = self._api(self._bearer)
                     works.append(lambda: listener.run(open_api))
@@ -261,6 +264,12 @@ class Agent:
         if self.outbox is not None and self._ready:
             await self._exports.apply(self.desired.exports())
 
+    async def _ask_hub(self, verb: str, data: bytes, timeout: float) -> bytes:
+        if self.bus is None or not self.link.online:
+            raise Unreachable("the hub is not reached", remedy="it is tried again when the link is up")
+        answer = await self.bus.request(f"ew.hub.{verb}.{self.node}", data, timeout=timeout)
+        return answer.data
+
     def _link_use(self) -> tuple[int | None, dict[str, Any]]:
         nats = self.broker.server
         return nats.pid if nats else None, self.wan.usage() if self.wan else {}
@@ -337,6 +346,8 @@ class Agent:
         self.renewer.flipped(online)
         if online and self.outbox is not None:
             self.outbox.kick()
+        if online:
+            self.stock.hurry()
         self.reports.event(
             "Normal" if online else "Warning",
             "LinkUp" if online else "LinkDown",

@@ -17,6 +17,7 @@ from edgeward.core.errors import EdgewardError
 from edgeward.core.natsserver import free_port
 from edgeward.core.vault import Vault
 from edgeward.functions.edge import Sections
+from edgeward.functions.stock import Stock
 from edgeward.gateway import edge as gateway
 from edgeward.gateway.auth_edge import Auths
 from edgeward.gateway.rules import Listen
@@ -36,12 +37,13 @@ class PlaneSections:
         desired: Desired,
         replica: Replica,
         vault: Vault,
+        stock: Stock,
     ) -> None:
         self._node, self._site, self._bind, self._address = node, site, bind, address
         self._gateway, self._desired, self._replica = given, desired, replica
         values = desired.values
         self._auths = Auths(values, vault)
-        self._functions = Sections(partial(values, "Config"), partial(values, "Secret"), vault)
+        self._functions = Sections(partial(values, "Config"), partial(values, "Secret"), vault, stock)
 
     def all(self) -> dict[str, Any]:
         """What the plane shall do now."""
@@ -49,8 +51,7 @@ class PlaneSections:
         functions = self._functions.section(declared)
         routes = gateway.section(
             self._node, self._desired.routes(), self._desired.endpoints, self._gateway, self._listens(),
-            {f"{f.metadata.namespace}/{f.metadata.name}" for f in declared},
-            auths=self._auths, site=gateway.Site(self._desired.neighbours(), self._desired.fallback),
+            {f"{f.metadata.namespace}/{f.metadata.name}" for f in declared}, auths=self._auths,
         )  # fmt: skip
         return {"node": self._node, "site": self._site, "functions": functions, "gateway": routes}
 

@@ -270,6 +270,12 @@ class Api:
             raise self._error(response, failed_of)
         return response.status, response.getheaders(), self._chunks(response)
 
+    def upload(self, path: str, data: bytes) -> Doc:
+        """PUTs bytes; the answer's document."""
+        response = self._send("PUT", path, data=data, content_type="application/octet-stream", timeout=CALL_TIMEOUT)
+        found = json.loads(response.read() or b"{}")
+        return found if isinstance(found, dict) else {}
+
     def stream(
         self, path: str, *, query: Mapping[str, str] | None = None, accept: str = "*/*", follow: bool = False
     ) -> Iterator[bytes]:

@@ -15,11 +15,11 @@ import typer
 from edgeward.cli.observe import Follow, count, harmless
 from edgeward.cli.output import write
 from edgeward.cli.session import Session, UsageError, command
-from edgeward.cli.write import seconds
+from edgeward.cli.write import Files, seconds
 from edgeward.core.errors import EdgewardError
 from edgeward.core.resource import check_name
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="What functions wrote.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="What functions wrote, and their packages.")
 
 Name = Annotated[str, typer.Argument(metavar="FUNCTION", help="The function's name.", show_default=False)]
 
@@ -121,4 +121,33 @@ def logs(
             sys.stdout.flush()
 
 
+def bundle(
+    session: Session,
+    filename: Files = None,
+    python: Annotated[
+        str, typer.Option("--python", metavar="VERSION", help="Of the nodes, e.g. 3.12; else this one's.")
+    ] = "",
+    arch: Annotated[
+        str, typer.Option("--arch", metavar="NAME", help="Processor of the nodes, e.g. aarch64; else this one's.")
+    ] = "",
+    glibc: Annotated[
+        int, typer.Option("--glibc", metavar="MINOR", help="glibc of the nodes at least 2.MINOR.", min=5, max=99)
+    ] = 28,
+    index: Annotated[str, typer.Option("--index", metavar="URL", help="Package index; else as pip is set.")] = "",
+    find_links: Annotated[
+        str, typer.Option("--find-links", metavar="FOLDER", help="Wheels; without --index nothing else is asked.")
+    ] = "",
+) -> None:
+    """Fetch the packages of functions here and bring them to the hub, for a hub that reaches no registry.
+
+    For each Function of the files with dependencies: its wheels for one kind of node, held against the lock file.
+    Nodes hold them against it again. Needs pip on this machine.
+    """
+    from edgeward.cli.uploads import bundle_all
+
+    session.output(allowed=("table",))
+    bundle_all(session, filename or [], python=python, arch=arch, glibc=glibc, index=index, find_links=find_links)
+
+
 app.command("logs")(command(logs))
+app.command("bundle")(command(bundle))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from edgeward.cli.kinds import load_kinds
 from edgeward.cli.session import Session, UsageError
-from edgeward.core.errors import Invalid
+from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.manifest import Manifest, decode_manifest, read_files
 from edgeward.core.registry import Kind
 from edgeward.core.resource import Key, Resource
@@ -29,6 +30,8 @@ class Declared:
     manifest: Manifest
     resource: Resource
     kind: Kind
+    #: Packed folders that the document refers to: (digest, bytes).
+    uploads: tuple[tuple[str, bytes], ...] = ()
 
     @property
     def namespace(self) -> str | None:
@@ -48,8 +51,11 @@ class Declared:
         return self.resource.metadata.resourceVersion
 
 
-def read_declared(session: Session, files: Sequence[str]) -> list[Declared]:
-    """All documents of all files, validated, in the order in which they can be written."""
+def read_declared(session: Session, files: Sequence[str], *, pack: bool = True) -> list[Declared]:
+    """All documents of all files, validated, in the order in which they can be written.
+
+    ``pack``: whether what they say of folders matters; a document that is to be deleted may have lost its own.
+    """
     if not files:
         raise UsageError("no file given: -f FILE, -f DIRECTORY, or -f - for standard input")
     if session.all_namespaces:
@@ -58,8 +64,9 @@ def read_declared(session: Session, files: Sequence[str]) -> list[Declared]:
     found: dict[Key, Declared] = {}
     for manifest in read_files(list(files), sys.stdin.buffer):
         _place(manifest, session)
+        uploads = _packed(manifest, pack)
         resource = decode_manifest(manifest)
-        declared = Declared(manifest, resource, kinds.get(resource.kind))
+        declared = Declared(manifest, resource, kinds.get(resource.kind), uploads)
         first = found.get(declared.key)
         if first is not None:
             raise Invalid(
@@ -74,6 +81,41 @@ def read_declared(session: Session, files: Sequence[str]) -> list[Declared]:
         raise Invalid("no document found", file=", ".join(files))
     rank = {name: i for i, name in enumerate(ORDER)}
     return sorted(found.values(), key=lambda d: rank.get(d.kind.name, len(ORDER)))
+
+
+def _packed(manifest: Manifest, pack: bool) -> tuple[tuple[str, bytes], ...]:
+    """Turns ``source: {folder: PATH}`` of a Function into an archive by digest; the path is from where the file is."""
+    doc = manifest.doc
+    spec = doc.get("spec") if isinstance(doc, dict) and doc.get("kind") == "Function" else None
+    source = spec.get("source") if isinstance(spec, dict) else None
+    if not isinstance(source, dict) or "folder" not in source:
+        return ()
+    at: dict[str, Any] = {"file": manifest.file, "line": manifest.line_of("$.spec.source.folder")}
+    given = source.pop("folder")
+    if not isinstance(given, str) or not given or source:
+        raise Invalid(
+            "give the code in one way",
+            field="$.spec.source",
+            remedy="folder: and the path of one, nothing beside",
+            **at,
+        )
+    if not pack:
+        source["archive"] = {"digest": f"sha256:{'0' * 64}"}
+        return ()
+    from edgeward.functions import archive
+
+    base = Path(manifest.file).parent if Path(manifest.file).is_file() else Path()
+    try:
+        data, digest = archive.pack(base / given)
+    except EdgewardError as e:
+        e.field, e.line = "$.spec.source.folder", at["line"]
+        e.message = f"{e.file}: {e.message}"
+        e.file = manifest.file
+        raise
+    except OSError as e:
+        raise Invalid(f"{e.filename}: {e.strerror}", field="$.spec.source.folder", **at) from None
+    source["archive"] = {"digest": digest}
+    return ((digest, data),)
 
 
 def _place(manifest: Manifest, session: Session) -> None:

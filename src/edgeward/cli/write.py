@@ -74,6 +74,10 @@ def apply(
     with session.api() as api:
         for d in declared:
             try:
+                if d.uploads and not dry_run:
+                    from edgeward.cli.uploads import upload
+
+                    upload(api, session.at, d.namespace or "default", d.uploads)
                 verb, doc = apply_one(api, d, dry_run=dry_run, new=new)
             except EdgewardError as e:
                 if e.resource:
@@ -228,7 +232,7 @@ def _to_delete(
         from edgeward.cli.manifests import read_declared
 
         # what was written last is referred to by nothing
-        return [(d.kind, d.namespace, d.name) for d in reversed(read_declared(session, files))]
+        return [(d.kind, d.namespace, d.name) for d in reversed(read_declared(session, files, pack=False))]
     targets = parse_targets(words)
     got: list[tuple[Kind, str | None, str]] = []
     for t in targets:

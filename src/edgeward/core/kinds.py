@@ -29,10 +29,13 @@ class Quota(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
         Meta(description="Readings a second that its Exports take on one node; more wait in the node's broker"),
     ] = None
     bytes: Annotated[Size | None, Meta(description="The sum of its Exports' bounds.bytes, e.g. 1Gi")] = None
+    blobs: Annotated[
+        Size | None, Meta(description="What it may hold at the hub of archives and packages, e.g. 500Mi")
+    ] = None
 
     def limits(self) -> dict[str, float]:
         """Field to number, of those that admission checks."""
-        values = {"apps": self.apps, "cpu": self.cpu, "memory": self.memory, "bytes": self.bytes}
+        values = {"apps": self.apps, "cpu": self.cpu, "memory": self.memory, "bytes": self.bytes, "blobs": self.blobs}
         return {k: parse_bytes(v) if isinstance(v, str) else float(v) for k, v in values.items() if v is not None}
 
 
@@ -120,6 +123,7 @@ kinds.add(
         namespaced=False,
         scope="all",
         short=("ns",),
+        newer={"quota.blobs": 2},
         check=_check_namespace,
         columns=(Column("DESCRIPTION", lambda d: d["spec"].get("description", "")),),
         example=(

@@ -29,6 +29,7 @@ from edgeward.functions.nursery import Nursery
 from edgeward.functions.origins import Forked, Origin
 from edgeward.functions.pool import Job, Pool, deadline_of
 from edgeward.functions.sandbox import Cage, Verdict
+from edgeward.functions.shelves import shelves
 from edgeward.functions.switch import Function
 from edgeward.functions.versions import Config, Policy, Version
 
@@ -164,6 +165,10 @@ class Dispatcher:
     def now(self) -> float:
         return (self._loop or self._in_loop()).time()
 
+    def library(self, version: Version) -> list[str]:
+        """Folders of the version's code and packages, where it has such; ``stock.py`` put them there."""
+        return [str(p) for p in shelves(self.folder, version.code, version.packages)]
+
     def new_instance(self) -> str:
         self._instances += 1
         return f"{self._prefix}{os.getpid():x}-{self._instances}"
@@ -193,6 +198,9 @@ class Dispatcher:
 
     async def lacks(self, version: Version) -> str:
         """Why this node cannot or must not run it; empty: it may."""
+        gone = [p for p in shelves(self.folder, version.code, version.packages) if not p.is_dir()]
+        if gone:
+            return f"its {gone[0].parent.name} is not on this node; the agent fetches it"
         if version.runtime not in self.origins:
             return f"this node does not run {version.runtime}; update Edgeward on it"
         if lacking := await self.origins[version.runtime].lacks(version):
@@ -226,11 +234,13 @@ class Dispatcher:
         wanted: Sequence[Config],
         fallbacks: Mapping[str, Version] | None = None,
         verdicts: Mapping[str, tuple[str, str]] | None = None,
+        held: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         """Makes the functions be what is wanted, without a pause: returns at once, goes on in the background.
 
         Of what was before this process began: ``fallbacks``, what a function ran well with; ``verdicts``, the version
-        that was taken back, and why.
+        that was taken back, and why. ``held``: why a newer version cannot be had yet, with the phase (``Pending``,
+        ``Degraded``) that this is.
         """
         keys = {c.version.key for c in wanted}
         for key in [k for k in self._functions if k not in keys]:
@@ -244,6 +254,7 @@ class Dispatcher:
             if (known := self._functions.get(key)) is None:
                 known = Function(self, config, (fallbacks or {}).get(key), (verdicts or {}).get(key))
                 self._functions[key] = known
+            known.held = (held or {}).get(key)
             known.adjust(config)
         self._wake.set()
 

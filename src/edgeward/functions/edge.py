@@ -14,10 +14,12 @@ from typing import Any, Protocol
 import msgspec
 
 from edgeward.core import clock
+from edgeward.core.blobs import hex_of
 from edgeward.core.errors import Invalid, NotFound
 from edgeward.core.quantity import parse_duration
 from edgeward.core.resource import Resource, check_name
 from edgeward.functions import logs
+from edgeward.functions.stock import Missing
 from edgeward.functions.versions import config_of
 
 #: (namespace, name) -> (data, revision), or None
@@ -35,15 +37,26 @@ def place(key: str, digest: str) -> str:
     return f"Function/{key}/{digest}"
 
 
+class Shelf(Protocol):
+    """What code and packages are here (``stock.py``)."""
+
+    def code(self, namespace: str, hex: str) -> Missing | None: ...
+    def packages(self, namespace: str, lock: str) -> Missing | None: ...
+    def settle(self) -> None: ...
+
+
 class Sections:
     """Makes the plane's section ``functions``: the same bytes as long as nothing changed."""
 
-    def __init__(self, config: Lookup, secret: Lookup, vault: Seals) -> None:
-        self._config, self._secret, self._vault = config, secret, vault
+    def __init__(self, config: Lookup, secret: Lookup, vault: Seals, shelf: Shelf | None = None) -> None:
+        """Without ``shelf``: functions that are a text only."""
+        self._config, self._secret, self._vault, self._shelf = config, secret, vault, shelf
         self._sealed: dict[tuple[str, str], str] = {}
 
     def section(self, functions: Sequence[Resource]) -> dict[str, Any]:
         entries = [self._entry(f) for f in sorted(functions, key=lambda r: (r.metadata.namespace, r.metadata.name))]
+        if self._shelf is not None:
+            self._shelf.settle()
         kept = {(e["key"], e.get("digest", "")) for e in entries}
         self._sealed = {k: v for k, v in self._sealed.items() if k in kept}
         return {"functions": entries}
@@ -71,6 +84,8 @@ class Sections:
                 return {"key": key, "waiting": f"Secret/{name} is not here yet"}
             secrets[name] = found[0]
             marks.append(f"{name}@{found[1]}@")  # read by name: another version than one in the environment
+        if missing := self._missing(function):
+            return {"key": key, "waiting": missing.message, "phase": missing.phase}
         made = config_of(function, env, secret, marks, secrets)
         entry: dict[str, Any] = {"key": key, "digest": made.version.digest}
         if made.version.secret or made.version.secrets:
@@ -86,6 +101,16 @@ class Sections:
             made.version.secrets = {name: {} for name in made.version.secrets}
         entry["config"] = msgspec.to_builtins(made)
         return entry
+
+    def _missing(self, function: Resource) -> Missing | None:
+        """What of its code and packages is not here yet; both are fetched at once."""
+        ns, spec = function.metadata.namespace, function.spec
+        if spec.source.archive is None and spec.dependencies is None:
+            return None
+        if self._shelf is None:
+            return Missing("Degraded", "this node fetches no archives and packages")
+        code = spec.source.archive and self._shelf.code(ns, hex_of(spec.source.archive.digest))
+        return (spec.dependencies and self._shelf.packages(ns, spec.dependencies.lock)) or code
 
 
 def read_logs(folder: Path, args: dict[str, Any]) -> AsyncIterator[bytes]:

@@ -50,7 +50,9 @@ class Entry(msgspec.Struct, omit_defaults=True):
     digest: str = ""
     config: Config | None = None
     sealed: str = ""
+    #: Why it is not complete yet, and what its status says meanwhile.
     waiting: str = ""
+    phase: str = "Pending"
 
 
 class Kept(msgspec.Struct, omit_defaults=True):
@@ -117,13 +119,15 @@ class FunctionsPart:
         return entries
 
     def commit(self, prepared: list[Entry] | None) -> None:
-        configs, fallbacks, known = [], {}, {}
+        configs, fallbacks, known, held = [], {}, {}, {}
         for given in prepared or []:
             entry = given if given.config is not None else self._known.get(given.key)
             if entry is None:
                 namespace, _, name = given.key.partition("/")
-                self._voice.report("Function", namespace, name, {"phase": "Pending", "message": given.waiting})
+                self._voice.report("Function", namespace, name, {"phase": given.phase, "message": given.waiting})
                 continue
+            if given.config is None:
+                held[entry.key] = (given.phase, given.waiting)
             known[entry.key] = entry
             configs.append(self._opened(entry))
             kept = self._kept.get(entry.key)
@@ -139,7 +143,7 @@ class FunctionsPart:
             self._kept = {k: v for k, v in self._kept.items() if k in known}
             self._verdicts = {k: v for k, v in self._verdicts.items() if k in known}
             self._unwritten.set()
-        self.dispatcher.configure(configs, fallbacks, dict(self._verdicts))
+        self.dispatcher.configure(configs, fallbacks, dict(self._verdicts), held)
         self._clockwork.configure({c.version.key: c.policy.crons for c in configs})
         if configs:
             self._some.set()

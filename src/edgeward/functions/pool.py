@@ -51,6 +51,7 @@ class Host(Protocol):
     site: str
 
     def new_instance(self) -> str: ...
+    def library(self, version: Version) -> list[str]: ...
     def now(self) -> float: ...
     def spawn(self, work: Any) -> None: ...
 
@@ -503,6 +504,7 @@ class Pool:
             tmp_size=version.tmp,
             open_files=version.open_files,
             network=version.network,
+            library=self.host.library(version),
         )
         env = {**version.env, "HOME": str(tmp), "TMPDIR": str(tmp), "LANG": "C.UTF-8"}
         child = await origin.worker(version, cage, env)

@@ -350,12 +350,20 @@ def _become(user: int, keep_reading: bool) -> None:
 @functools.cache
 def _closed_to_others() -> bool:
     """Whether another user could not read Python's library, e.g. below root's home."""
-    for path in (sys.base_prefix, sys.prefix, str(Path(__file__).resolve().parent)):
-        for parent in (Path(path), *Path(path).parents):
-            with contextlib.suppress(OSError):
-                if not parent.stat().st_mode & 0o001:
-                    return True
+    return any(_closed(Path(p)) for p in (sys.base_prefix, sys.prefix, str(Path(__file__).resolve().parent)))
+
+
+def _closed(path: Path) -> bool:
+    for parent in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            if not parent.stat().st_mode & 0o001:
+                return True
     return False
+
+
+def _closed_cage(cage: Cage) -> bool:
+    """Whether there is something that the worker shall read and another user could not: a node's folder is closed."""
+    return _closed_to_others() or any(_closed(Path(p)) for p in cage.library)
 
 
 def _data_bytes() -> int:
@@ -410,12 +418,12 @@ def enter(cage: Cage, outside: str) -> Verdict:
     abi = landlock_abi()
     if not root or not cage.user:
         verdict.refused["user"] = "the agent does not run as root" if not root else "no user was given"
-    elif _closed_to_others() and abi < 1:
-        verdict.refused["user"] = "another user could not read Python's library here"
+    elif (closed := _closed_cage(cage)) and abi < 1:
+        verdict.refused["user"] = "another user could not read Python's library, or the function's code, here"
     else:
         with contextlib.suppress(OSError):
             os.chown(cage.tmp, cage.user, cage.user)
-        step(("user",), lambda: _become(cage.user, _closed_to_others()))
+        step(("user",), lambda: _become(cage.user, closed))
     dies_with_parent()  # after the change of user, which would undo it
     with contextlib.suppress(OSError):
         _prctl(_PR_SET_DUMPABLE, 0)

@@ -349,7 +349,11 @@ class Worker:
     def _load(self, init: wire.Init) -> Callable[[Event, Context], Any]:
         sys.meta_path.insert(0, _Source(init.files))
         module_name, _, name = init.handler.rpartition(":")
-        module = importlib.import_module(module_name) if module_name else self._main(init.files)
+        module = (
+            importlib.import_module(module_name or "main")  # of an archive, or one that is named
+            if module_name or "main.py" not in init.files
+            else self._main(init.files)
+        )
         handler = getattr(module, name, None)
         if not callable(handler):
             raise AttributeError(f"{module_name or 'main'} has no function {name!r}")

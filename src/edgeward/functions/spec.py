@@ -10,6 +10,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 from msgspec import Meta
 
+from edgeward.core.blobs import DIGEST
 from edgeward.core.declared import Declared, EnvFrom, Placement
 from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
@@ -18,6 +19,7 @@ from edgeward.core.resource import Resource
 from edgeward.core.topics import check_filter
 from edgeward.functions.cron import Schedule
 from edgeward.functions.sources import RULES
+from edgeward.functions.wheels import parse_lock
 
 Duration = Annotated[str, Meta(pattern=DURATION_PATTERN)] | float | int
 Size = Annotated[str, Meta(pattern=BYTES_PATTERN)] | int
@@ -29,11 +31,26 @@ _MAX_STATE = 64 << 20
 Promise = Literal["memory", "cpu", "pids", "tmp", "files", "network", "exec", "user", "signals", "kernel"]
 
 
+class Archive(Declared):
+    """A tar.gz or zip that the namespace holds at the hub; the command line makes one of `folder: ./src`."""
+
+    digest: Annotated[str, Meta(description="Of its bytes: sha256: and 64 hex digits", pattern=DIGEST)]
+
+
+class Dependencies(Declared):
+    """Packages that the code imports: fetched by the hub as wheels, once, so that no node needs a registry."""
+
+    lock: Annotated[
+        str, Meta(description="A requirements file with hashes, as `uv pip compile --generate-hashes` writes it")
+    ]
+
+
 class Source(Declared):
-    """The code: one of the two."""
+    """The code: one of the three. In a file for the command line also `folder: PATH`, which it packs and uploads."""
 
     inline: Annotated[str, Meta(description="The text of main.py")] = ""
     files: Annotated[dict[str, str], Meta(description="Relative path to text; modules and other files")] = {}
+    archive: Annotated[Archive | None, Meta(description="A packed folder")] = None
 
 
 class Limits(Declared):
@@ -127,6 +144,7 @@ class FunctionSpec(Declared):
     ]
     source: Annotated[Source, Meta(description="The code")]
     handler: Annotated[str, Meta(description="`function` of main.py, or `module:function`")] = "handler"
+    dependencies: Annotated[Dependencies | None, Meta(description="Packages (python)")] = None
     env: Annotated[dict[str, str], Meta(description="Environment")] = {}
     envFrom: Annotated[list[EnvFrom], Meta(description="Environment from Configs and Secrets")] = []
     secrets: Annotated[
@@ -157,8 +175,8 @@ class FunctionSpec(Declared):
 
 def _check_source(spec: FunctionSpec) -> None:
     source = spec.source
-    if bool(source.inline) == bool(source.files):
-        raise Invalid("give the code in one way", field="$.spec.source", remedy="inline: or files:, not both")
+    if bool(source.inline) + bool(source.files) + (source.archive is not None) != 1:
+        raise Invalid("give the code in one way", field="$.spec.source", remedy="inline:, files: or archive:, one only")
     for path in source.files:
         parts = PurePosixPath(path)
         if not path or parts.is_absolute() or ".." in parts.parts or "\0" in path or "\\" in path or str(parts) != path:
@@ -166,6 +184,14 @@ def _check_source(spec: FunctionSpec) -> None:
                 f"{path[:80]!r} is no relative path", field="$.spec.source.files", remedy="e.g. main.py or lib/a.py"
             )
     RULES[spec.runtime].check(spec)
+    if spec.dependencies is not None:
+        if spec.runtime != "python":
+            raise Invalid(
+                f"are for python, not for {spec.runtime}",
+                field="$.spec.dependencies",
+                remedy="put what it needs into the folder of its source",
+            )
+        parse_lock(spec.dependencies.lock)
 
 
 #: Fields that say how much, where and how it is looked after. All others are its code: together they are what a

@@ -84,6 +84,8 @@ class Function:
         self.draining: set[Pool] = set()
         self.in_hand = 0
         self.phase, self.message = "Starting", ""
+        #: Why a newer version cannot be had yet: the phase that this is, and the reason.
+        self.held: tuple[str, str] | None = None
         #: Digests that could not be started here and why.
         self.bad: dict[str, str] = {}
         self.attempts = 0
@@ -445,6 +447,9 @@ class Function:
             doc["takenBack"] = self.wanted.digest
         if self.message:
             doc["message"] = self.message
+        elif self.held is not None:
+            doc["message"] = f"a newer version waits: {self.held[1]}"
+            doc["phase"] = "Updating" if self.held[0] == "Pending" else "Degraded"
         return doc
 
     def tell_soon(self) -> None:

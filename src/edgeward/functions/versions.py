@@ -12,9 +12,11 @@ from typing import Any
 
 import msgspec
 
+from edgeward.core.blobs import hex_of
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
 from edgeward.functions.canary import Plan
+from edgeward.functions.parts import lock_digest
 from edgeward.functions.sources import RULES
 from edgeward.functions.spec import Cron, FunctionSpec
 
@@ -47,6 +49,9 @@ class Version(msgspec.Struct, omit_defaults=True):
     secret: list[str] = []
     #: What the handler finds in ``context.secrets``.
     secrets: dict[str, dict[str, str]] = {}
+    #: 64 hex digits of the archive that its code is in, and of the lock file of its packages; empty: none.
+    code: str = ""
+    packages: str = ""
 
     @property
     def key(self) -> str:
@@ -148,6 +153,11 @@ def config_of(
         "network": limits.network == "all",
         "require": sorted(spec.require),
     }
+    # only where there are such: the digests of functions that have none stay what they are
+    if spec.source.archive is not None:
+        made["code"] = hex_of(spec.source.archive.digest)
+    if spec.dependencies is not None:
+        made["packages"] = lock_digest(spec.dependencies.lock)
     meta = function.metadata
     version = Version(
         namespace=meta.namespace,

@@ -169,6 +169,7 @@ def _child(data: bytes, fd: int, others: tuple[socket.socket, ...]) -> None:
             spawn = _decode(_frame(sock))
         os.environ.update(spawn.env)
         verdict = sandbox.enter(spawn.cage, outside)
+        sys.path[:0] = spawn.cage.library  # what is loaded from there is loaded inside the cage
         if spawn.probe:
             verdict = sandbox.attempts(spawn.cage, verdict)
         sock.sendall(invocation.frame(invocation.Jailed(os.getpid(), verdict.enforced, verdict.refused)))

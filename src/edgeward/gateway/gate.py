@@ -28,9 +28,9 @@ from edgeward.gateway.door import Door
 from edgeward.gateway.exchange import Exchange
 from edgeward.gateway.explain import explain, purge_args
 from edgeward.gateway.guards import Guards
-from edgeward.gateway.http1 import FALLBACK, Bad, Request, parse_request
+from edgeward.gateway.http1 import Bad, Request, parse_request
 from edgeward.gateway.match import Table, clean
-from edgeward.gateway.rules import GatewayConfig, Listen, Place, Rule
+from edgeward.gateway.rules import GatewayConfig, Listen, Rule
 from edgeward.gateway.shelf import Key, Shelf, key_of
 from edgeward.gateway.stats import metrics
 from edgeward.gateway.upstream import Pool
@@ -138,19 +138,15 @@ class Gate:
         for rule in self.table.rules:
             namespace, _, name = rule.key.partition("/")
             ready = not rule.config.missing if rule.config.to == "function" else bool(rule.config.endpoints)
-            others = [str(p) for p in rule.places if p is not rule.home]
-            phase = "Ready" if ready else "Fallback" if others else "NoEndpoints"
-            status: dict[str, Any] = {"phase": phase, "target": rule.config.target}
+            status: dict[str, Any] = {"phase": "Ready" if ready else "NoEndpoints", "target": rule.config.target}
             if rule.config.to != "function":
                 status["endpoints"] = len(rule.config.endpoints)
-            if len(rule.places) > 1:
-                status["places"] = [p.kind if p is rule.home else str(p) for p in rule.places]
             if not ready:
-                what = "is not on this node" if rule.config.missing else "has no running endpoint at this site"
-                becomes = f"go to {', then '.join(others)}" if others else f"get {404 if rule.config.missing else 503}"
-                status["message"] = f"{rule.config.target} {what}: requests {becomes}"
-            if rule.config.lacking:
-                status["message"] = "; ".join(filter(None, [status.get("message", ""), rule.config.lacking]))
+                status["message"] = (
+                    f"{rule.config.target} is not on this node: requests get 404"
+                    if rule.config.missing
+                    else f"{rule.config.target} has no running endpoint at this site: requests get 503"
+                )
             if rule.guard is not None and rule.guard.broken:
                 status |= {"phase": "Closed", "message": f"nobody is let in (503): {rule.guard.broken}"}
             if rule.key in shadowed:
@@ -263,8 +259,6 @@ class Gate:
         except Bad:
             rule = None
         guarded = rule is not None and rule.guard is not None
-        if rule is not None and request.fields.get(FALLBACK, rule.key) != rule.key:
-            rule = None  # another site's gateway asks for a Route that is not the one here
         if len(head) <= REMEMBERED_BYTES and not guarded and not _SECRET & request.fields.keys():
             if len(self._memo) >= REMEMBERED:
                 self._memo.clear()
@@ -314,15 +308,11 @@ class Gate:
         took = clock.monotonic() - exchange.started
         status = exchange.status or 499
         rule.counters.count(status, took, exchange.size, exchange.cache_word)
-        if len(rule.places) > 1:
-            places = rule.counters.places
-            places[exchange.place.kind] = places.get(exchange.place.kind, 0) + 1
         if self.config.access_log == "all" or (self.config.access_log == "errors" and status >= 400):
             target = str(exchange.endpoint) if exchange.endpoint is not None else rule.config.target
-            place = (str(exchange.place), "; ".join(exchange.because)) if len(rule.places) > 1 else ()
             self.access.add(
                 (clock.now(), exchange.client, request.method, request.authority, request.path + request.query, status,
-                 exchange.size, took, rule.key, target, exchange.cache_word, *place)
+                 exchange.size, took, rule.key, target, exchange.cache_word)
             )  # fmt: skip
 
     def refused(self, client: str, request: Request | None, status: int) -> None:
@@ -340,10 +330,10 @@ class Gate:
                 text = f"the keys at {url} cannot be fetched, the last ones hold: {why}"
                 self.voice.event("Warning", "KeysNotFetched", text, namespace, name, "Route")
 
-    def opened(self, rule: Rule, place: Place, endpoint: Endpoint, why: str) -> None:
+    def opened(self, rule: Rule, endpoint: Endpoint, why: str) -> None:
         """An endpoint failed so often that it is left alone for a while."""
         namespace, _, name = rule.key.partition("/")
-        text = f"{place.target} at {endpoint} is left alone for {rule.config.pause:g} s: {why}"
+        text = f"{rule.config.target} at {endpoint} is left alone for {rule.config.pause:g} s: {why}"
         self.voice.event("Warning", "CircuitOpen", text, namespace, name, "Route")
 
     # -- verbs of the control socket ---------------------------------------------------------------------------------

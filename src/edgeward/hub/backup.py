@@ -51,7 +51,7 @@ RECOVERY_KEY = "recovery.key"
 VAULT_KEY = "identity/vault.key"
 _SEAL_FILE = ("recovery", "seal.json")
 #: Names (or endings) of what belongs to this machine or this run.
-_NOT = {"nats", "run.json", "lock", RECOVERY_KEY}
+_NOT = {"nats", "run.json", "lock", "scratch", RECOVERY_KEY}
 _NOT_ENDING = (".log", ".pid", ".sock", ".tmp", "-wal", "-shm", "-journal")
 _BATCH = 500
 _API_WAIT = 10.0

@@ -44,16 +44,20 @@ from edgeward.core.roles import built_in_roles
 from edgeward.core.store_nats import NatsStore
 from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
+from edgeward.functions.bundling import Source
 from edgeward.hub.backup import backup_routes, sealing_key
+from edgeward.hub.blob_routes import BlobRoutes
+from edgeward.hub.blobs import Blobs, Settings
+from edgeward.hub.bundles import Bundles
 from edgeward.hub.enrol import EnrolRoutes
 from edgeward.hub.failover import Failover
 from edgeward.hub.front import Links, front_protocol
 from edgeward.hub.gateways import GatewayRelay
 from edgeward.hub.kinds import load
-from edgeward.hub.neighbours import Neighbours
 from edgeward.hub.oidc import SignIn
 from edgeward.hub.routes import HubRoutes
-from edgeward.hub.steering import HubSteering, Settings
+from edgeward.hub.steering import HubSteering
+from edgeward.hub.steering import Settings as SteeringSettings
 from edgeward.nodes.calls import call
 from edgeward.nodes.cloud import NodesCloud
 from edgeward.nodes.enrol_cloud import Enrolment
@@ -94,11 +98,13 @@ class Hub:
         self.named_urls = [str(u) for u in config.get("urls", [])]
         self.urls = self.named_urls or [f"https://{self.address}:{self.port}"]
         self.oidc = SignIn.settings(config.get("oidc"))
-        self.steering_settings = Settings.read(config.get("steering"), dns, zone)
+        self.steering_settings = SteeringSettings.read(config.get("steering"), dns, zone)
         #: This process among several; one hub alone has no peers.
         self.name = str(config.get("name", "hub"))
         self.cluster: dict[str, Any] = config.get("cluster") or {}
         self.witness = bool(config.get("witness"))
+        self.blob_settings = Settings.read(config.get("blobs"))
+        self.packages = Source.read(config.get("packages"))
         self.certificate_life = parse_duration(config.get("certificateLife", "90d"))
         self.run_file = daemon.RunFile(data / "run.json")
         # each hub process has an audit of its own; its head is known by where it is, not by what a file says
@@ -164,8 +170,20 @@ class Hub:
         if self.cluster:
             more.append(self._failover(system).run)
             await self._caught_up(system)
-        neighbours = Neighbours(self.store, self.steering_settings.scheme, lambda: self.peers.leads)
-        self.steering = HubSteering(self.store, self.steering_settings, self._usage_of, neighbours)
+        scratch = ensure_dir(self.data / "scratch")
+        self.blobs = Blobs(self.bus, self.blob_settings, replicas=replicas)
+        await self._patiently(self.blobs.open)
+        self.bundles = Bundles(
+            self.store,
+            self.bus,
+            self.blobs,
+            self.packages,
+            scratch,
+            revoked=lambda node: bool(self.enrolment.status(node)["revoked"]),
+            leads=lambda: self.peers.leads,
+        )
+        await self.bundles.open()
+        self.steering = HubSteering(self.store, self.steering_settings, self._usage_of)
         routes = HubRoutes(
             store=self.store,
             client=self.bus.client,
@@ -201,6 +219,7 @@ class Hub:
                 *self.sign_in.routes(),
                 *GatewayRelay(self.store, self.bus.client, self.nodes).routes(),
                 *self.steering.routes(),
+                *BlobRoutes(self.store, self.blobs, self.bundles, audit, scratch).routes(),
                 *enrol_routes.routes(),
                 *backup_routes(self.bus.client, self.data, sealing_key(self.data), vault),
             ],
@@ -233,6 +252,7 @@ class Hub:
                     self.records.run,
                     self.peers.run,
                     self.nodes.run,
+                    self.bundles.run,
                     self.enrolment.run,
                     enrol_routes.run,
                     self._controllers,
