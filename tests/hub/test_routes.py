@@ -20,6 +20,7 @@ from edgeward.core.authz import administrator
 from edgeward.core.errors import NotFound
 from edgeward.core.resource import CLUSTER, Key
 from edgeward.core.streaming import Piece
+from edgeward.functions.keeping import CloudHistory
 from edgeward.hub.routes import HubRoutes
 from edgeward.nodes import calls
 from edgeward.nodes.calls import CallServer
@@ -59,6 +60,7 @@ async def api(
             streams=StreamsCloud(f.hub.client),
             records=f.records,
             write=f.write,
+            history=CloudHistory(f.store),
         )
         served = build_app(
             f.resources,
@@ -279,6 +281,7 @@ def test_a_reader_that_goes_while_much_waits_for_it_leaves_nothing_behind(tmp_pa
                 streams=StreamsCloud(client),
                 records=f.records,
                 write=f.write,
+                history=CloudHistory(f.store),
             )
             pieces = routes._merge(["plant-1"], {"tail": 1})
             assert await anext(pieces) == b"line\n"

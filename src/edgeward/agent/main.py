@@ -51,6 +51,7 @@ from edgeward.core.resources import Resources
 from edgeward.core.scope import check_local
 from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
+from edgeward.functions.keeping import EdgeHistory
 from edgeward.functions.stats import HELP as FUNCTION_HELP
 from edgeward.functions.stock import Stock
 from edgeward.nodes.calls import CallServer
@@ -121,6 +122,7 @@ class Agent:
         listen = address_of(config.get("api"))
         self.listener = Listener(self.identity, listen, self._say) if listen else None
         self.stock = Stock(data, self._ask_hub, lambda: self.plane.poke())  # noqa: PLW0108 - the plane is made later
+        self.history = EdgeHistory(data / "functions" / "versions")
         self.sections = PlaneSections(
             self.node,
             self.site,
@@ -131,6 +133,7 @@ class Agent:
             replica=self.replica,
             vault=self.vault,
             stock=self.stock,
+            history=self.history,
         )
         self.plane = Keeper(
             data,
@@ -152,6 +155,7 @@ class Agent:
             doors=self.doors,
             link_use=self._link_use,
             hurry=self.renewer.hurry,
+            history=self.history,
         )
         self.changes = Changes(
             self.replica, apps=self.apps, plane=self.plane, link=self.link, exports=self._apply_exports

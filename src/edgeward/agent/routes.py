@@ -28,6 +28,7 @@ from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key
 from edgeward.core.streaming import flag, json, number, read_body
 from edgeward.functions.edge import read_logs
+from edgeward.functions.keeping import EdgeHistory
 from edgeward.functions.relay import INVOKE, LONGEST, SILENCE, answer, call_args, log_args, pieces_of, to_plane
 from edgeward.functions.relay import LOGS as FUNCTION_LOGS
 from edgeward.gateway.relay import CALL
@@ -51,11 +52,12 @@ class AgentRoutes:
         doors: GatewayRoutes,
         link_use: Callable[[], tuple[int | None, dict[str, Any]]],
         hurry: Callable[[], None],
+        history: EdgeHistory,
     ) -> None:
         self._node, self._site, self._data = node, site, data
         self._replica, self._records = replica, records
         self._apps, self._plane, self._doors = apps, plane, doors
-        self._link_use, self._hurry = link_use, hurry
+        self._link_use, self._hurry, self._history = link_use, hurry, history
 
     def routes(self) -> list[Route]:
         return [
@@ -67,6 +69,11 @@ class AgentRoutes:
             Route(
                 "/api/v1/namespaces/{ns}/functions/{name}/logs",
                 needs("logs", "Function", "object")(self._function_logs_route),
+                methods=["GET"],
+            ),
+            Route(
+                "/api/v1/namespaces/{ns}/functions/{name}/versions",
+                needs("get", "Function", "object")(self._function_versions_route),
                 methods=["GET"],
             ),
             Route(
@@ -113,6 +120,10 @@ class AgentRoutes:
     async def _function_logs_route(self, request: Request) -> Response:
         args = log_args(*self._function_known(request), request)
         return StreamingResponse(read_logs(self._data / "functions", args), media_type="text/plain; charset=utf-8")
+
+    @described("The versions of a function that this node keeps, the present one last")
+    async def _function_versions_route(self, request: Request) -> Response:
+        return json({"items": self._history.of(*self._function_known(request))})
 
     @described("What an app wrote, on this node", query=LOGS, media="text/plain")
     async def _logs_route(self, request: Request) -> Response:

@@ -17,6 +17,7 @@ from edgeward.core.errors import EdgewardError
 from edgeward.core.natsserver import free_port
 from edgeward.core.vault import Vault
 from edgeward.functions.edge import Sections
+from edgeward.functions.keeping import EdgeHistory
 from edgeward.functions.stock import Stock
 from edgeward.gateway import edge as gateway
 from edgeward.gateway.auth_edge import Auths
@@ -38,9 +39,11 @@ class PlaneSections:
         replica: Replica,
         vault: Vault,
         stock: Stock,
+        history: EdgeHistory,
     ) -> None:
         self._node, self._site, self._bind, self._address = node, site, bind, address
         self._gateway, self._desired, self._replica = given, desired, replica
+        self._history = history
         values = desired.values
         self._auths = Auths(values, vault)
         self._functions = Sections(partial(values, "Config"), partial(values, "Secret"), vault, stock)
@@ -49,6 +52,7 @@ class PlaneSections:
         """What the plane shall do now."""
         declared = self._desired.functions()
         functions = self._functions.section(declared)
+        self._history.note(declared, functions["functions"])
         routes = gateway.section(
             self._node, self._desired.routes(), self._desired.endpoints, self._gateway, self._listens(),
             {f"{f.metadata.namespace}/{f.metadata.name}" for f in declared}, auths=self._auths,

@@ -15,13 +15,12 @@ import typer
 from edgeward.cli.observe import Follow, count, harmless
 from edgeward.cli.output import write
 from edgeward.cli.session import Session, UsageError, command
+from edgeward.cli.versions import Name, promote, rollback, versions
 from edgeward.cli.write import Files, seconds
 from edgeward.core.errors import EdgewardError
 from edgeward.core.resource import check_name
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="What functions wrote, and their packages.")
-
-Name = Annotated[str, typer.Argument(metavar="FUNCTION", help="The function's name.", show_default=False)]
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="What functions wrote, their versions and packages.")
 
 
 def _data(text: str) -> bytes:
@@ -151,3 +150,6 @@ def bundle(
 
 app.command("logs")(command(logs))
 app.command("bundle")(command(bundle))
+app.command("versions")(command(versions))
+app.command("promote")(command(promote))
+app.command("rollback")(command(rollback))

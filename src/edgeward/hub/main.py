@@ -45,6 +45,7 @@ from edgeward.core.store_nats import NatsStore
 from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
 from edgeward.functions.bundling import Source
+from edgeward.functions.keeping import CloudHistory
 from edgeward.hub.backup import backup_routes, sealing_key
 from edgeward.hub.blob_routes import BlobRoutes
 from edgeward.hub.blobs import Blobs, Settings
@@ -184,6 +185,7 @@ class Hub:
         )
         await self.bundles.open()
         self.steering = HubSteering(self.store, self.steering_settings, self._usage_of)
+        history = CloudHistory(self.store)
         routes = HubRoutes(
             store=self.store,
             client=self.bus.client,
@@ -191,6 +193,7 @@ class Hub:
             streams=self.streams,
             records=self.records,
             write=self._write,
+            history=history,
         )
 
         def auth(token: str | None, client: Any) -> Principal:
@@ -261,6 +264,7 @@ class Hub:
                     self._token_uses,
                     self._anchor,
                     self.steering.run,
+                    history.run,
                     *more,
                 )
             finally:

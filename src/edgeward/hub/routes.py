@@ -34,6 +34,7 @@ from edgeward.core.resource import CLUSTER, Key, Resource, from_stored, merge_pa
 from edgeward.core.scope import takes
 from edgeward.core.store import Store
 from edgeward.core.streaming import flag, json, ndjson, number, read_body
+from edgeward.functions.keeping import CloudHistory
 from edgeward.functions.relay import INVOKE, SILENCE, answer, call_args, log_args
 from edgeward.functions.relay import LOGS as FUNCTION_LOGS
 from edgeward.nodes.calls import call
@@ -57,9 +58,11 @@ class HubRoutes:
         streams: StreamsCloud,
         records: Records,
         write: Any,
+        history: CloudHistory,
     ) -> None:
         self._store, self._nc = store, client
         self._nodes, self._streams, self._records, self._write = nodes, streams, records, write
+        self._history = history
 
     def routes(self) -> list[Route]:
         base = "/api/v1"
@@ -72,6 +75,11 @@ class HubRoutes:
             Route(
                 f"{base}/namespaces/{{ns}}/functions/{{name}}/logs",
                 needs("logs", "Function", "object")(self.function_logs),
+                methods=["GET"],
+            ),
+            Route(
+                f"{base}/namespaces/{{ns}}/functions/{{name}}/versions",
+                needs("get", "Function", "object")(self.function_versions),
                 methods=["GET"],
             ),
             Route(
@@ -193,6 +201,11 @@ class HubRoutes:
         nodes = self._placed(function, request.query_params.get("node", ""))
         args = log_args(function.metadata.namespace, function.metadata.name, request)
         return StreamingResponse(self._merge(nodes, args, "function-logs"), media_type="text/plain; charset=utf-8")
+
+    @described("The versions of a function that are kept, the present one last")
+    async def function_versions(self, request: Request) -> Response:
+        function = self._store.get(Key("Function", request.path_params["ns"], request.path_params["name"]))
+        return json({"items": self._history.of(function.metadata.namespace, function.metadata.name)})
 
     async def _merge(self, nodes: list[str], args: dict[str, Any], verb: str = "logs") -> AsyncGenerator[bytes, None]:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(64)

@@ -1,0 +1,125 @@
+"""`functions versions|promote|rollback`: what a function was, and which of it answers from now on.
+
+What is promoted or brought back is written as any change is: at the hub for all sites, with --at NODE at a cut site.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgeward.cli.kinds import find_kind
+from edgeward.cli.output import age, emit, print_rows, write
+from edgeward.cli.session import Failures, Session, UsageError
+from edgeward.core.errors import EdgewardError
+from edgeward.core.registry import Kind
+from edgeward.core.resource import check_name
+
+if TYPE_CHECKING:
+    from edgeward.cli.client import Api
+
+Doc = dict[str, Any]
+Name = Annotated[str, typer.Argument(metavar="FUNCTION", help="The function's name.", show_default=False)]
+Wait = Annotated[bool, typer.Option("--wait", help="Until its nodes answer with it; fails when one cannot.")]
+
+
+def _named(session: Session, name: str) -> tuple[Kind, str | None, str]:
+    kind = find_kind("function")
+    return kind, session.one(kind), check_name(name.removeprefix("function/"), "FUNCTION", "")
+
+
+def _write(session: Session, api: Api, now: Doc, spec: Doc, done: str, *, wait: bool) -> None:
+    """Puts the spec into the Function on the revision that was read."""
+    kind = find_kind("function")
+    was = now["metadata"]
+    kept = (
+        "name",
+        "namespace",
+        "labels",
+        "annotations",
+        "conflict",
+        "finalizers",
+        "ownerReferences",
+        "resourceVersion",
+    )
+    meta = {k: was[k] for k in kept if was.get(k)}
+    doc = {"apiVersion": now["apiVersion"], "kind": kind.name, "metadata": meta, "spec": spec}
+    got = api.replace(kind, session.one(kind), was["name"], doc)
+    write(f"function/{was['name']} {done}")
+    failures = Failures()
+    if wait:
+        from edgeward.cli.wait import wait_ready
+
+        for late in wait_ready(api, [(kind, session.one(kind), got, "configured")], 120.0):
+            failures.add(late)
+    failures.finish()
+
+
+def versions(session: Session, name: Name) -> None:
+    """List the versions of a function that are kept, the present one last.
+
+    The hub keeps three, and so does each node that has the function, for the time when it is cut off (--at NODE).
+    """
+    from edgeward.functions.history import state_of
+
+    output = session.output(allowed=("table", "json", "yaml"))
+    kind, namespace, function = _named(session, name)
+    with session.api() as api:
+        items: list[Doc] = api.request("GET", api.path(kind, namespace, function) + "/versions")["items"]
+        status: Doc = api.get(kind, namespace, function).get("status") or {}
+    if output != "table":
+        emit({"items": items}, output)
+        return
+    titles = ["VERSION", "STATE", "GENERATION", "DECLARED"]
+    rows = [
+        [i["version"], state_of(i, status, last=i is items[-1]), i["generation"], age(i["declared"])] for i in items
+    ]
+    print_rows(titles, rows)
+
+
+def promote(
+    session: Session,
+    name: Name,
+    wait: Wait = False,
+    force: Annotated[bool, typer.Option("--force", help="Also what nodes have taken back.")] = False,
+) -> None:
+    """Give a function's canary all calls."""
+    session.output(allowed=("table",))
+    kind, namespace, function = _named(session, name)
+    with session.api() as api:
+        now = api.get(kind, namespace, function)
+        spec, status = dict(now["spec"]), now.get("status") or {}
+        if not spec.pop("canary", None):
+            raise EdgewardError("has no canary", resource=f"Function/{function}", remedy="declare spec.canary")
+        if status.get("takenBack") and not force:
+            raise EdgewardError(
+                f"nodes have taken {status['takenBack']} back: {status.get('message', '')}",
+                resource=f"Function/{function}",
+                remedy="roll it back, or insist with --force",
+            )
+        _write(session, api, now, spec, "promoted", wait=wait)
+
+
+def rollback(
+    session: Session,
+    name: Name,
+    to: Annotated[str, typer.Option("--to", metavar="DIGEST", help="This version; its first digits are enough.")] = "",
+    wait: Wait = False,
+) -> None:
+    """Bring a function's code back as it was: the version before the present one, or one that is kept.
+
+    A canary is given up. Scale, placement, triggers and the like stay as they are.
+    """
+    from edgeward.functions.history import before, put_back
+
+    session.output(allowed=("table",))
+    if to and len(to) < 4:
+        raise UsageError(f"--to {to}: at least four digits")
+    kind, namespace, function = _named(session, name)
+    with session.api() as api:
+        now = api.get(kind, namespace, function)
+        items = api.request("GET", api.path(kind, namespace, function) + "/versions")["items"]
+        past = before(items, to, function)
+        done = f"rolled back to {past['version'] or 'generation ' + str(past['generation'])}"
+        _write(session, api, now, put_back(now["spec"], past), done, wait=wait)

@@ -1,0 +1,157 @@
+"""Where a function's last versions are kept: the hub's store (``m.versions.…``), and a file of each node.
+
+Both follow what is declared and note it (``history.py``). The hub learns digests from nodes' reports, a node from what
+it tells its own plane. Several hub processes may note the same: whoever comes second writes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from edgeward.core import clock
+from edgeward.core.errors import EdgewardError
+from edgeward.core.files import ensure_dir, read_json, write_atomic
+from edgeward.core.reconcile import Loop
+from edgeward.core.resource import Key, Resource
+from edgeward.core.store import Subscription
+from edgeward.functions.history import Past, declared, reported, told_by
+
+log = logging.getLogger("edgeward.functions")
+
+
+class Facts(Protocol):
+    """What is used of the hub's store."""
+
+    def find(self, key: Key) -> Resource | None: ...
+    def watch(self, since: int | None = None) -> Subscription: ...
+    def fact(self, name: str) -> bytes | None: ...
+    def fact_revision(self, name: str) -> int: ...
+    async def set_fact(self, name: str, value: bytes, *, expect: int | None = None) -> None: ...
+
+
+def _spec(function: Resource) -> dict[str, Any]:
+    spec: dict[str, Any] = msgspec.to_builtins(function.spec)
+    return spec
+
+
+def _known(data: bytes | None) -> list[Past]:
+    if not data:
+        return []
+    try:
+        return msgspec.json.decode(zlib.decompress(data), type=list[Past])
+    except (zlib.error, msgspec.MsgspecError) as e:
+        log.error("the versions of a function that were kept are not readable: %s", e)
+        return []
+
+
+class CloudHistory:
+    """At the hub."""
+
+    def __init__(self, store: Facts) -> None:
+        self._store = store
+        self._loop: Loop[Key] = Loop("versions", self._note, workers=1)
+
+    @staticmethod
+    def _fact(namespace: str, name: str) -> str:
+        return f"versions.{namespace}.{name}"
+
+    def of(self, namespace: str, name: str) -> list[dict[str, Any]]:
+        """The versions that are kept, the present one last."""
+        return [p.shown() for p in _known(self._store.fact(self._fact(namespace, name)))]
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._loop.run())
+            group.create_task(self._follow())
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                with self._store.watch(0) as changes:
+                    async for change in changes:
+                        if change.key.kind == "Function":
+                            self._loop.add(change.key)
+            except EdgewardError as e:
+                log.info("watch starts anew: %s", e)
+
+    async def _note(self, key: Key) -> None:
+        name = self._fact(key.namespace, key.name)
+        data, revision = self._store.fact(name), self._store.fact_revision(name)
+        function = self._store.find(key)
+        known = _known(data)
+        if function is None:
+            kept: list[Past] = []
+        else:
+            kept = declared(known, _spec(function), function.metadata.generation, clock.timestamp())
+            kept = reported(kept, told_by(function.status.get("nodes") or {}))
+        if kept != known:
+            # a Conflict is tried again: somebody else has noted it, or something newer
+            await self._store.set_fact(name, zlib.compress(msgspec.json.encode(kept)) if kept else b"", expect=revision)
+
+
+class EdgeHistory:
+    """On a node: a file per function below ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        #: What was noted last, so that nothing is read or written while nothing changes.
+        self._noted: dict[tuple[str, str], tuple[int, str, str]] = {}
+        self._there: set[tuple[str, str]] | None = None
+
+    def _file(self, namespace: str, name: str) -> Path:
+        return self._folder / namespace / f"{name}.json"
+
+    def _read(self, namespace: str, name: str) -> list[Past]:
+        try:
+            return msgspec.convert(read_json(self._file(namespace, name), []), list[Past])
+        except (EdgewardError, msgspec.ValidationError) as e:
+            log.error("the versions of %s/%s that were kept are not readable: %s", namespace, name, e)
+            return []
+
+    def of(self, namespace: str, name: str) -> list[dict[str, Any]]:
+        """The versions that are kept, the present one last."""
+        return [p.shown() for p in self._read(namespace, name)]
+
+    def note(self, functions: Sequence[Resource], entries: Iterable[Mapping[str, Any]]) -> None:
+        """``entries``: what the plane is told of them, with the digest. A disk that is full costs the note only."""
+        digests = {str(e["key"]): str(e.get("digest", "")) for e in entries}
+        there = set()
+        for function in functions:
+            meta = function.metadata
+            at = (meta.namespace, meta.name)
+            there.add(at)
+            digest = digests.get(f"{meta.namespace}/{meta.name}", "")
+            state = (meta.generation, meta.resourceVersion, digest)
+            if self._noted.get(at) == state:
+                continue
+            known = self._read(*at)
+            kept = declared(known, _spec(function), meta.generation, clock.timestamp())
+            kept = reported(kept, [(meta.generation, digest)])
+            try:
+                if kept != known:
+                    file = self._file(*at)
+                    ensure_dir(file.parent)
+                    write_atomic(file, msgspec.json.encode(kept))
+                self._noted[at] = state
+            except OSError as e:
+                log.error("the versions of %s/%s cannot be kept: %s", *at, e)
+        if there != self._there:
+            self._forget(there)
+            self._there = there
+
+    def _forget(self, there: set[tuple[str, str]]) -> None:
+        """Functions that are not on this node any more."""
+        for file in self._folder.glob("*/*.json"):
+            at = (file.parent.name, file.stem)
+            if at not in there:
+                self._noted.pop(at, None)
+                with contextlib.suppress(OSError):
+                    file.unlink()
