@@ -26,6 +26,8 @@ ROUNDS = int(os.environ.get("EDGEWARD_BENCH_RUNS", "3"))
 SECONDS = 3.0
 CONNECTIONS = 32
 CACHED = [f"/cached/{n}" for n in range(64)]
+FILES = [f"/files/{n}.txt" for n in range(64)]
+LARGE = "/files/large.bin"
 PROXIED = [f"/proxied/{n}" for n in range(64)]
 
 
@@ -59,6 +61,24 @@ def load(port: int, paths: list[str], seconds: float = SECONDS, connections: int
     return doc
 
 
+def pull(pid: int, port: int) -> float:
+    """MB a CPU second of a large file."""
+    pids = process_tree(pid)
+    before = cpu(pids)
+    argv = [PYTHON, "-m", "benchmarks.gateway_peers", "pull", str(port), str(SECONDS), LARGE]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
+    got = int(json.loads(done.stdout)["bytes"])
+    return got / 1e6 / max(cpu(pids) - before, 0.01)
+
+
+def site(folder: Path) -> None:
+    """The files that are asked for."""
+    (folder / "files").mkdir(parents=True)
+    for n in range(64):
+        (folder / "files" / f"{n}.txt").write_bytes(b"x" * 1024)
+    (folder / "files" / "large.bin").write_bytes(os.urandom(1024 * 1024) * 64)
+
+
 def per_cpu(pid: int, port: int, paths: list[str]) -> tuple[float, dict[str, Any]]:
     pids = process_tree(pid)
     before = cpu(pids)
@@ -68,12 +88,17 @@ def per_cpu(pid: int, port: int, paths: list[str]) -> tuple[float, dict[str, Any
     return got["requests"] / max(used, 0.01), got
 
 
-def plane_config(port: int, target: int, extra: int = 0) -> dict[str, Any]:
+def plane_config(port: int, target: int, extra: int = 0, files: Path | None = None) -> dict[str, Any]:
     where = {"to": "upstream", "target": "target", "endpoints": [{"host": "127.0.0.1", "port": target}]}
     routes: list[dict[str, Any]] = [
         {"key": "default/cached", "path": "/cached/", "cache": {}, **where},
         {"key": "default/proxied", "path": "/proxied/", **where},
     ]
+    if files is not None:
+        static = {"folder": str(files / "files")}
+        routes.append(
+            {"key": "default/files", "path": "/files/", "to": "static", "target": "Folder/files", "static": static}
+        )
     routes += [{"key": f"default/extra{n}", "path": f"/extra{n}", **where} for n in range(extra)]
     listen = [{"host": "127.0.0.1", "port": port}]
     return {"node": "n1", "site": "s", "gateway": {"node": "n1", "listen": listen, "routes": routes}}
@@ -91,10 +116,10 @@ def ask(folder: Path, verb: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def plane(folder: Path, target: int) -> Iterator[tuple[int, int]]:
+def plane(folder: Path, target: int, files: Path | None = None) -> Iterator[tuple[int, int]]:
     """The node's data plane alone: ``(pid, port)``."""
     (port,) = free_ports(1)
-    (folder / "plane.json").write_text(json.dumps(plane_config(port, target)))
+    (folder / "plane.json").write_text(json.dumps(plane_config(port, target, files=files)))
     with running([PYTHON, "-m", "edgeward.agent.plane", "--data", str(folder)], port) as process:
         yield process.pid, port
 
@@ -114,20 +139,21 @@ http {{
     proxy_http_version 1.1; proxy_set_header Connection "";
     location /cached/ {{ proxy_pass http://t; proxy_cache c; }}
     location /proxied/ {{ proxy_pass http://t; }}
+    location /files/ {{ root {site}; sendfile on; }}
   }}
 }}
 """
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, target: int) -> Iterator[tuple[int, int] | None]:
+def nginx(folder: Path, target: int, files: Path) -> Iterator[tuple[int, int] | None]:
     binary = os.environ.get("EDGEWARD_NGINX") or shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if binary is None:
         yield None
         return
     (port,) = free_ports(1)
     user = "user root;" if os.geteuid() == 0 else ""
-    (folder / "nginx.conf").write_text(NGINX.format(user=user, folder=folder, target=target, port=port))
+    (folder / "nginx.conf").write_text(NGINX.format(user=user, folder=folder, target=target, port=port, site=files))
     argv = [binary, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
     with running(argv, port) as process:
         yield process.pid, port
@@ -140,14 +166,15 @@ def gateway() -> list[Row]:
         stack.enter_context(running([PYTHON, "-m", "benchmarks.gateway_peers", "target", str(target)], target))
         for name in ("plane", "nginx"):
             (root / name).mkdir()
-        mine = stack.enter_context(plane(root / "plane", target))
+        site(root / "site")
+        mine = stack.enter_context(plane(root / "plane", target, root / "site"))
         (port,) = free_ports(1)
         argv = [PYTHON, "-m", "benchmarks.gateway_peers", "fastapi", str(port), str(target)]
         peers: dict[str, tuple[int, int]] = {}
         peer = stack.enter_context(running(argv, port))
         if peer.poll() is None:
             peers["FastAPI on uvicorn"] = peer.pid, port
-        bare = stack.enter_context(nginx(root / "nginx", target))
+        bare = stack.enter_context(nginx(root / "nginx", target, root / "site"))
         if bare is not None:
             peers["bare nginx"] = bare
         found: dict[tuple[str, str], list[float]] = {}

@@ -2,6 +2,7 @@
 
 python -m benchmarks.gateway_peers target PORT
 python -m benchmarks.gateway_peers load PORT SECONDS CONNECTIONS PATH...
+python -m benchmarks.gateway_peers pull PORT SECONDS PATH
 python -m benchmarks.gateway_peers fastapi PORT TARGET_PORT
 """
 
@@ -112,6 +113,29 @@ async def load(port: int, seconds: float, connections: int, paths: list[str]) ->
     }  # fmt: skip
 
 
+def pull(port: int, seconds: float, path: str) -> dict[str, Any]:
+    """One client that asks for a large file again and again: how often, and bytes of bodies."""
+    import socket
+
+    request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+    room = bytearray(1024 * 1024)
+    done = got = 0
+    until = time.perf_counter() + seconds
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as s:
+        while time.perf_counter() < until:
+            s.sendall(request)
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += s.recv(65536)
+            head, _, body = head.partition(b"\r\n\r\n")
+            left = int(head.lower().partition(b"content-length: ")[2].partition(b"\r")[0]) - len(body)
+            got += left + len(body)
+            while left:
+                left -= s.recv_into(room, min(left, len(room)))
+            done += 1
+    return {"requests": done, "bytes": got, "failed": 0}
+
+
 async def target(port: int) -> None:
     server = await asyncio.get_running_loop().create_server(Target, "127.0.0.1", port)
     await server.serve_forever()
@@ -123,6 +147,8 @@ def main() -> None:
     what, port, *rest = sys.argv[1:]
     if what == "target":
         uvloop.run(target(int(port)))
+    elif what == "pull":
+        print(json.dumps(pull(int(port), float(rest[0]), rest[1])))
     elif what == "load":
         print(json.dumps(uvloop.run(load(int(port), float(rest[0]), int(rest[1]), rest[2:]))))
     else:

@@ -56,6 +56,7 @@ class PlaneSections:
         routes = gateway.section(
             self._node, self._desired.routes(), self._desired.endpoints, self._gateway, self._listens(),
             {f"{f.metadata.namespace}/{f.metadata.name}" for f in declared}, auths=self._auths,
+            values=self._desired.values,
         )  # fmt: skip
         return {"node": self._node, "site": self._site, "functions": functions, "gateway": routes}
 

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from edgeward.core import clock
 from edgeward.gateway.answers import problem_parts
 from edgeward.gateway.auth import Denied, Guard
-from edgeward.gateway.cache import Stored, choose
+from edgeward.gateway.cache import Stored, choose, http_date
 from edgeward.gateway.cors import CorsConfig, is_preflight, preflight, with_cors
 from edgeward.gateway.http1 import Bad, Headers, Request
 from edgeward.gateway.match import NotAllowed
 from edgeward.gateway.rules import Rule
 from edgeward.gateway.serving import from_store
 from edgeward.gateway.shelf import key_of
+from edgeward.gateway.site import Kept, Site, answer_of
 
 if TYPE_CHECKING:
     from edgeward.gateway.exchange import Exchange
@@ -153,7 +154,9 @@ class Desk:
         if request.length > config.body:
             self.refuse(413, f"a body of more than {config.body} bytes", request)
             return
-        if rule.cache is not None and not request.upgrade:
+        if rule.site is not None and not request.length:
+            self._from_site(request, rule, rule.site)
+        elif rule.cache is not None and not request.upgrade:
             self._from_memory(request, rule)
         else:
             self._start(request, rule, gate.exchange(self, request, rule, self.client))
@@ -187,6 +190,32 @@ class Desk:
             self.go_on()
         exchange.attempt()
         self.body_may_come()
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def give_kept(self, request: Request, kept: Kept, now: float) -> None:
+        """A small file, whole, to a plain request."""
+        fields = [*kept.fields, ("content-length", str(len(kept.body))), ("date", http_date(now))]
+        self.respond(request, 200, fields, kept.body)
+
+    def _from_site(self, request: Request, rule: Rule, site: Site) -> None:
+        """A file that is in memory; others are an exchange's."""
+        gate = self.gate
+        name = site.name(request)
+        kept = None
+        if name is not None and request.method in ("GET", "HEAD"):
+            kept = site.kept(name, site.codings(name, request), gate.loop.time())
+        if kept is None:
+            self._start(request, rule, gate.exchange(self, request, rule, self.client))
+            return
+        now = clock.now()
+        if request.plain and rule.cors is None:
+            self.give_kept(request, kept, now)
+            gate.hit(self.client, request, rule, None, 200, len(kept.body), "")
+            return
+        status, fields, body = answer_of(request, kept, site, rule.cors, now)
+        self.respond(request, status, fields, body)
+        gate.hit(self.client, request, rule, None, status, len(body), "")
 
     # -- what is in the memory -----------------------------------------------------------------------------------------
 

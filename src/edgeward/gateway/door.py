@@ -15,6 +15,7 @@ from edgeward.gateway.cache import Stored
 from edgeward.gateway.desk import BODY_TIME, HEAD_TIME, IDLE_TIME, LINGER_TIME, PACE, WHOLE, Desk, refusal
 from edgeward.gateway.http1 import CHUNKED, Bad, Chunks, Headers, Request, check_partial, write_response
 from edgeward.gateway.shelf import hit_head
+from edgeward.gateway.site import Kept
 
 if TYPE_CHECKING:
     from edgeward.gateway.gate import Gate
@@ -230,6 +231,10 @@ class Door(Desk, asyncio.Protocol):
 
     def give(self, stored: Stored, now: float) -> None:
         self.write(hit_head(stored, now) + stored.body)
+        self.deadline = self.gate.loop.time() + IDLE_TIME
+
+    def give_kept(self, request: Request, kept: Kept, now: float) -> None:
+        self.write(kept.answer(now))
         self.deadline = self.gate.loop.time() + IDLE_TIME
 
     def switch(self) -> None:

@@ -14,18 +14,40 @@ import msgspec
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
 from edgeward.gateway.auth import AuthConfig
-from edgeward.gateway.auth_edge import Auths
+from edgeward.gateway.auth_edge import Auths, Values
 from edgeward.gateway.balance import Endpoint
 from edgeward.gateway.cors import CorsConfig
 from edgeward.gateway.rules import CacheConfig, GatewayConfig, Listen, RouteConfig
-from edgeward.gateway.spec import RouteSpec, origin_of, split_function
+from edgeward.gateway.spec import RouteSpec, Static, origin_of, split_function
+from edgeward.gateway.static import StaticConfig
 
 #: ``(namespace, service)`` to its endpoints: ``{address, port, here}``; None: no such Service on this node.
 Endpoints = Callable[[str, str], list[dict[str, Any]] | None]
 
 
-def _target(namespace: str, spec: RouteSpec, endpoints: Endpoints) -> dict[str, Any]:
+def _static(namespace: str, static: Static, values: Values | None, folders: object) -> dict[str, Any]:
+    """What a node gives of a static target: the texts of a Config, or a folder that ``node.json`` allows by name."""
+    more: dict[str, Any] = {"index": static.index, "cache_control": static.cacheControl}
+    if static.config:
+        found = values("Config", namespace, static.config) if values is not None else None
+        problem = "" if found is not None else f"Config/{static.config} is not here yet"
+        made = StaticConfig(files=found[0] if found is not None else {}, problem=problem, **more)
+        return {"to": "static", "target": f"Config/{static.config}", "static": made}
+    allowed = folders if isinstance(folders, Mapping) else {}
+    folder = allowed.get(static.folder)
+    problem = "" if folder else f"node.json allows no folder {static.folder!r} (gateway.folders)"
+    if folder and not str(folder).startswith("/"):
+        problem = f"the folder {static.folder!r} of node.json is no path from /"
+    made = StaticConfig(folder="" if problem else str(folder), problem=problem, **more)
+    return {"to": "static", "target": f"Folder/{static.folder}", "static": made}
+
+
+def _target(
+    namespace: str, spec: RouteSpec, endpoints: Endpoints, values: Values | None, folders: object
+) -> dict[str, Any]:
     to = spec.to
+    if to.static is not None:
+        return _static(namespace, to.static, values, folders)
     if to.function:
         function, alias = split_function(to.function)
         return {
@@ -46,7 +68,10 @@ def _target(namespace: str, spec: RouteSpec, endpoints: Endpoints) -> dict[str, 
     }
 
 
-def route_config(route: Resource, endpoints: Endpoints, auth: AuthConfig | None = None) -> RouteConfig:
+def route_config(
+    route: Resource, endpoints: Endpoints, auth: AuthConfig | None = None,
+    *, values: Values | None = None, folders: object = None,
+) -> RouteConfig:  # fmt: skip
     spec: RouteSpec = route.spec
     namespace = route.metadata.namespace
     cache = None
@@ -77,7 +102,7 @@ def route_config(route: Resource, endpoints: Endpoints, auth: AuthConfig | None 
         auth=auth,
         rate=spec.limits.rate.requests / parse_duration(spec.limits.rate.per) if spec.limits.rate else 0.0,
         burst=(spec.limits.rate.burst or spec.limits.rate.requests) if spec.limits.rate else 0,
-        **_target(namespace, spec, endpoints),
+        **_target(namespace, spec, endpoints, values, folders),
     )
 
 
@@ -104,11 +129,16 @@ def _cors(spec: RouteSpec) -> CorsConfig | None:
 def section(
     node: str, routes: Sequence[Resource], endpoints: Endpoints, settings: Mapping[str, Any], listen: Iterable[Listen],
     functions: Container[str] | None = None, *, auths: Auths | None = None,
+    values: Values | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The section of ``plane.json``. ``settings``: ``gateway`` of ``node.json``. ``functions``: those of this node
     (``namespace/name``); None: not known."""
     known = auths.all(routes) if auths is not None else {}
-    made = sorted((route_config(r, endpoints, known.get(str(r.key))) for r in routes), key=lambda c: c.key)
+    folders = settings.get("folders")
+    made = sorted(
+        (route_config(r, endpoints, known.get(str(r.key)), values=values, folders=folders) for r in routes),
+        key=lambda c: c.key,
+    )
     if functions is not None:
         made = [
             msgspec.structs.replace(c, missing=True) if c.to == "function" and c.function not in functions else c

@@ -27,11 +27,13 @@ from edgeward.gateway.desk import Desk
 from edgeward.gateway.door import Door
 from edgeward.gateway.exchange import Exchange
 from edgeward.gateway.explain import explain, purge_args
+from edgeward.gateway.files import Reader
 from edgeward.gateway.guards import Guards
 from edgeward.gateway.http1 import Bad, Request, parse_request
 from edgeward.gateway.match import Table, clean
 from edgeward.gateway.rules import GatewayConfig, Listen, Rule
 from edgeward.gateway.shelf import Key, Shelf, key_of
+from edgeward.gateway.site import SiteExchange, sites
 from edgeward.gateway.stats import metrics
 from edgeward.gateway.upstream import Pool
 
@@ -71,6 +73,9 @@ class Gate:
         self.pool = Pool()
         self.shelf = Shelf(self.config.memory)
         self.access = AccessLog(log_file)
+        self.data = log_file.parent
+        #: Threads for what waits for a disk.
+        self.reader = Reader()
         self.guards = Guards(log_file.parent, self._run, self._keys_said)
         self.via_name = f" {node}.edgeward"  # with both its ends: n1 is not n10
         self.via = f"1.1{self.via_name}"
@@ -98,7 +103,14 @@ class Gate:
     async def provision(self, section: dict[str, Any]) -> Prepared:
         """Raises ``EdgewardError``; then nothing has changed."""
         config = rules.decode(section)
-        table = rules.table(config, self.table, self.guards.of(config.routes, self.table))
+        table = rules.table(
+            config, self.table, self.guards.of(config.routes, self.table),
+            sites(
+                {c.key: (c.static, c.path) for c in config.routes if c.static is not None},
+                {r.key: r.site for r in self.table.rules if r.site is not None},
+                self.data,
+            ),
+        )  # fmt: skip
         opened: dict[Listen, asyncio.Server] = {}
         try:
             for listen in config.listen:
@@ -147,6 +159,10 @@ class Gate:
                     if rule.config.missing
                     else f"{rule.config.target} has no running endpoint at this site: requests get 503"
                 )
+            if rule.site is not None:
+                status = {"phase": "Ready", "target": rule.config.target}
+                if rule.site.problem:
+                    status |= {"phase": "NoFiles", "message": f"{rule.site.problem}: requests get 503"}
             if rule.guard is not None and rule.guard.broken:
                 status |= {"phase": "Closed", "message": f"nobody is let in (503): {rule.guard.broken}"}
             if rule.key in shadowed:
@@ -194,6 +210,7 @@ class Gate:
         for task in tuple(self._tasks):
             task.cancel()
         self.pool.close()
+        self.reader.close()
         self.access.flush()
 
     async def drain(self, patience: float) -> None:
@@ -272,7 +289,11 @@ class Gate:
         return self.via if request.minor < 2 else f"2.0{self.via_name}"
 
     def exchange(self, door: Desk | None, request: Request, rule: Rule, client: str, **more: Any) -> Exchange:
-        kind = FunctionExchange if rule.config.to == "function" else Exchange
+        kind: type[Exchange] = Exchange
+        if rule.config.to == "function":
+            kind = FunctionExchange
+        elif rule.site is not None:
+            kind = SiteExchange
         return kind(self, door, request, rule, client, **more)
 
     def renew(self, request: Request, rule: Rule, client: str, key: Key, stored: Stored) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -18,6 +18,10 @@ from edgeward.gateway.balance import Balance, Budget, Endpoint
 from edgeward.gateway.cors import CorsConfig
 from edgeward.gateway.match import Table
 from edgeward.gateway.pace import Pace
+from edgeward.gateway.static import StaticConfig
+
+if TYPE_CHECKING:
+    from edgeward.gateway.site import Site
 
 #: Upper bounds of the latency histogram, in seconds.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -32,7 +36,7 @@ class CacheConfig(msgspec.Struct, frozen=True):
 class RouteConfig(msgspec.Struct, frozen=True):
     #: ``namespace/name`` of the Route.
     key: str
-    to: Literal["function", "service", "upstream"]
+    to: Literal["function", "service", "upstream", "static"]
     #: What the target is called in answers and logs: ``Service/web``.
     target: str
     host: str = ""
@@ -63,6 +67,7 @@ class RouteConfig(msgspec.Struct, frozen=True):
     cors: CorsConfig | None = None
     burst: int = 0
     auth: AuthConfig | None = None
+    static: StaticConfig | None = None
 
 
 class Listen(msgspec.Struct, frozen=True):
@@ -123,9 +128,12 @@ class Rule:
         "pace",
         "path",
         "preflight",
+        "site",
     )  # fmt: skip
 
-    def __init__(self, config: RouteConfig, old: Rule | None, guard: Guard | None = None) -> None:
+    def __init__(
+        self, config: RouteConfig, old: Rule | None, guard: Guard | None = None, site: Site | None = None
+    ) -> None:
         self.config = config
         self.key, self.host, self.path = config.key, config.host, config.path
         self.methods, self.match_headers = config.methods, config.headers
@@ -133,6 +141,8 @@ class Rule:
         self.cors = config.cors
         #: Who is let in; None: everybody.
         self.guard = guard
+        #: Its files, where it has some.
+        self.site = site
         if config.auth is not None and guard is None:
             raise ValueError(f"{config.key} has nobody at its door")
         #: The gateway itself answers what a browser asks before a request.
@@ -162,7 +172,12 @@ def decode(section: Mapping[str, Any]) -> GatewayConfig:
 
 
 def table(
-    config: GatewayConfig, old: Table[Rule] | None = None, guards: Mapping[str, Guard] | None = None
+    config: GatewayConfig,
+    old: Table[Rule] | None = None,
+    guards: Mapping[str, Guard] | None = None,
+    sites: Mapping[str, Site] | None = None,
 ) -> Table[Rule]:
     known = {r.key: r for r in old.rules} if old is not None else {}
-    return Table([Rule(c, known.get(c.key), (guards or {}).get(c.key)) for c in config.routes])
+    return Table(
+        [Rule(c, known.get(c.key), (guards or {}).get(c.key), (sites or {}).get(c.key)) for c in config.routes]
+    )

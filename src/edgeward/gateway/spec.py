@@ -30,10 +30,20 @@ _FIELD = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
 _ORIGIN = re.compile(r"https?://([a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 
 
+class Static(Declared):
+    """Files that the node itself gives. Exactly one of config and folder."""
+
+    config: Annotated[str, Meta(description="A Config of the namespace: its keys are the files' names")] = ""
+    folder: Annotated[str, Meta(description="A folder that node.json allows by this name (gateway.folders)")] = ""
+    index: Annotated[str, Meta(description="What a folder's own path gives", max_length=128)] = "index.html"
+    cacheControl: Annotated[str, Meta(description="e.g. public, max-age=60; left out: not said", max_length=256)] = ""
+
+
 class RouteTarget(Declared):
     """What answers. Exactly one."""
 
     function: Annotated[str, Meta(description="A Function of the namespace, or one of its aliases: name@alias")] = ""
+    static: Annotated[Static | None, Meta(description="Files of the node")] = None
     service: Annotated[str, Meta(description="A Service of the namespace: its endpoints at this site")] = ""
     upstream: Annotated[
         str, Meta(description="http://host:port or https://host: the request's path goes on as it is", max_length=1024)
@@ -175,12 +185,14 @@ def origin_of(upstream: str) -> tuple[str, str, int]:
 
 
 def _check_target(to: RouteTarget) -> None:
-    given = [n for n in ("function", "service", "upstream") if getattr(to, n)]
+    given = [n for n in ("function", "service", "upstream", "static") if getattr(to, n)]
     if len(given) != 1:
         what = f"more than one target: {', '.join(given)}" if given else "no target"
-        raise Invalid(what, field="$.spec.to", remedy="name exactly one of function, service, upstream")
+        raise Invalid(what, field="$.spec.to", remedy="name exactly one of function, service, upstream, static")
     if to.upstream:
         origin_of(to.upstream)
+    if to.static is not None:
+        _check_static(to.static)
     for name in filter(None, (to.service, *split_function(to.function))):
         if not re.fullmatch(NAME_PATTERN, name):
             raise Invalid(f"{name[:63]!r} is no name", field=f"$.spec.to.{given[0]}")
@@ -199,6 +211,18 @@ def _check_sticky(spec: RouteSpec) -> None:
     for name, value in (("header", sticky.header), ("cookie", sticky.cookie)):
         if value and not _FIELD.fullmatch(value):
             raise Invalid(f"{value[:64]!r} is no name of a {name}", field=f"$.spec.sticky.{name}")
+
+
+def _check_static(static: Static) -> None:
+    where = "$.spec.to.static"
+    if bool(static.config) == bool(static.folder):
+        raise Invalid("names no files" if not static.config else "names two", field=where, remedy="config or folder")
+    if not re.fullmatch(NAME_PATTERN, static.config or static.folder):
+        raise Invalid("is no name", field=f"{where}.{'config' if static.config else 'folder'}")
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", static.index):
+        raise Invalid(f"{static.index[:80]!r} is no file's name", field=f"{where}.index")
+    if not re.fullmatch(r"[\x20-\x7e]*", static.cacheControl) or static.cacheControl != static.cacheControl.strip():
+        raise Invalid("is no header field's value", field=f"{where}.cacheControl")
 
 
 def _check_durations(spec: RouteSpec) -> None:
@@ -260,6 +284,8 @@ def _check(r: Resource) -> None:
         raise Invalid("more than 16 header fields", field="$.spec.headers")
     if len(set(spec.methods)) != len(spec.methods):
         raise Invalid("a method is given twice", field="$.spec.methods", remedy="remove one")
+    if spec.to.static is not None and spec.cache is not None:
+        raise Invalid("files are here already", field="$.spec.cache", remedy="say to.static.cacheControl to others")
     if spec.auth is not None:
         check_auth(spec.auth)
     if spec.cors is not None:
@@ -280,6 +306,8 @@ def _refs(r: Resource) -> list[Ref]:
     refs = []
     if spec.to.service:
         refs.append(Ref("Service", r.metadata.namespace, spec.to.service, "$.spec.to.service"))
+    if spec.to.static is not None and spec.to.static.config:
+        refs.append(Ref("Config", r.metadata.namespace, spec.to.static.config, "$.spec.to.static.config"))
     if spec.to.function:
         function, _ = split_function(spec.to.function)
         refs.append(Ref("Function", r.metadata.namespace, function, "$.spec.to.function"))
@@ -291,7 +319,9 @@ def _refs(r: Resource) -> list[Ref]:
 
 
 def _target(d: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v}" for k, v in d["spec"].get("to", {}).items())
+    to = dict(d["spec"].get("to", {}))
+    to |= {k: v for k, v in (to.pop("static", None) or {}).items() if k in ("config", "folder")}
+    return ", ".join(f"{k} {v}" for k, v in to.items())
 
 
 kinds.add(
