@@ -3,9 +3,14 @@
 set -euo pipefail
 need=()
 command -v ip >/dev/null || [ -x /usr/sbin/ip ] || need+=(iproute2)
+command -v node >/dev/null || need+=(nodejs)
 [ ${#need[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${need[@]}" >/dev/null
+  apt-get update -qq || true
+  for package in "${need[@]}"; do
+    DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y -qq --no-install-recommends "$package" >/dev/null ||
+      echo "$package could not be installed; the tests that use it will say so" >&2
+  done
 else
   echo "not installed (needs root on Debian): ${need[*]}; the tests that use them will say so" >&2
 fi

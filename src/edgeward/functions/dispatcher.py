@@ -19,14 +19,13 @@ from typing import Any
 
 from edgeward.core import cgroup, clock
 from edgeward.core import invocation as wire
-from edgeward.core.errors import EdgewardError
 from edgeward.core.files import ensure_dir
 from edgeward.core.invocation import Call, CallFailed, Event, Reply
 from edgeward.functions.asks import Asks, Sampler
 from edgeward.functions.logs import Line, LogFile, level_name
 from edgeward.functions.memory import Memory
-from edgeward.functions.nursery import Nursery
-from edgeward.functions.origins import Forked, Origin
+from edgeward.functions.nursery import Nursery, probe
+from edgeward.functions.origins import Forked, Node, Origin, Programs
 from edgeward.functions.pool import Job, Pool, deadline_of
 from edgeward.functions.sandbox import Cage, Verdict
 from edgeward.functions.shelves import shelves
@@ -70,7 +69,11 @@ class Dispatcher:
         # groups are named by the folder too: on one machine several nodes may have one name
         self._prefix = f"fn-{zlib.crc32(str(folder.absolute()).encode()):08x}-"
         self.nursery = Nursery(folder / "zygote.log", node, self._prefix)
-        self.origins: dict[str, Origin] = {"python": Forked(self.nursery)}
+        self.origins: dict[str, Origin] = {
+            "python": Forked(self.nursery),
+            "node": Node(self.nursery),
+            "command": Programs(self.nursery),
+        }
         self._serial = int(clock.now() * 1000) % 0xFFFFFFFF
         self._instances = 0
         self._calls = 0
@@ -305,25 +308,7 @@ class Dispatcher:
         """What this node really enforces: a worker that tries to break out, and tells."""
         instance = self.new_instance()
         cage = Cage(instance, str(self.tmp / instance), user=1_900_000_000, memory=256 << 20, cpu=1.0, pids=16)
-        child = await self.nursery.spawn(cage, {"LANG": "C.UTF-8"}, probe=True)
-        reader, writer = await asyncio.open_unix_connection(sock=child.sock)
-        try:
-            async with asyncio.timeout(10.0):
-                size = int.from_bytes(await reader.readexactly(4), "big")
-                if size > wire.MAX_FRAME:
-                    raise EdgewardError("the probe's answer is too long")
-                told = wire.decode_from_worker(await reader.readexactly(size))
-        except (TimeoutError, asyncio.IncompleteReadError):
-            told = wire.Broken("it did not answer")
-        finally:
-            writer.close()
-            child.kill()
-        if isinstance(told, wire.Jailed):
-            self.probed = Verdict(sorted(told.enforced), told.refused)
-        else:
-            why = told.message if isinstance(told, wire.Broken) else "it answered something else"
-            log.error("the sandbox's probe failed: %s", why)
-            self.probed = Verdict([], {"everything": f"the probe failed: {why}"})
+        self.probed = await probe(self.nursery, cage)
         return self.probed
 
     async def run(self) -> None:

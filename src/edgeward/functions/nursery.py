@@ -17,19 +17,23 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from edgeward.core import cgroup
+from edgeward.core import invocation as wire
 from edgeward.core.errors import Unreachable
 from edgeward.functions import zygote
-from edgeward.functions.sandbox import Cage
+from edgeward.functions.sandbox import Cage, Verdict
 
 log = logging.getLogger("edgeward.functions")
 
 #: Workers that are being forked at once: what waits in the socket stays within its buffer.
 _AT_ONCE = 8
 _START = 20.0
+#: Seconds that a probe takes at most.
+_PROBE = 10.0
 #: Seconds that a closing zygote has to end its workers.
 _CLOSE = 10.0
 #: How often, and after how many seconds again, what a worker left behind is ended.
@@ -50,6 +54,8 @@ class Child:
     def __init__(self, cage: Cage, sock: socket.socket, ended: asyncio.Future[Ended]) -> None:
         self.cage, self.sock = cage, sock
         self.pid = 0
+        #: Where what a program writes to its standard output and error can be read; None: it is none.
+        self.output: IO[bytes] | None = None
         self._pidfd = -1
         #: How it ended; set when it was reaped.
         self.ended = ended
@@ -67,6 +73,23 @@ class Child:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+
+def code_of(cage: Cage) -> str:
+    """Where a program's files are put that go with the instance."""
+    return f"{cage.tmp}.code"
+
+
+def _write(folder: Path, code: Mapping[str, str]) -> None:
+    """For all to read; a script (its first line says by what it is run) is for all to run."""
+    folder.mkdir()
+    for name, text in code.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755 if text.startswith("#!") else 0o644)
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        path.chmod(0o755)
 
 
 class Nursery:
@@ -186,8 +209,9 @@ class Nursery:
                 break
             await asyncio.sleep(_AGAIN)  # the period of looking whether they are gone
         await asyncio.to_thread(cgroup.remove, self._node, cage.instance)
-        if cage.tmp:
-            await asyncio.to_thread(shutil.rmtree, cage.tmp, True)
+        for folder in (cage.tmp, cage.code if cage.code == code_of(cage) else ""):
+            if folder:
+                await asyncio.to_thread(shutil.rmtree, folder, True)
 
     def _lost(self, why: str) -> None:
         """The zygote is gone, and so are its workers."""
@@ -215,24 +239,49 @@ class Nursery:
         for number in list(self._children):
             self._gone(number, -signal.SIGKILL)
 
-    async def spawn(self, cage: Cage, env: dict[str, str], *, probe: bool = False) -> Child:
-        """A new worker in its cage; ``cage.instance`` may be another one afterwards. Raises ``Unreachable``."""
+    async def spawn(
+        self,
+        cage: Cage,
+        env: dict[str, str],
+        *,
+        probe: bool = False,
+        program: zygote.Program | None = None,
+        code: Mapping[str, str] | None = None,
+    ) -> Child:
+        """A new worker in its cage; ``cage.instance`` may be another one afterwards. Raises ``Unreachable``.
+
+        ``program``: what takes its place; ``code``: files to put into its ``cage.code`` first.
+        """
+        spawn = zygote.Spawn(cage, env, probe, program=program)
         try:
-            return await self._spawn(cage, env, probe)
+            if program is None:
+                return await self._spawn(spawn, {}, -1)
+            read, write = os.pipe2(os.O_CLOEXEC)
+            output = os.fdopen(read, "rb", 0)
+            try:
+                child = await self._spawn(spawn, code or {}, write)
+            except BaseException:
+                output.close()
+                raise
+            finally:
+                os.close(write)
+            child.output = output
+            return child
         except OSError as e:  # no room for its folder or its groups: whoever wants a worker tries again later
             raise Unreachable(f"a worker cannot be made: {e}") from None
 
-    async def _spawn(self, cage: Cage, env: dict[str, str], probe: bool) -> Child:
+    async def _spawn(self, spawn: zygote.Spawn, code: Mapping[str, str], output: int) -> Child:
+        cage = spawn.cage
         async with self._slots:
             await self.start()
             spare, self._spare = self._spare, None
-            if spare is None or spare.ended.done() or cage.cpu is not None or probe:
+            if spare is None or spare.ended.done() or cage.cpu is not None or spawn.probe:
                 self._spare = spare
-                await asyncio.to_thread(self._prepare, cage)
-                child = await self._fork(zygote.Spawn(cage, env, probe))
+                await asyncio.to_thread(self._prepare, cage, code)
+                child = await self._fork(spawn, output)
             else:
-                child = await self._dress(spare, cage, env)
-        if self._spare is None and self._sparing is None and not probe and not self._closed:
+                child = await self._dress(spare, spawn, code, output)
+        if self._spare is None and self._sparing is None and not spawn.probe and not self._closed:
             self._sparing = asyncio.ensure_future(self._make_spare())
             self._cleaning.add(self._sparing)
             self._sparing.add_done_callback(self._cleaning.discard)
@@ -242,21 +291,23 @@ class Nursery:
         """A worker that has entered its groups already: with cgroups v1 that is most of what a start takes."""
         try:
             cage = Cage(f"{self._prefix}{os.getpid():x}-spare-{self._last}", "", memory=_NO_MEMORY, pids=_NO_PIDS)
-            await asyncio.to_thread(self._prepare, cage)
-            self._spare = await self._fork(zygote.Spawn(cage, {}, spare=True))
+            await asyncio.to_thread(self._prepare, cage, {})
+            self._spare = await self._fork(zygote.Spawn(cage, {}, spare=True), -1)
         except (Unreachable, OSError) as e:
             log.info("no spare worker: %s", e)
         finally:
             self._sparing = None
 
-    async def _dress(self, spare: Child, cage: Cage, env: dict[str, str]) -> Child:
+    async def _dress(self, spare: Child, spawn: zygote.Spawn, code: Mapping[str, str], output: int) -> Child:
         """Makes a spare the worker that is wanted: its groups get their limits, then it is told the rest."""
+        cage = spawn.cage
         cage.instance = spare.cage.instance
         spare.cage = cage
         try:
-            await asyncio.to_thread(self._prepare, cage)
-            message = zygote.encode(zygote.Spawn(cage, env))
-            if spare.sock.send(len(message).to_bytes(4, "big") + message) < len(message) + 4:
+            await asyncio.to_thread(self._prepare, cage, code)
+            message = zygote.encode(spawn)
+            message = len(message).to_bytes(4, "big") + message
+            if socket.send_fds(spare.sock, [message], [] if output < 0 else [output]) < len(message):
                 raise OSError("its socket is full")
         except BaseException as e:
             spare.kill()
@@ -266,7 +317,7 @@ class Nursery:
             raise
         return spare
 
-    async def _fork(self, spawn: zygote.Spawn) -> Child:
+    async def _fork(self, spawn: zygote.Spawn, output: int) -> Child:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
         self._last += 1
@@ -278,7 +329,7 @@ class Nursery:
                 if self._control is None:
                     raise OSError("it has just ended")
                 message = zygote.NUMBER.pack(number) + zygote.encode(spawn)
-                socket.send_fds(self._control, [message], [theirs.fileno()])
+                socket.send_fds(self._control, [message], [theirs.fileno(), *([] if output < 0 else [output])])
             async with asyncio.timeout(_START):
                 await born
         except (OSError, TimeoutError) as e:
@@ -293,10 +344,12 @@ class Nursery:
             raise
         return child
 
-    def _prepare(self, cage: Cage) -> None:
-        """Its folder and its groups."""
+    def _prepare(self, cage: Cage, code: Mapping[str, str]) -> None:
+        """Its folders and its groups."""
         if cage.tmp:
             Path(cage.tmp).mkdir(mode=0o700)
+        if code:
+            _write(Path(cage.code), code)
         limits = cgroup.Limits(cage.memory, cage.cpu, cage.pids)
         made = cgroup.prepare(self._node, cage.instance, limits)
         cage.grouped, cage.ungrouped = made.enforced, made.refused
@@ -314,3 +367,25 @@ class Nursery:
         self._lost("closed")
         while self._cleaning:
             await asyncio.gather(*self._cleaning, return_exceptions=True)
+
+
+async def probe(nursery: Nursery, cage: Cage) -> Verdict:
+    """What this node really enforces on such a cage: a worker that tries to break out, and tells."""
+    child = await nursery.spawn(cage, {"LANG": "C.UTF-8"}, probe=True)
+    reader, writer = await asyncio.open_unix_connection(sock=child.sock)
+    try:
+        async with asyncio.timeout(_PROBE):
+            size = int.from_bytes(await reader.readexactly(4), "big")
+            if size > wire.MAX_FRAME:
+                raise Unreachable("the probe's answer is too long")
+            told = wire.decode_from_worker(await reader.readexactly(size))
+    except (TimeoutError, asyncio.IncompleteReadError):
+        told = wire.Broken("it did not answer")
+    finally:
+        writer.close()
+        child.kill()
+    if isinstance(told, wire.Jailed):
+        return Verdict(sorted(told.enforced), told.refused)
+    why = told.message if isinstance(told, wire.Broken) else "it answered something else"
+    log.error("the sandbox's probe failed: %s", why)
+    return Verdict([], {"everything": f"the probe failed: {why}"})

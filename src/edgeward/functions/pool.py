@@ -23,6 +23,7 @@ from edgeward.core.proc import ending
 from edgeward.functions import scale
 from edgeward.functions.asks import Asks, Tally, refusal
 from edgeward.functions.origins import Origin, Worker
+from edgeward.functions.output import Output
 from edgeward.functions.sandbox import Cage
 from edgeward.functions.versions import Policy, Version
 
@@ -32,6 +33,8 @@ log = logging.getLogger("edgeward.functions")
 _GRACE = 2.0
 #: Seconds until the zygote has told how a worker ended.
 _TOLD = 2.0
+#: Characters of a program's last words that are told.
+_LAST = 300
 #: Bytes of log that one call may send before its worker counts as broken.
 _MAX_LOG = 16 << 20
 #: Bytes of answers to what it asked for that a worker may leave unread.
@@ -54,6 +57,14 @@ class Host(Protocol):
     def library(self, version: Version) -> list[str]: ...
     def now(self) -> float: ...
     def spawn(self, work: Any) -> None: ...
+
+
+class _Ended(EdgewardError):
+    """It ended by itself while it was being started."""
+
+
+class _Broken(EdgewardError):
+    """It said that it cannot; then it ends."""
 
 
 class Job:
@@ -119,6 +130,8 @@ class Link(asyncio.Protocol):
         self._frames = wire.Frames(pool.version.body + 256 * 1024)
         self.transport: asyncio.Transport | None = None
         self.child: Worker | None = None
+        #: What a program writes beside the protocol.
+        self.output: Output | None = None
         self.job: Job | None = None
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.jailed: wire.Jailed | None = None
@@ -129,6 +142,7 @@ class Link(asyncio.Protocol):
         self.sentence: CallFailed | None = None
         self._logged = 0
         self._tally = Tally()
+        self._call = ""
 
     # -- asyncio's side --------------------------------------------------------------------------------------------
 
@@ -158,9 +172,7 @@ class Link(asyncio.Protocol):
                 raise msgspec.ValidationError("an answer that nobody asked for")
             self._pool.answered(self, job, message)  # type: ignore[arg-type]
         elif isinstance(message, wire.Log):
-            self._logged += size + 64
-            if self._logged > _MAX_LOG:
-                raise msgspec.ValidationError("far too many log lines in one call")
+            self.logged(size + 64)
             self._pool.say(message)
         elif isinstance(message, (wire.Jailed, wire.Ready, wire.Broken)):
             self._of_start(message)
@@ -168,6 +180,20 @@ class Link(asyncio.Protocol):
             self._asked(job, message, size)
         else:
             self._of_call(job, message)
+
+    def call(self) -> str:
+        """The id of the call in hand, or of the last: what was written in it may be read after its answer."""
+        return self._call
+
+    def logged(self, size: int) -> None:
+        """So many bytes of log; far too many end the worker."""
+        self._logged += size
+        if self._logged > _MAX_LOG and self.sentence is None:
+            self.end(
+                self._pool.failure(
+                    "crashed", "the worker does not keep to the protocol: far too much log in one call", self.job
+                )
+            )
 
     def _of_start(self, message: wire.Jailed | wire.Ready | wire.Broken) -> None:
         if self.ready.done():
@@ -177,7 +203,7 @@ class Link(asyncio.Protocol):
         if isinstance(message, wire.Jailed):
             self.jailed = self.jailed or message
         elif isinstance(message, wire.Broken):
-            self.ready.set_exception(EdgewardError(message.message))
+            self.ready.set_exception(_Broken(message.message))
             self._pool.say(wire.Log("", 40, 0.0, message.trace or message.message))
         elif self.jailed is None:
             raise msgspec.ValidationError("ready before it was jailed")
@@ -239,7 +265,7 @@ class Link(asyncio.Protocol):
 
     def give(self, job: Job, now: float) -> None:
         """Sends the call."""
-        self.job = job
+        self.job, self._call = job, job.id
         self._logged = 0
         self._tally.begin()
         self.transport.write(frame(wire.Invoke(job.id, job.deadline - now, job.event)))  # type: ignore[union-attr]
@@ -510,18 +536,40 @@ class Pool:
         child = await origin.worker(version, cage, env)
         link = Link(self)
         link.child = child
+        loop = asyncio.get_running_loop()
         try:
-            await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=child.sock)
+            await loop.create_unix_connection(lambda: link, sock=child.sock)
+            if child.output is not None:
+                link.output = output = Output(self.say, link.call, link.logged)
+                await loop.connect_read_pipe(lambda: output, child.output)
             await self._load(link, origin.files(version))
         except BaseException as e:
+            if isinstance(e, _Broken):
+                await self._told_end(link)  # what it still has to say goes to the log
             child.kill()
             if link.transport is not None:
                 link.transport.abort()
-            if isinstance(e, EdgewardError) and (await self._told_end(child))[0]:
-                raise EdgewardError("was over its memory while it loaded the code") from None
+            if isinstance(e, EdgewardError):
+                error = await self._why_not(link, e)
+                self.last_error = error.message
+                raise error from None
+            if link.output is not None:
+                link.output.close()
             raise
         self.links.add(link)
         return link
+
+    async def _why_not(self, link: Link, e: EdgewardError) -> EdgewardError:
+        """Why a worker could not be started, in the words of whoever knows best."""
+        memory, how = await self._told_end(link)
+        if memory:
+            return EdgewardError("was over its memory while it loaded the code")
+        if not isinstance(e, _Ended) or link.output is None:
+            return e
+        remedy = ""
+        if self.version.command and ending(0) in how:
+            remedy = " (it spoke no worker protocol; a program that reads its input and writes its answer: mode: stdio)"
+        return EdgewardError(f"its process {how}{remedy}")
 
     async def _load(self, link: Link, files: dict[str, str]) -> None:
         version = self.version
@@ -543,7 +591,10 @@ class Pool:
             async with asyncio.timeout(version.startup):
                 await link.ready
         except TimeoutError:
-            raise EdgewardError(f"did not load within {version.startup:g} s") from None
+            told = (
+                "" if not version.command else " (a worker says Ready on the descriptor that EDGEWARD_WORKER_FD names)"
+            )
+            raise EdgewardError(f"did not load within {version.startup:g} s{told}") from None
         if link.jailed is not None:
             self.jailed = link.jailed
             missing = sorted(set(version.require) - set(link.jailed.enforced))
@@ -555,7 +606,7 @@ class Pool:
         """A worker's socket is closed."""
         if link not in self.links:
             if not link.ready.done():
-                link.ready.set_exception(EdgewardError("its process ended while it loaded the code"))
+                link.ready.set_exception(_Ended("its process ended while it loaded the code"))
             return
         self.links.discard(link)
         if link in self.idle:
@@ -569,11 +620,10 @@ class Pool:
     async def _autopsy(self, link: Link) -> None:
         """Why a worker ended that nobody ended; its call fails with that."""
         job, link.job = link.job, None
-        child = link.child
-        if child is None:
+        if link.child is None:
             return
-        child.kill()  # it closed its socket: whatever it still does is nobody's
-        memory, how = await self._told_end(child)
+        link.child.kill()  # it closed its socket: whatever it still does is nobody's
+        memory, how = await self._told_end(link)
         why = "was over its memory" if memory else f"its process {how}"
         if job is None:
             self.start_failed(why)  # it ended while it had nothing to do: not again and again at once
@@ -587,14 +637,25 @@ class Pool:
         self.grow(self.host.now())
 
     @staticmethod
-    async def _told_end(child: Worker) -> tuple[bool, str]:
-        """(over its memory, how it ended in words)"""
+    async def _told_end(link: Link) -> tuple[bool, str]:
+        """(over its memory, how it ended in words, its own last ones too)"""
+        child, output = link.child, link.output
+        if child is None:
+            return False, "ended"
         try:
             async with asyncio.timeout(_TOLD):
                 told = await asyncio.shield(child.ended)
+                if output is not None:
+                    await output.over.wait()
         except TimeoutError:
-            return False, "ended"
-        return told.out_of_memory, ending(told.status)
+            if not child.ended.done():
+                return False, "ended"
+            told = child.ended.result()
+        if output is None:
+            return told.out_of_memory, ending(told.status)
+        output.close()
+        last = f": {output.last[:_LAST]}" if output.last else ""
+        return told.out_of_memory or output.out_of_memory, ending(told.status) + last
 
     def drain(self) -> None:
         """No more calls come here: workers go as they get free."""

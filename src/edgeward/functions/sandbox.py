@@ -32,9 +32,9 @@ PROMISES = {
     "cpu": "no more processor time than limits.cpu",
     "pids": "no more processes and threads than limits.pids",
     "tmp": "no more than limits.tmp in its folder for temporary files, which goes with the instance",
-    "files": "reads its own code, Python's library and nothing else; writes its temporary folder and nothing else",
+    "files": "reads its own code, its runtime's library and nothing else; writes its temporary folder and nothing else",
     "network": "opens no socket",
-    "exec": "starts no program",
+    "exec": "starts no program, beside its own runtime where that is one",
     "user": "has a system user of its own, with no rights",
     "signals": "signals no process but its own",
     "kernel": "cannot mount, trace, load modules, make namespaces, use keys or memory that outlives it",
@@ -55,6 +55,14 @@ class Cage(msgspec.Struct):
     network: bool = False
     #: Folders and files that it may read beside its runtime's library; it is nobody's to write to.
     library: list[str] = []
+    #: Files, and folders of them, that it may run: it is a program, not a fork of the zygote. Empty: none at all.
+    runs: list[str] = []
+    #: Why ``exec`` cannot be promised although the kernel could; empty: it is promised.
+    runs_more: str = ""
+    #: Promises that this node was seen not to hold, and how.
+    refuted: dict[str, str] = {}
+    #: Where a program's own code lies: there it starts.
+    code: str = ""
     #: What its groups hold already, what not and why, and where it enters them.
     grouped: list[str] = []
     ungrouped: dict[str, str] = {}
@@ -72,9 +80,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # found once, so that workers share what finding them takes
 _syscall, _prctl_, _unshare, _mount, _capset = _libc.syscall, _libc.prctl, _libc.unshare, _libc.mount, _libc.capset
 _PR_SET_PDEATHSIG, _PR_SET_KEEPCAPS, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 1, 8, 22, 38, 4
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_CHILD_SUBREAPER, _PR_CAP_AMBIENT = 36, 47
 _CLONE_NEWNS = 0x20000
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x4000, 0x40000
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
 _CAP_DAC_READ_SEARCH = 2
 
 
@@ -107,6 +115,7 @@ _WRITE_FILE, _TRUNCATE = 1 << 1, 1 << 14
 #: Bits that a rule for something that is no directory may have.
 _OF_FILES = 1 << 0 | _WRITE_FILE | _READ_FILE | _TRUNCATE | 1 << 15
 _READ = _READ_FILE | _READ_DIR
+_EXECUTE = 1 << 0
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
@@ -117,11 +126,14 @@ def landlock_abi() -> int:
 
 
 @functools.cache
-def _readable() -> list[str]:
-    """Python's library and what it needs of the system."""
-    here = Path(__file__).resolve().parent.parent.parent
-    found = [sys.base_prefix, sys.prefix, str(here), "/usr/lib", "/lib", "/lib64", "/usr/share/zoneinfo"]
+def _readable(python: bool) -> list[str]:
+    """What every program needs of the system, and Python's library."""
+    found = ["/usr/lib", "/lib", "/lib64", "/usr/lib64", "/usr/share/zoneinfo"]
     found += ["/etc/localtime", "/etc/ssl/certs", "/usr/local/lib", "/usr/share/ca-certificates"]
+    if python:
+        found += [sys.base_prefix, sys.prefix, str(Path(__file__).resolve().parent.parent.parent)]
+    else:
+        found.append("/etc/ld.so.cache")
     return [p for p in dict.fromkeys(found) if p != "/"]
 
 
@@ -147,7 +159,7 @@ def _rule_of(path: str, access: int) -> tuple[bytes, int] | None:
 
 
 @functools.cache
-def _rules(network: bool) -> _Rules:
+def _rules(network: bool, python: bool = True) -> _Rules:
     abi = landlock_abi()
     every = (1 << 13) - 1
     every |= 1 << 13 if abi >= 2 else 0
@@ -156,7 +168,7 @@ def _rules(network: bool) -> _Rules:
     net = 0b11 if abi >= 4 and not network else 0
     scoped = 0b11 if abi >= 6 else 0
     size = 8 if abi < 4 else 16 if abi < 6 else 24
-    wanted = [(path, _READ & every) for path in _readable()]
+    wanted = [(path, _READ & every) for path in _readable(python)]
     wanted += [(path, (_READ_FILE | _WRITE_FILE | 1 << 15) & every) for path in _DEVICES]
     if network:
         wanted += [(p, _READ_FILE) for p in ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/gai.conf")]
@@ -171,13 +183,14 @@ def _landlock(cage: Cage) -> list[str]:
     """Keeps from all files but those that it needs; promises of this kernel's Landlock."""
     if landlock_abi() < 1:
         raise OSError(errno.ENOSYS, "this kernel has no Landlock")
-    prepared = _rules(cage.network)
+    prepared = _rules(cage.network, not cage.runs)
     size = len(prepared.attr)
     ruleset = _checked(_syscall(444, prepared.attr, ctypes.c_size_t(size), 0), "landlock_create_ruleset")
     for rule in prepared.rules:
         _checked(_syscall(445, ruleset, 1, rule, 0), "landlock_add_rule")
-    for path in cage.library:
-        if (found := _rule_of(path, _READ & prepared.every)) is not None:
+    more = [*((path, _READ) for path in cage.library), *((path, _READ | _EXECUTE) for path in cage.runs)]
+    for path, access in more:
+        if (found := _rule_of(path, access & prepared.every)) is not None:
             _checked(_syscall(445, ruleset, 1, found[0], 0), "landlock_add_rule")
             os.close(found[1])
     own = _rule_of(cage.tmp, prepared.every & ~(1 << 0 | 1 << 6 | 1 << 11))  # all but execute and device nodes
@@ -192,8 +205,8 @@ def _landlock(cage: Cage) -> list[str]:
 
 def _close_prepared() -> None:
     """Descriptors that were opened for rules are no business of a function's code."""
-    for network in (False, True):
-        if landlock_abi() >= 1:
+    if landlock_abi() >= 1:
+        for network in (False, True):
             for fd in _rules(network).fds:
                 os.close(fd)
 
@@ -239,8 +252,10 @@ _LD, _JEQ, _JSET, _JGE, _RET = 0x20, 0x15, 0x45, 0x35, 0x06
 _ALLOW, _DENY = 0x7FFF0000, 0x00050000
 
 
-def program(*, network: bool, may_fork: bool, machine: str = "") -> bytes:
+def program(*, network: bool, may_fork: bool, may_exec: bool = False, machine: str = "") -> bytes:
     """The filter (classic BPF, seccomp(2)): denies what is listed, allows the rest.
+
+    ``may_exec``: for a program, which begins with an ``execve``; which files that may name is Landlock's to say.
 
     Raises ``OSError`` for a machine whose numbers are not known.
     """
@@ -264,7 +279,7 @@ def program(*, network: bool, may_fork: bool, machine: str = "") -> bytes:
     if machine == "x86_64":  # the x32 way to call the same
         add(_JGE, 0x40000000, 0, 1)
         deny()
-    special = {"clone", "clone3", "fork", "vfork", "socket", "prctl"}
+    special = {*(["execve"] if may_exec else []), "clone", "clone3", "fork", "vfork", "socket", "prctl"}
     for name, number in numbers.items():
         if name not in special:
             add(_JEQ, number, 0, 1)
@@ -298,8 +313,8 @@ def program(*, network: bool, may_fork: bool, machine: str = "") -> bytes:
 
 
 @functools.cache
-def _program(network: bool, may_fork: bool) -> bytes:
-    return program(network=network, may_fork=may_fork)
+def _program(network: bool, may_fork: bool, may_exec: bool = False) -> bytes:
+    return program(network=network, may_fork=may_fork, may_exec=may_exec)
 
 
 def warm() -> None:
@@ -314,7 +329,7 @@ def warm() -> None:
 
 
 def _seccomp(cage: Cage, may_fork: bool) -> None:
-    text = _program(cage.network, may_fork)
+    text = _program(cage.network, may_fork, bool(cage.runs))
     buffer = ctypes.create_string_buffer(text, len(text))
     fprog = struct.pack("@HP", len(text) // 8, ctypes.addressof(buffer))
     holder = ctypes.create_string_buffer(fprog, len(fprog))
@@ -331,10 +346,24 @@ def _own_mount(cage: Cage) -> None:
     data = f"size={cage.tmp_size},mode=0700,uid={cage.user},nr_inodes=4096".encode()
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     _checked(_mount(b"tmpfs", cage.tmp.encode(), b"tmpfs", flags, data), "mount tmpfs")
+    if cage.runs:
+        # the node's folder is closed to others, and access(2), which programs ask, knows no capability
+        cage.tmp = _seen_at(cage.tmp, "/tmp")  # noqa: S108 - its own
+        code, cage.code = cage.code, _seen_at(cage.code, "/srv")
+        cage.library = [cage.code if p == code else p for p in cage.library]
+        cage.runs = [cage.code if p == code else p for p in cage.runs]
 
 
-def _become(user: int, keep_reading: bool) -> None:
-    """Another user, for good. ``keep_reading``: it may pass directories that are closed to it (Landlock says which)."""
+def _seen_at(path: str, at: str) -> str:
+    """Mounts ``path`` at ``at`` too, where that is there; where it is to be looked for."""
+    if not path or _mount(path.encode(), at.encode(), None, ctypes.c_ulong(_MS_BIND), None):
+        return path
+    return at
+
+
+def _become(user: int, keep_reading: bool, program: bool) -> None:
+    """Another user, for good. ``keep_reading``: it may pass directories that are closed to it (Landlock says which);
+    so may the ``program`` that takes its place."""
     if keep_reading:
         _prctl(_PR_SET_KEEPCAPS, 1)
     os.setgroups([])
@@ -343,27 +372,36 @@ def _become(user: int, keep_reading: bool) -> None:
     if keep_reading:
         bit = 1 << _CAP_DAC_READ_SEARCH
         header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0), 8)
-        data = ctypes.create_string_buffer(struct.pack("=IIIIII", bit, bit, 0, 0, 0, 0), 24)
+        kept = bit if program else 0
+        data = ctypes.create_string_buffer(struct.pack("=IIIIII", bit, bit, kept, 0, 0, 0), 24)
         _checked(_capset(header, data), "capset")
+        if program:
+            _checked(_prctl_(_PR_CAP_AMBIENT, ctypes.c_ulong(2), ctypes.c_ulong(_CAP_DAC_READ_SEARCH), 0, 0), "prctl")
 
 
 @functools.cache
 def _closed_to_others() -> bool:
     """Whether another user could not read Python's library, e.g. below root's home."""
-    return any(_closed(Path(p)) for p in (sys.base_prefix, sys.prefix, str(Path(__file__).resolve().parent)))
+    return _closed(sys.base_prefix, sys.prefix, str(Path(__file__).resolve().parent))
 
 
-def _closed(path: Path) -> bool:
-    for parent in (path, *path.parents):
-        with contextlib.suppress(OSError):
-            if not parent.stat().st_mode & 0o001:
-                return True
+def _closed(*paths: str) -> bool:
+    """Whether another user could not come to one of these."""
+    for path in paths:
+        for parent in (Path(path), *Path(path).parents):
+            with contextlib.suppress(OSError):
+                if stat.S_ISDIR(mode := parent.stat().st_mode) and not mode & 0o001:
+                    return True
     return False
 
 
 def _closed_cage(cage: Cage) -> bool:
     """Whether there is something that the worker shall read and another user could not: a node's folder is closed."""
-    return _closed_to_others() or any(_closed(Path(p)) for p in cage.library)
+    return _closed(*filter(None, (cage.code, *cage.library, *cage.runs))) or (not cage.runs and _closed_to_others())
+
+
+#: Memory of its own that a program may have beside what a function is allowed: its runtime's, and its threads' stacks.
+_PROGRAM = 64 << 20
 
 
 def _data_bytes() -> int:
@@ -382,6 +420,7 @@ def _limit(what: int, value: int) -> None:
 
 def enter(cage: Cage, outside: str) -> Verdict:
     """Puts the calling process into its cage, step by step; a step that fails is told and the next one is taken.
+    ``cage.tmp`` and ``cage.code`` are afterwards where the process finds them.
 
     ``outside``: why it is not in its groups (:func:`join`); empty: it is.
     """
@@ -403,7 +442,7 @@ def enter(cage: Cage, outside: str) -> Verdict:
         step(("tmp",), lambda: _own_mount(cage))
     else:
         verdict.refused["tmp"] = "the agent does not run as root"
-    os.chdir(cage.tmp)
+    os.chdir(cage.code or cage.tmp)
     for what, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, cage.open_files),
@@ -412,18 +451,20 @@ def enter(cage: Cage, outside: str) -> Verdict:
         with contextlib.suppress(OSError, ValueError):
             _limit(what, value)
     if "memory" not in verdict.enforced and cage.memory is not None:
-        allowed = _data_bytes() + cage.memory
+        allowed = (_PROGRAM if cage.runs else _data_bytes()) + cage.memory
         if step(("memory",), lambda: _limit(resource.RLIMIT_DATA, allowed)):
             verdict.refused.pop("memory", None)
     abi = landlock_abi()
     if not root or not cage.user:
         verdict.refused["user"] = "the agent does not run as root" if not root else "no user was given"
     elif (closed := _closed_cage(cage)) and abi < 1:
-        verdict.refused["user"] = "another user could not read Python's library, or the function's code, here"
+        verdict.refused["user"] = "another user could not read its runtime's library, or the function's code, here"
     else:
         with contextlib.suppress(OSError):
             os.chown(cage.tmp, cage.user, cage.user)
-        step(("user",), lambda: _become(cage.user, closed))
+        # its folder may lie below one that is the agent's alone
+        keep = closed or (abi >= 1 and _closed(str(Path(cage.tmp).parent)))
+        step(("user",), lambda: _become(cage.user, keep, bool(cage.runs)))
     dies_with_parent()  # after the change of user, which would undo it
     with contextlib.suppress(OSError):
         _prctl(_PR_SET_DUMPABLE, 0)
@@ -433,14 +474,21 @@ def enter(cage: Cage, outside: str) -> Verdict:
     except OSError as e:
         verdict.refused["files"] = e.strerror or str(e)
     may_fork = "pids" in verdict.enforced
-    promised = ("exec", "kernel", *(() if cage.network else ("network",)))
+    promised = (*(() if cage.runs else ("exec",)), "kernel", *(() if cage.network else ("network",)))
     if step(promised, lambda: _seccomp(cage, may_fork)) and not may_fork and cage.pids is not None:
         verdict.refused["pids"] += "; it may start threads, but no process"
+    if cage.runs and (cage.runs_more or "files" not in verdict.enforced):
+        verdict.refused["exec"] = cage.runs_more or "without Landlock a program may start any other"
+    elif cage.runs:
+        verdict.enforced.append("exec")  # by Landlock
     if cage.network:
         verdict.refused["network"] = "limits.network is open"
     _close_prepared()
     if "signals" not in verdict.enforced:
         verdict.refused["signals"] = f"Landlock of this kernel has version {abi}, it takes 6"
+    for name in set(verdict.enforced) & set(cage.refuted):
+        verdict.enforced.remove(name)
+        verdict.refused[name] = cage.refuted[name]
     return verdict
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgeward.core.errors import Invalid
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from edgeward.functions.spec import FunctionSpec
 
 _PYTHON = re.compile(r"^(?:[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*:)?[A-Za-z_][A-Za-z0-9_]*$")
+_JAVASCRIPT = re.compile(r"^[A-Za-z_$][\w$]{0,127}$", re.ASCII)
+_MODULE = re.compile(r"(?:^|;)[ \t]*(?:export\b|import\b(?![ \t]*[(.]))", re.MULTILINE)
+_ENDINGS = (".mjs", ".cjs", ".js")
 
 
 class Rule(NamedTuple):
@@ -22,6 +26,8 @@ class Rule(NamedTuple):
     inline: Callable[[FunctionSpec], str]
     #: Raises ``Invalid`` where source, handler or what belongs to the runtime is not right. Paths are checked already.
     check: Callable[[FunctionSpec], None]
+    #: What is started, where the function says that.
+    command: Callable[[FunctionSpec], list[str]] = lambda spec: []
 
 
 def _check_python(spec: FunctionSpec) -> None:
@@ -46,5 +52,55 @@ def _check_python(spec: FunctionSpec) -> None:
         )
 
 
+def _node_file(spec: FunctionSpec) -> str:
+    """ES modules have statements that begin with import or export; what has none is CommonJS."""
+    return "main.mjs" if _MODULE.search(spec.source.inline) else "main.cjs"
+
+
+def _check_node(spec: FunctionSpec) -> None:
+    source = spec.source
+    module, _, name = spec.handler.rpartition(":")
+    path = PurePosixPath(module or "main")
+    if not _JAVASCRIPT.fullmatch(name) or path.is_absolute() or ".." in path.parts or str(path) != (module or "main"):
+        remedy = "write handler, or lib/file:function (the file without its ending)"
+        raise Invalid(f"{spec.handler[:80]!r} names no function", field="$.spec.handler", remedy=remedy)
+    if source.files and not {f"{path}{end}" for end in _ENDINGS} & set(source.files):
+        there = ", ".join(sorted(source.files)[:8])
+        raise Invalid(f"there is no file {path}.mjs, .cjs or .js", field="$.spec.handler", remedy=f"files: {there}")
+    if source.inline and str(path) != "main":
+        raise Invalid(
+            "inline source is the module main", field="$.spec.handler", remedy="write the function's name only"
+        )
+
+
+#: Arguments of a command, and characters of one.
+_ARGUMENTS, _ARGUMENT = 64, 4096
+
+
+def _command(spec: FunctionSpec) -> list[str]:
+    return spec.command or (["./main"] if spec.source.inline else [])
+
+
+def _check_command(spec: FunctionSpec) -> None:
+    if spec.handler != "handler":
+        raise Invalid("a command has no handler", field="$.spec.handler", remedy="leave it out")
+    if not spec.command and not spec.source.inline.startswith("#!"):
+        remedy = "write command: [perl, main.pl], or begin the inline source with e.g. #!/bin/sh"
+        raise Invalid("nothing says what is started", field="$.spec.command", remedy=remedy)
+    if len(spec.command) > _ARGUMENTS:
+        raise Invalid(f"has more than {_ARGUMENTS} arguments", field="$.spec.command", remedy="put them into a file")
+    for n, argument in enumerate(spec.command):
+        if "\0" in argument or len(argument) > _ARGUMENT or (not n and not argument):
+            remedy = f"up to {_ARGUMENT} characters, none of them NUL; the first is not empty"
+            raise Invalid("is no argument", field=f"$.spec.command[{n}]", remedy=remedy)
+    first = PurePosixPath(spec.command[0]) if spec.command else PurePosixPath("main")
+    if not first.is_absolute() and ".." in first.parts:
+        raise Invalid("leaves its folder", field="$.spec.command[0]", remedy="name a file of the source, or a program")
+
+
 #: What this release can run; other runtimes are named in the spec so that the refusal can say so.
-RULES: dict[str, Rule] = {"python": Rule(lambda spec: "main.py", _check_python)}
+RULES: dict[str, Rule] = {
+    "python": Rule(lambda spec: "main.py", _check_python),
+    "node": Rule(_node_file, _check_node),
+    "command": Rule(lambda spec: "main", _check_command, _command),
+}

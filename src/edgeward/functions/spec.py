@@ -48,7 +48,9 @@ class Dependencies(Declared):
 class Source(Declared):
     """The code: one of the three. In a file for the command line also `folder: PATH`, which it packs and uploads."""
 
-    inline: Annotated[str, Meta(description="The text of main.py")] = ""
+    inline: Annotated[
+        str, Meta(description="The text of main.py (python), main.mjs or main.cjs (node), main (command)")
+    ] = ""
     files: Annotated[dict[str, str], Meta(description="Relative path to text; modules and other files")] = {}
     archive: Annotated[Archive | None, Meta(description="A packed folder")] = None
 
@@ -140,10 +142,22 @@ class FunctionSpec(Declared):
     """Code that answers calls on the node where they come in."""
 
     runtime: Annotated[
-        Literal["python", "node", "wasm", "command"], Meta(description="What runs it; this release has: python")
+        Literal["python", "node", "wasm", "command"],
+        Meta(description="What runs it; this release has: python, node, command"),
     ]
-    source: Annotated[Source, Meta(description="The code")]
-    handler: Annotated[str, Meta(description="`function` of main.py, or `module:function`")] = "handler"
+    source: Annotated[Source, Meta(description="The code")] = msgspec.field(default_factory=Source)
+    handler: Annotated[str, Meta(description="`function` of main, or `module:function`")] = "handler"
+    command: Annotated[
+        list[str],
+        Meta(description="Of runtime command: a program of the node's or a file of the source, and its arguments"),
+    ] = []
+    mode: Annotated[
+        Literal["", "worker", "stdio"],
+        Meta(
+            description="Of runtime command: worker (the default) speaks the worker protocol; stdio is started for "
+            "each call, with the event as its input and the answer as its output"
+        ),
+    ] = ""
     dependencies: Annotated[Dependencies | None, Meta(description="Packages (python)")] = None
     env: Annotated[dict[str, str], Meta(description="Environment")] = {}
     envFrom: Annotated[list[EnvFrom], Meta(description="Environment from Configs and Secrets")] = []
@@ -175,7 +189,8 @@ class FunctionSpec(Declared):
 
 def _check_source(spec: FunctionSpec) -> None:
     source = spec.source
-    if bool(source.inline) + bool(source.files) + (source.archive is not None) != 1:
+    ways = bool(source.inline) + bool(source.files) + (source.archive is not None)
+    if ways > 1 or (ways == 0 and not (spec.runtime == "command" and spec.command)):
         raise Invalid("give the code in one way", field="$.spec.source", remedy="inline:, files: or archive:, one only")
     for path in source.files:
         parts = PurePosixPath(path)
@@ -183,6 +198,9 @@ def _check_source(spec: FunctionSpec) -> None:
             raise Invalid(
                 f"{path[:80]!r} is no relative path", field="$.spec.source.files", remedy="e.g. main.py or lib/a.py"
             )
+    if spec.runtime != "command" and (spec.command or spec.mode):
+        name = "command" if spec.command else "mode"
+        raise Invalid(f"{spec.runtime} has a handler", field=f"$.spec.{name}", remedy="write runtime: command")
     RULES[spec.runtime].check(spec)
     if spec.dependencies is not None:
         if spec.runtime != "python":

@@ -52,6 +52,9 @@ class Version(msgspec.Struct, omit_defaults=True):
     #: 64 hex digits of the archive that its code is in, and of the lock file of its packages; empty: none.
     code: str = ""
     packages: str = ""
+    #: Of runtime command: what is started, and whether anew for each call.
+    command: list[str] = []
+    per_call: bool = False
 
     @property
     def key(self) -> str:
@@ -158,6 +161,8 @@ def config_of(
         made["code"] = hex_of(spec.source.archive.digest)
     if spec.dependencies is not None:
         made["packages"] = lock_digest(spec.dependencies.lock)
+    if command := RULES[spec.runtime].command(spec):  # only where there is one: the digests of others stay as they are
+        made |= {"command": command, "per_call": spec.mode == "stdio"}
     meta = function.metadata
     version = Version(
         namespace=meta.namespace,

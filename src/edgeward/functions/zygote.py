@@ -36,7 +36,7 @@ import zlib as _zlib  # noqa: F401
 import msgspec
 
 from edgeward.core import invocation
-from edgeward.functions import sandbox, sdk
+from edgeward.functions import sandbox, sdk, stdio
 
 #: Bytes of one message.
 MAX_MESSAGE = 160 * 1024
@@ -48,8 +48,17 @@ TOLD = struct.Struct("=Qii")
 STARTED = -(1 << 31)
 
 
+class Program(msgspec.Struct):
+    """What takes the worker's place once the cage is closed."""
+
+    argv: list[str]  #: the first: an absolute path
+    #: One process per call, by standard input and output (``stdio.py``), instead of one that speaks the protocol.
+    per_call: bool = False
+
+
 class Spawn(msgspec.Struct):
-    """To the zygote behind the number, with one descriptor: the worker's socket. Read by the worker itself."""
+    """To the zygote behind the number, with the worker's socket, and for a program where its output goes. Read by the
+    worker itself."""
 
     cage: sandbox.Cage
     env: dict[str, str]
@@ -57,6 +66,7 @@ class Spawn(msgspec.Struct):
     probe: bool = False
     #: Only enter the groups, then wait for another ``Spawn`` as a frame on the worker's socket: a start that is ready.
     spare: bool = False
+    program: Program | None = None
 
 
 encode = msgspec.msgpack.Encoder().encode
@@ -93,7 +103,7 @@ class Zygote:
                 os.kill(pid, signal.SIGKILL)  # not reaped yet, so it is ours
 
     def _serve(self) -> bool:
-        data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 1)
+        data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 2)
         if not data:
             return False
         (number,) = NUMBER.unpack_from(data)
@@ -111,7 +121,7 @@ class Zygote:
             raise OSError(errno.EMFILE, "its socket did not arrive")
         pid = os.fork()
         if pid == 0:
-            _child(data, fds[0], (self._control, self._bell, self._ring))
+            _child(data, fds, (self._control, self._bell, self._ring))
         try:
             # nobody but us reaps it, so the number is still its own
             pidfd = os.pidfd_open(pid)
@@ -137,25 +147,27 @@ class Zygote:
                 self._control.send(TOLD.pack(number, pid, os.waitstatus_to_exitcode(status)))
 
 
-def _frame(sock: socket.socket) -> bytes:
-    """One frame; raises ``ConnectionResetError`` when the other end closes."""
+def _frame(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """One frame, and the descriptors that came with it; raises ``ConnectionResetError`` when the other end closes."""
+    came: list[int] = []
 
     def exactly(size: int) -> bytes:
         data = b""
         while len(data) < size:
-            piece = sock.recv(size - len(data))
+            piece, fds, _, _ = socket.recv_fds(sock, size - len(data), 1)
+            came.extend(fds)
             if not piece:
                 raise ConnectionResetError
             data += piece
         return data
 
-    return exactly(int.from_bytes(exactly(4), "big"))
+    return exactly(int.from_bytes(exactly(4), "big")), came
 
 
-def _child(data: bytes, fd: int, others: tuple[socket.socket, ...]) -> None:
+def _child(data: bytes, fds: list[int], others: tuple[socket.socket, ...]) -> None:
     """The worker, from the fork to its end. Never returns."""
     status = 1
-    sock = socket.socket(fileno=fd)
+    sock = socket.socket(fileno=fds.pop(0))
     try:
         for other in others:
             other.close()
@@ -166,15 +178,25 @@ def _child(data: bytes, fd: int, others: tuple[socket.socket, ...]) -> None:
         os.setsid()
         outside = sandbox.join(spawn.cage.doors)
         if spawn.spare:
-            spawn = _decode(_frame(sock))
+            text, fds = _frame(sock)
+            spawn = _decode(text)
+        for fd in fds:  # a program's output
+            os.dup2(fd, 1)
+            os.dup2(fd, 2)
+            os.close(fd)
         os.environ.update(spawn.env)
         verdict = sandbox.enter(spawn.cage, outside)
-        sys.path[:0] = spawn.cage.library  # what is loaded from there is loaded inside the cage
+        if spawn.program is not None:
+            os.environ["HOME"] = os.environ["TMPDIR"] = spawn.cage.tmp
+        else:
+            sys.path[:0] = spawn.cage.library  # what is loaded from there is loaded inside the cage
         if spawn.probe:
             verdict = sandbox.attempts(spawn.cage, verdict)
         sock.sendall(invocation.frame(invocation.Jailed(os.getpid(), verdict.enforced, verdict.refused)))
         gc.enable()
-        if not spawn.probe:
+        if spawn.program is not None and not spawn.probe:
+            stdio.run(sock, spawn.program.argv, spawn.program.per_call, "pids" in verdict.enforced)
+        elif not spawn.probe:
             sdk.serve(sock)
         status = 0
     except (BrokenPipeError, ConnectionResetError):
