@@ -148,8 +148,23 @@ def bundle(
     bundle_all(session, filename or [], python=python, arch=arch, glibc=glibc, index=index, find_links=find_links)
 
 
+def blobs(session: Session) -> None:
+    """The archives and bundles that the namespace holds at the hub, and their sizes."""
+    from edgeward.cli.output import emit, print_rows
+    from edgeward.core.quantity import format_bytes
+
+    output = session.output(allowed=("table", "json", "yaml"))
+    with session.api() as api:
+        held = api.request("GET", f"/api/v1/namespaces/{session.namespace}/blobs")
+    if output != "table":
+        emit(held, output)
+        return
+    print_rows(["DIGEST", "SIZE"], [[b["digest"], format_bytes(int(b["size"]))] for b in held["items"]])
+
+
 app.command("logs")(command(logs))
 app.command("bundle")(command(bundle))
 app.command("versions")(command(versions))
 app.command("promote")(command(promote))
 app.command("rollback")(command(rollback))
+app.command("blobs")(command(blobs))
