@@ -88,7 +88,8 @@ class Target:
 class Rig:
     """A Gate in a loop of its own. ``do`` runs a coroutine there, ``call`` a function."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, node: str = "n1") -> None:
+        self.node = node
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # as the plane has it
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
@@ -105,7 +106,7 @@ class Rig:
         self.apply()
 
     async def _make(self) -> Gate:
-        return Gate(node="n1", log_file=self.folder / "access.log", voice=self.heard, invoker=self.functions)
+        return Gate(node=self.node, log_file=self.folder / "access.log", voice=self.heard, invoker=self.functions)
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE)
@@ -117,7 +118,7 @@ class Rig:
         return self.do(run())
 
     def apply(self, **more: Any) -> None:
-        config = GatewayConfig("n1", (Listen("127.0.0.1", self.port),), tuple(self.routes), **more)
+        config = GatewayConfig(self.node, (Listen("127.0.0.1", self.port),), tuple(self.routes), **more)
         section = msgspec.json.decode(msgspec.json.encode(config))
 
         async def take() -> None:

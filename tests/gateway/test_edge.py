@@ -12,8 +12,8 @@ from edgeward.core.resource import Resource, decode
 from edgeward.gateway import rules
 from edgeward.gateway.balance import Endpoint
 from edgeward.gateway.cloud import fold_route
-from edgeward.gateway.edge import section
-from edgeward.gateway.rules import CacheConfig, Listen
+from edgeward.gateway.edge import Around, section
+from edgeward.gateway.rules import CacheConfig, Listen, PlaceConfig
 from edgeward.hub.kinds import load
 
 load()
@@ -94,3 +94,41 @@ def test_the_status_of_a_route() -> None:
     assert fold_route(r, [], {"a": ready, "b": ready})["phase"] == "Ready"
     both = fold_route(r, [], {"a": ready, "b": none})
     assert (both["phase"], both["message"]) == ("Degraded", "b: no")
+
+
+def test_the_places_beside_this_site() -> None:
+    cloud = "https://c.example"
+    routes = [
+        route("a", to={"upstream": "http://h"}, fallback=["nearest", "cloud"], cloud=cloud),
+        route("b", to={"upstream": "http://h"}, fallback=["nearest"], prefer="cloud", cloud=cloud),
+        route("c", to={"service": "web"}),
+        route("d", to={"service": "web"}, cloud=cloud),
+        route("e", to={"service": "web"}, fallback=["nearest"]),
+        route("f", to={"upstream": "http://h"}, fallback=["nearest"], auth={"apiKeys": {"secret": "s"}}),
+        route("g", to={"upstream": "http://h"}),
+    ]
+    near = [
+        {"site": "x", "url": "http://192.0.2.1:81"},
+        {"site": "y", "url": "https://y"},
+        {"url": "http://z"},
+        {"site": "q", "url": "q"},
+    ]
+
+    def made(neighbours: list[dict[str, Any]], service: str) -> dict[str, Any]:
+        around = Around(neighbours, lambda namespace, name: service)
+        config = rules.decode(section("n", routes, endpoints, {}, [], around=around))
+        return {c.key[-1]: ([p.name for p in c.first], [p.name for p in c.then], c.lacking) for c in config.routes}
+
+    assert made(near, "cloud") == {
+        "a": ([], ["x", "y", cloud], ""), "b": ([cloud], ["x", "y"], ""),
+        "c": ([], [], "Service/web falls back to the cloud, and this Route does not say where it is"),
+        "d": ([], [cloud], ""), "e": ([], ["x", "y"], ""), "f": ([], ["y"], ""), "g": ([], [], ""),
+    }  # fmt: skip
+    alone = made([], "nearest")
+    assert alone["a"][1:] == ([cloud], "no other site is known that could answer (see Site status.neighbours)")
+    assert alone["c"][2] == alone["e"][2] == alone["a"][2] and alone["g"] == ([], [], "")
+    assert made(near, "nearest")["c"] == ([], ["x", "y"], "")
+    assert made(near[:1], "fail")["f"][2].startswith("keys and tokens go to no other site without TLS")
+    config = rules.decode(section("n", routes[:1], endpoints, {}, [], around=Around(near[:1]))).routes[0]
+    assert config.then[0] == PlaceConfig("site", "x", Endpoint("192.0.2.1", 81))
+    assert config.then[1] == PlaceConfig("cloud", cloud, Endpoint("c.example", 443, True), "c.example")

@@ -59,7 +59,15 @@ def test_the_documents_of_the_issue() -> None:
         ({"rateLimit": {}}, "rateLimit"),
         ({"limits": {"rate": {"requests": 0}}}, "requests"),
         ({"limits": {"rate": {"requests": 1, "per": "0s"}}}, "$.spec.limits.rate.per"),
-        ({"prefer": "edge"}, "prefer"),
+        ({"prefer": "site"}, "prefer"),
+        ({"prefer": "cloud"}, "$.spec.cloud"),
+        ({"to": {"static": {"config": "c"}}, "fallback": ["nearest"]}, "$.spec.fallback"),
+        ({"fallback": ["cloud"]}, "$.spec.cloud"),
+        ({"fallback": ["site"]}, "fallback"),
+        ({"fallback": ["nearest", "nearest"]}, "$.spec.fallback"),
+        ({"fallback": ["nearest"], "cloud": "https://h"}, "$.spec.cloud"),
+        ({"fallback": ["cloud"], "cloud": "https://h/path"}, "$.spec.cloud"),
+        ({"prefer": "cloud", "fallback": ["cloud"], "cloud": "https://h"}, "$.spec.fallback"),
     ],
 )
 def test_refused_where_it_is_declared(spec: dict[str, Any], field: str) -> None:

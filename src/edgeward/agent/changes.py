@@ -44,9 +44,9 @@ class Changes:
         key = change.key
         if self._replica.local_change(key) or change.resource is None:
             self._link.wake_push()
-        if change.status_only and key.kind not in ("Service",):
+        if change.status_only and key.kind not in ("Service", "Site"):
             return
-        if key.kind in ("Route", "Service", "App", "Node", "Function", "Config", "Secret"):
+        if key.kind in ("Site", "Route", "Service", "App", "Node", "Function", "Config", "Secret"):
             self._plane.poke()
         if key.kind in ("Route", "Function") and change.resource is None:
             self._link.report(key, None)

@@ -109,6 +109,17 @@ class Desired:
             if not r.metadata.deletionTimestamp and matches(getattr(r.spec, "placement", None), me)
         ]
 
+    def neighbours(self) -> list[dict[str, Any]]:
+        """Sites that may be asked in place of this one, the nearest first: as the hub said last."""
+        site = self._replica.find(Key("Site", CLUSTER, self._site))
+        found = site.status.get("neighbours") if site is not None else None
+        return [n for n in found if isinstance(n, dict)] if isinstance(found, list) else []
+
+    def fallback(self, namespace: str, service: str) -> str:
+        """Where a Service's requests go when nothing of it runs here."""
+        found = self._replica.find(Key("Service", namespace, service))
+        return str(found.spec.fallback) if found is not None else "fail"
+
     def endpoints(self, namespace: str, name: str) -> list[dict[str, Any]] | None:
         """The running endpoints of a Service at this site (of this node alone, where its scope says so).
 

@@ -57,6 +57,7 @@ class PlaneSections:
             self._node, self._desired.routes(), self._desired.endpoints, self._gateway, self._listens(),
             {f"{f.metadata.namespace}/{f.metadata.name}" for f in declared}, auths=self._auths,
             values=self._desired.values,
+            around=gateway.Around(self._desired.neighbours(), self._desired.fallback),
         )  # fmt: skip
         return {"node": self._node, "site": self._site, "functions": functions, "gateway": routes}
 

@@ -83,6 +83,9 @@ def lines(got: dict[str, Any]) -> list[str]:
         out.append(f"target    {got['target']}")
         for e in got["endpoints"]:
             out.append(f"endpoint  {e['address']}{'  here' if e['here'] else ''}  circuit {e['circuit']}")
+        for p in got.get("places", []):
+            name = f"{p['place']} {p.get('name', '')}".rstrip()
+            out.append(f"place     {name}" + (f": {p['why']}" if p["why"] else ""))
         cache = got["cache"]
         facts = [f"{k} {cache[k]}" for k in ("fwd", "status", "age", "ttl", "hits", "bytes") if k in cache]
         out.append("cache     " + ", ".join([cache["state"], *facts]))

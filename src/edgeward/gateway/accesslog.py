@@ -20,8 +20,13 @@ log = logging.getLogger("edgeward.gateway")
 FILE_BYTES = 4 * 1024**2
 WAITING = 20_000
 FIELDS = ("time", "client", "method", "host", "path", "status", "bytes", "seconds", "route", "target", "cache")
+#: Of Routes that have more places than one: which one it was, and why not one before it.
+PLACES = ("place", "because")
 
-Line = tuple[float, str, str, str, str, int, int, float, str, str, str]
+Line = (
+    tuple[float, str, str, str, str, int, int, float, str, str, str]
+    | tuple[float, str, str, str, str, int, int, float, str, str, str, str, str]
+)
 
 
 class AccessLog:
@@ -58,7 +63,7 @@ class AccessLog:
 
     @staticmethod
     def _doc(line: Line) -> dict[str, Any]:
-        doc: dict[str, Any] = dict(zip(FIELDS, line, strict=True))
+        doc: dict[str, Any] = dict(zip(FIELDS + PLACES, line, strict=False))
         doc["time"] = timestamp(line[0])
         doc["seconds"] = round(line[7], 6)
         doc["path"] = line[4][:1024]

@@ -14,7 +14,7 @@ import msgspec
 from edgeward.core import clock
 from edgeward.core.invocation import MAX_BODY, Call, CallFailed, Event, Http, Invoker, Reply
 from edgeward.gateway.exchange import HELD, Exchange
-from edgeward.gateway.http1 import CHUNKED, HOP, Headers, Response, end_to_end, is_claim
+from edgeward.gateway.http1 import CHUNKED, FALLBACK, HOP, Headers, Response, end_to_end, is_claim
 
 if TYPE_CHECKING:
     from edgeward.gateway.desk import Desk
@@ -42,34 +42,55 @@ def response_of(status: int, headers: Headers, length: int) -> Response:
     return response
 
 
+#: Kinds of failure after which nothing was done: the handler was not called.
+_NOT_CALLED = frozenset({"unknown", "unavailable", "refused", "busy"})
+
+
 class FunctionExchange(Exchange):
-    """An exchange whose target is a function of this node."""
+    """An exchange whose target is a function of this node; its other places are asked as everybody's are."""
 
     def attempt(self) -> None:
-        self._data: list[bytes] = []
-        self._got = 0
+        if self.place is not self.rule.home:
+            super().attempt()
+            return
+        if self.rule.config.missing and self._may_say_no:  # it goes on at once, body and all
+            self._unserved(404, f"{self.rule.config.target} is not on this node")
+            return
         self.deadline = self.gate.loop.time() + self.rule.config.answer + 1.0
         if self.body_done:
             self.task = self.gate.spawn(self, self._call())
         elif self.request.length > MAX_BODY:
             self._too_large()
+        elif self.door is not None:
+            self.door.want_body(True)
+
+    @property
+    def _may_say_no(self) -> bool:
+        """Whether somebody else can answer: another place, or the gateway that asks for its own site."""
+        return not self._last or FALLBACK in self.request.fields
 
     def on_request_body(self, piece: bytes) -> None:
+        if self.place is not self.rule.home:
+            super().on_request_body(piece)
+            return
         if self.gate.held + len(piece) > HELD:
             why = "requests in progress have as many bytes in memory as this node's gateway takes"
             self._refuse(503, why, [("retry-after", "1")])
             return
-        self._got += len(piece)
+        self._kept += len(piece)
         self.hold(len(piece))
-        self._data.append(piece)
+        self._pieces.append(piece)
         self.deadline = self.gate.loop.time() + self.rule.config.answer + 1.0
-        if self._got > MAX_BODY:
+        if self._kept > MAX_BODY:
             self._too_large()
 
     def _too_large(self) -> None:
         self._refuse(413, f"a function's event is at most {MAX_BODY} bytes")
 
     def on_request_end(self) -> None:
+        if self.place is not self.rule.home:
+            super().on_request_end()
+            return
         self.body_done = True
         if not self.ended:
             self.task = self.gate.spawn(self, self._call())
@@ -85,7 +106,7 @@ class FunctionExchange(Exchange):
             id=f"{self.gate.calls_of}-{self.gate.calls:x}",
             source=f"/routes/{self.rule.key}",
             type="edgeward.http.request",
-            data=b"".join(self._data),
+            data=b"".join(self._pieces),
             datacontenttype=request.fields.get("content-type", ""),
             time=clock.timestamp(),
             http=Http(request.method, request.path, request.query.removeprefix("?"), headers, self.client),
@@ -109,8 +130,15 @@ class FunctionExchange(Exchange):
         try:
             if invoker is None:
                 raise CallFailed("unknown", "this node runs no functions", function=config.function)
+            self._sent_before, self.sent = self.sent, True
             reply = await invoker.invoke(call)
         except CallFailed as e:
+            if e.kind in _NOT_CALLED and self._may_say_no and not self.ended:
+                self.sent = self._sent_before
+                self._unserved(
+                    e.status, f"{config.target}: {e.message}", [h for h in e.headers() if h[0] == "retry-after"]
+                )
+                return
             body = msgspec.json.encode({**e.problem(), "route": f"Route/{self.rule.key}"})
             self._give(Reply(e.status, [*e.headers(), ("cache-control", "no-store")], body))
             return

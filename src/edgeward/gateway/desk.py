@@ -15,7 +15,7 @@ from edgeward.gateway.answers import problem_parts
 from edgeward.gateway.auth import Denied, Guard
 from edgeward.gateway.cache import Stored, choose, http_date
 from edgeward.gateway.cors import CorsConfig, is_preflight, preflight, with_cors
-from edgeward.gateway.http1 import Bad, Headers, Request
+from edgeward.gateway.http1 import FALLBACK, REFUSED, UNTOUCHED, Bad, Headers, Request
 from edgeward.gateway.match import NotAllowed
 from edgeward.gateway.rules import Rule
 from edgeward.gateway.serving import from_store
@@ -128,7 +128,8 @@ class Desk:
             self._begin(request, rule)
             return
         try:
-            self.gate.table.find(request)
+            found = self.gate.table.find(request)
+            raise Bad(421, f"Route/{found.key} would answer it here, not Route/{request.fields.get(FALLBACK)}")
         except Bad as e:
             allow = [("allow", ", ".join(e.methods))] if isinstance(e, NotAllowed) else []
             remedy = "see: edgeward gateway explain URL" if e.status == 404 else ""
@@ -290,5 +291,7 @@ def refusal(
     status: int, why: str, request: Request | None, *, close: bool, headers: Headers | None, remedy: str = ""
 ) -> tuple[Headers, bytes]:
     """The fields and the body of a refusal."""
+    if request is not None and FALLBACK in request.fields:
+        headers = [*(headers or ()), (REFUSED, UNTOUCHED)]
     head = request is not None and request.method == "HEAD"
     return problem_parts(status, why, remedy=remedy, close=close, head=head, headers=headers or ())

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, cast
 from edgeward.gateway.answers import problem
 from edgeward.gateway.cache import Stored
 from edgeward.gateway.desk import BODY_TIME, HEAD_TIME, IDLE_TIME, LINGER_TIME, PACE, WHOLE, Desk, refusal
-from edgeward.gateway.http1 import CHUNKED, Bad, Chunks, Headers, Request, check_partial, write_response
+from edgeward.gateway.http1 import (
+    CHUNKED,
+    REFUSED,
+    UNTOUCHED,
+    Bad,
+    Chunks,
+    Headers,
+    Request,
+    check_partial,
+    write_response,
+)
 from edgeward.gateway.shelf import hit_head
 from edgeward.gateway.site import Kept
 
@@ -49,7 +59,8 @@ class Door(Desk, asyncio.Protocol):
         peer = self.transport.get_extra_info("peername")
         self.client = str(peer[0]) if isinstance(peer, tuple) else ""
         if not self.gate.entered(self):
-            self.write(problem(503, "too many connections", close=True, headers=[("retry-after", "1")]))
+            fields = [("retry-after", "1"), (REFUSED, UNTOUCHED)]
+            self.write(problem(503, "too many connections", close=True, headers=fields))
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:

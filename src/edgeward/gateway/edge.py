@@ -1,23 +1,25 @@
 """The agent's side of the gateway: what is declared for this node becomes the plane's section ``gateway``. Pure.
 
 Routes and the endpoints of their Services come in, plain values go out: the plane needs no registry, no replica and no
-hub to serve them.
+hub to serve them. Which other sites may be asked is what the hub wrote last into the status of this node's own Site
+(``neighbours``, the nearest first): it holds while the link is cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
+from edgeward.core.errors import Invalid
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
 from edgeward.gateway.auth import AuthConfig
 from edgeward.gateway.auth_edge import Auths, Values
 from edgeward.gateway.balance import Endpoint
 from edgeward.gateway.cors import CorsConfig
-from edgeward.gateway.rules import CacheConfig, GatewayConfig, Listen, RouteConfig
+from edgeward.gateway.rules import CacheConfig, GatewayConfig, Listen, PlaceConfig, RouteConfig
 from edgeward.gateway.spec import RouteSpec, Static, origin_of, split_function
 from edgeward.gateway.static import StaticConfig
 
@@ -57,19 +59,72 @@ def _target(
         found = endpoints(namespace, to.service) or []
         places = [Endpoint(str(e["address"]), int(e["port"]), False, bool(e["here"])) for e in found]
         return {"to": "service", "target": f"Service/{to.service}", "endpoints": tuple(sorted(places, key=str))}
-    scheme, host, port = origin_of(to.upstream)
+    endpoint, host = _upstream(to.upstream)
+    return {"to": "upstream", "target": to.upstream.rstrip("/"), "endpoints": (endpoint,), "send_host": host}
+
+
+class Around(NamedTuple):
+    """What this node's site knows of places beside it."""
+
+    #: ``{site, url}`` of its neighbours, the nearest first.
+    neighbours: Sequence[Mapping[str, Any]] = ()
+    #: ``(namespace, service)`` to the Service's own fallback: fail, nearest, cloud.
+    fallback: Callable[[str, str], str] = lambda namespace, service: "fail"
+
+
+def _places(namespace: str, spec: RouteSpec, around: Around, *, closed: bool) -> dict[str, Any]:
+    """The places before and after this site, and what of the declared ones is not there.
+
+    ``closed``: requests have credentials, which go to another site by HTTPS only.
+    """
+    wanted: list[str] = list(spec.fallback)
+    if not wanted and spec.to.service:
+        own = around.fallback(namespace, spec.to.service)
+        wanted = [own] if own != "fail" and not (own == spec.prefer == "cloud") else []
+    then: list[PlaceConfig] = []
+    lacking = ""
+    for name in wanted:
+        if name == "nearest":
+            known = [p for p in map(_neighbour, around.neighbours) if p is not None]
+            near = [p for p in known if p.endpoint.tls or not closed]
+            then += near
+            if known and not near:
+                lacking = "keys and tokens go to no other site without TLS (steering.scheme of the hub is http)"
+            elif not near:
+                lacking = "no other site is known that could answer (see Site status.neighbours)"
+        elif spec.cloud:
+            then.append(_cloud(spec.cloud))
+        else:
+            lacking = f"Service/{spec.to.service} falls back to the cloud, and this Route does not say where it is"
+    first = (_cloud(spec.cloud),) if spec.prefer == "cloud" else ()
+    return {"first": first, "then": tuple(then), "lacking": lacking}
+
+
+def _cloud(url: str) -> PlaceConfig:
+    endpoint, host = _upstream(url)
+    return PlaceConfig("cloud", url.rstrip("/"), endpoint, host)
+
+
+def _neighbour(said: Mapping[str, Any]) -> PlaceConfig | None:
+    """A place of what the hub says of a neighbour; one that cannot be understood is left out."""
+    name = said.get("site")
+    try:
+        endpoint, _ = _upstream(str(said.get("url", "")))
+    except Invalid:
+        return None
+    return PlaceConfig("site", name, endpoint) if isinstance(name, str) and name else None
+
+
+def _upstream(url: str) -> tuple[Endpoint, str]:
+    """Where an upstream is, and the Host that it is asked by."""
+    scheme, host, port = origin_of(url)
     authority = f"[{host}]" if ":" in host else host
     default = 443 if scheme == "https" else 80
-    return {
-        "to": "upstream",
-        "target": to.upstream.rstrip("/"),
-        "endpoints": (Endpoint(host, port, scheme == "https"),),
-        "send_host": authority if port == default else f"{authority}:{port}",
-    }
+    return Endpoint(host, port, scheme == "https"), authority if port == default else f"{authority}:{port}"
 
 
 def route_config(
-    route: Resource, endpoints: Endpoints, auth: AuthConfig | None = None,
+    route: Resource, endpoints: Endpoints, around: Around, auth: AuthConfig | None = None,
     *, values: Values | None = None, folders: object = None,
 ) -> RouteConfig:  # fmt: skip
     spec: RouteSpec = route.spec
@@ -103,6 +158,7 @@ def route_config(
         rate=spec.limits.rate.requests / parse_duration(spec.limits.rate.per) if spec.limits.rate else 0.0,
         burst=(spec.limits.rate.burst or spec.limits.rate.requests) if spec.limits.rate else 0,
         **_target(namespace, spec, endpoints, values, folders),
+        **_places(namespace, spec, around, closed=spec.auth is not None),
     )
 
 
@@ -129,14 +185,17 @@ def _cors(spec: RouteSpec) -> CorsConfig | None:
 def section(
     node: str, routes: Sequence[Resource], endpoints: Endpoints, settings: Mapping[str, Any], listen: Iterable[Listen],
     functions: Container[str] | None = None, *, auths: Auths | None = None,
-    values: Values | None = None,
+    values: Values | None = None, around: Around | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The section of ``plane.json``. ``settings``: ``gateway`` of ``node.json``. ``functions``: those of this node
     (``namespace/name``); None: not known."""
     known = auths.all(routes) if auths is not None else {}
     folders = settings.get("folders")
     made = sorted(
-        (route_config(r, endpoints, known.get(str(r.key)), values=values, folders=folders) for r in routes),
+        (
+            route_config(r, endpoints, around or Around(), known.get(str(r.key)), values=values, folders=folders)
+            for r in routes
+        ),
         key=lambda c: c.key,
     )
     if functions is not None:

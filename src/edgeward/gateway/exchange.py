@@ -3,6 +3,9 @@
 The door gives the request and its body, an endpoint's connection (or a function) gives the answer; every step is a
 callback, so a request that finds an open connection costs no task. Here it is decided when a request is sent again,
 when an answer is kept, and what the client is told when nothing comes. An exchange ends exactly once, by ``_done``.
+
+A Route may name more places than this site: then a request that this one cannot answer goes to the next of them, where
+that cannot do it twice. Another site's gateway answers from its own site or says that nothing was done.
 """
 
 from __future__ import annotations
@@ -17,9 +20,20 @@ from edgeward.gateway.answers import problem_parts
 from edgeward.gateway.balance import Endpoint, may_repeat
 from edgeward.gateway.cache import Stored
 from edgeward.gateway.cors import with_cors
-from edgeward.gateway.http1 import CHUNKED, Headers, Request, Response, end_to_end, write_request
-from edgeward.gateway.rules import Rule
-from edgeward.gateway.serving import forwarded, from_store
+from edgeward.gateway.http1 import (
+    CHUNKED,
+    FALLBACK,
+    REFUSED,
+    UNANSWERED,
+    UNTOUCHED,
+    Headers,
+    Request,
+    Response,
+    end_to_end,
+    write_request,
+)
+from edgeward.gateway.rules import Place, Rule
+from edgeward.gateway.serving import forwarded, from_store, said_place
 from edgeward.gateway.shelf import NAME, Key
 from edgeward.gateway.upstream import Connection
 
@@ -55,8 +69,20 @@ class Exchange:
         self.endpoint: Endpoint | None = None
         self.connection: Connection | None = None
         self.task: asyncio.Task[None] | None = None
+        #: Of the rule's places the one that is asked; a gateway that is asked by another site's asks nobody else.
+        self.place: Place = rule.places[0]
+        self._last = len(rule.places) == 1
+        if not self._last and FALLBACK in request.fields:
+            self.place, self._last = rule.home, True
+        elif door is None:
+            self._last = True  # what is asked for the store alone
+        #: Why the places before could not answer, in words, and with which status.
+        self.because: list[str] = []
+        self._failed_by = 0
         self.tried: list[Endpoint] = []
         self.sends = 0
+        #: Before the last time it was sent, it had been sent already.
+        self._sent_before = False
         self.sent = self.answered = self.ended = self.tunnel = False
         self.body_done = request.length == 0
         self._pieces: list[bytes] = []
@@ -80,19 +106,19 @@ class Exchange:
 
     def attempt(self) -> None:
         now = self.gate.loop.time()
-        endpoint = self.rule.balance.pick(now, self.tried)
+        balance = self.place.balance
+        endpoint = balance.pick(now, self.tried)
         if endpoint is None:
-            wait = max(1, round(self.rule.config.pause)) if self.rule.balance.endpoints else 1
+            wait = max(1, round(self.rule.config.pause)) if balance.endpoints else 1
             why = (
-                f"{self.rule.config.target} failed again and again; it is left alone for a moment"
-                if self.rule.balance.endpoints
-                else f"{self.rule.config.target} has no endpoint here"
+                f"{self.place.target} failed again and again; it is left alone for a moment"
+                if balance.endpoints
+                else f"{self.place.target} has no endpoint here"
             )
-            if self.stored is None or not self._stand_in(503):
-                self._refuse(503, why, [("retry-after", str(wait))])
+            self._unserved(503, why, [("retry-after", str(wait))])
             return
         self.endpoint = endpoint
-        self.rule.balance.circuits[endpoint].took()
+        balance.circuits[endpoint].took()
         self.deadline = now + self.rule.config.connect + 1.0
         connection = None if self._fresh else self.gate.pool.take(endpoint)
         if connection is not None:
@@ -111,19 +137,44 @@ class Exchange:
             return
         if self.ended:
             self.gate.pool.give(connection)
+        elif connection.closed:
+            self.on_fail(502, "the target closed the connection before it was asked")
         else:
             self._send(connection)
 
+    def _unserved(self, status: int, why: str, headers: Headers | None = None) -> None:
+        """The place cannot answer, and has done nothing: the next one, or a stale answer, or a refusal."""
+        if self._elsewhere(status, why) or (self.stored is not None and self._stand_in(status)):
+            return
+        self._refuse(status, why, headers)
+
+    def _elsewhere(self, status: int, why: str) -> bool:
+        """To the next place, where the request may go on and there is one."""
+        if self._last or not may_repeat(
+            self.request.method, sent=self.sent, answered=self.answered, replayable=self._replayable
+        ):
+            return False
+        places = self.rule.places
+        at = places.index(self.place) + 1
+        self._last = at == len(places) - 1
+        self.because.append(why)
+        self._failed_by = self._failed_by or status
+        self.place, self.endpoint = places[at], None
+        self.tried, self.sends, self._fresh = [], 0, False
+        self.attempt()
+        return True
+
     def _head(self) -> bytes:
-        request, rule = self.request, self.rule
-        if self.stored is None and request.length == 0:
+        request, rule, place = self.request, self.rule, self.place
+        main = place is rule.places[0]
+        if self.stored is None and request.length == 0 and main:
             wire = self.gate.wires.get(request)
             if wire is not None and wire[0] is rule and wire[1] == self.client:
                 return wire[2]
-        validators = self.stored.validators if self.stored is not None else None
-        headers = forwarded(
-            request, rule, self.gate.authority, self.client, self.gate.via_of(request), validators=validators
-        )
+        # another place's answers are not kept, so they are asked for as the client asks
+        validators = self.stored.validators if self.stored is not None and main else None
+        via = self.gate.via_of(request)
+        headers = forwarded(request, rule, place, self.gate.authority, self.client, via, validators=validators)
         if request.length > 0:
             headers.append(("content-length", str(request.length)))
         elif request.length == CHUNKED:
@@ -131,7 +182,7 @@ class Exchange:
         elif request.method in ("POST", "PUT", "PATCH"):
             headers.append(("content-length", "0"))
         head = write_request(request.method, request.path + request.query, headers)
-        if self.stored is None and request.length == 0 and request.known:
+        if self.stored is None and request.length == 0 and request.known and main:
             self.gate.wires[request] = rule, self.client, head
         return head
 
@@ -139,12 +190,14 @@ class Exchange:
         self.connection = connection
         self.task = None
         self.sends += 1
-        self.sent = True
+        self._sent_before, self.sent = self.sent, True
         self.deadline = self.gate.loop.time() + self.rule.config.answer
         connection.begin(self, self.request.method, self._head(), done=self.body_done)
         for piece in self._pieces:
-            connection.write(piece)
-        if self.sends >= self.rule.config.attempts and not connection.used:
+            connection.write(self._chunk(piece))
+        if self.body_done and self.request.length == CHUNKED:
+            connection.write(b"0\r\n\r\n")
+        if self.sends >= self.rule.config.attempts and not connection.used and self._last:
             self._forget_pieces()
         if self.door is not None and not self.body_done:
             self.door.want_body(True)
@@ -153,34 +206,35 @@ class Exchange:
         self._replayable = not self._pieces
         self._pieces = []
 
+    def _chunk(self, piece: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(piece), piece) if self.request.length == CHUNKED else piece
+
     def on_request_body(self, piece: bytes) -> None:
         """From the door: a piece of the request's body."""
         self.deadline = self.gate.loop.time() + self.rule.config.answer
-        if self.request.length == CHUNKED:
-            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
         self._kept += len(piece)
         if self.connection is None or (self._replayable and self._kept <= REPLAY):
             self._pieces.append(piece)
         elif self._replayable:
             self._replayable, self._pieces = False, []
         if self.connection is not None:
-            self.connection.write(piece)
+            self.connection.write(self._chunk(piece))
         elif self._kept > REPLAY and self.door is not None:
             self.door.want_body(False)
 
     def on_request_end(self) -> None:
         self.body_done = True
-        if self.request.length == CHUNKED:
-            if self.connection is None or self._replayable:
-                self._pieces.append(b"0\r\n\r\n")
-            if self.connection is not None:
-                self.connection.write(b"0\r\n\r\n")
         if self.connection is not None:
+            if self.request.length == CHUNKED:
+                self.connection.write(b"0\r\n\r\n")
             self.connection.request_done = True
 
     # -- from the target ---------------------------------------------------------------------------------------------
 
     def on_head(self, response: Response) -> None:
+        if self.place.kind == "site" and REFUSED in response.fields:
+            self._declined(response)
+            return
         self._good()
         self._response = response
         self.deadline = self.gate.loop.time() + self.rule.config.idle
@@ -188,7 +242,7 @@ class Exchange:
             self._switch(response)
             return
         if self.stored is not None:
-            if response.status == 304:
+            if response.status == 304 and self.place is self.rule.places[0]:
                 self._validated(response, self.stored)
                 return
             if response.status in _FAILED and self._stand_in(response.status):
@@ -201,13 +255,28 @@ class Exchange:
         self._write_head(response, headers)
 
     def _good(self) -> None:
-        if self.endpoint is not None and (circuit := self.rule.balance.circuits.get(self.endpoint)) is not None:
+        if self.endpoint is not None and (circuit := self.place.balance.circuits.get(self.endpoint)) is not None:
             circuit.good()
+
+    def _declined(self, response: Response) -> None:
+        """The other site's gateway says that it has no answer, and whether its target may have seen the request. It is
+        not asked again and again, either."""
+        untouched = response.fields[REFUSED] == UNTOUCHED
+        if untouched:
+            self.sent = self._sent_before
+        if self.connection is not None:
+            self.connection.abort()
+            self.connection = None
+        why = f"{self.place.target} cannot answer it either ({response.status})"
+        if self.endpoint is not None and (circuit := self.place.balance.circuits.get(self.endpoint)) is not None:
+            circuit.bad(self.gate.loop.time())
+        self._unserved(503 if untouched else response.status, why)
 
     def _consider(self, response: Response) -> None:
         most = self.rule.cache.object if self.rule.cache is not None else 0
         why = cache.why_not_stored(self.request, response)
-        if not why and response.length <= most and response.length >= CHUNKED:
+        main = self.place is self.rule.places[0]  # what stands in for it is not kept
+        if main and not why and response.length <= most and response.length >= CHUNKED:
             self._storing = []
             self.cache_word = "stored"
         else:
@@ -236,6 +305,8 @@ class Exchange:
             said = f"{NAME}; fwd={fwd}; fwd-status={response.status}"
             fields.append(("cache-status", said + ("; stored" if self._storing is not None else "")))
             self.cache_word = self.cache_word or "miss"
+        if len(self.rule.places) > 1:
+            fields.append(said_place(self.place, self.because))
         if "date" not in response.fields:
             fields.append(("date", cache.http_date(clock.now())))
         if close:
@@ -301,12 +372,12 @@ class Exchange:
         if stale:
             self._fresh = True
         if self.endpoint is not None:
-            circuit = self.rule.balance.circuits.get(self.endpoint)
+            circuit = self.place.balance.circuits.get(self.endpoint)
             if stale:
                 if circuit is not None:
                     circuit.dropped()
             elif circuit is not None and circuit.bad(self.gate.loop.time()):
-                self.gate.opened(self.rule, self.endpoint, why)
+                self.gate.opened(self.rule, self.place, self.endpoint, why)
             self.tried.append(self.endpoint)
         if self.answered:
             if self.door is not None:
@@ -315,20 +386,22 @@ class Exchange:
             self._done()
             return
         repeat = may_repeat(self.request.method, sent=self.sent, answered=False, replayable=self._replayable)
+        # with another place to go to, the same endpoint is not asked twice
+        enough = self.rule.config.attempts if self._last else min(
+            self.rule.config.attempts, len(self.place.balance.endpoints)
+        )  # fmt: skip
         if (
             status != 504
             and repeat
             and (
                 (stale and self.sends <= self.rule.config.attempts)
-                or (len(self.tried) < self.rule.config.attempts and self.rule.budget.spend())
+                or (len(self.tried) < enough and self.rule.budget.spend())
             )
         ):
             self.rule.counters.retries += 1
             self.attempt()
             return
-        if self.stored is not None and self._stand_in(status):
-            return
-        self._refuse(status, why)
+        self._unserved(status, why)
 
     # -- the cache -----------------------------------------------------------------------------------------------------
 
@@ -428,7 +501,7 @@ class Exchange:
         else:
             what = "went on answering" if self.answered else "answered"
             limit = self.rule.config.idle if self.answered else self.rule.config.answer
-            self.on_fail(504, f"{self.rule.config.target} has not {what} within {limit:g} s")
+            self.on_fail(504, f"{self.place.target} has not {what} within {limit:g} s")
 
     def give_up(self) -> None:
         """The client went away."""
@@ -440,7 +513,7 @@ class Exchange:
             self.connection = None
         if self.task is not None:
             self.task.cancel()
-        if self.endpoint is not None and (circuit := self.rule.balance.circuits.get(self.endpoint)) is not None:
+        if self.endpoint is not None and (circuit := self.place.balance.circuits.get(self.endpoint)) is not None:
             circuit.dropped()
         self.status = self.status or 499
         self._storing = None
@@ -453,13 +526,19 @@ class Exchange:
 
     def _refuse(self, status: int, why: str, headers: Headers | None = None) -> None:
         self.answered = True
+        if self.because:  # each place's reason; the status is the first one's, unless it may have been done by now
+            status = status if self.sent else self._failed_by
+            why = "; ".join([*self.because, why])
         self.status = status
         close = not self.request.keep or not self.body_done
+        more = list(headers or [])
+        if FALLBACK in self.request.fields:
+            more.append((REFUSED, UNANSWERED if self.sent else UNTOUCHED))
         if self.door is not None:
             self.door.closing = self.door.closing or close
             fields, body = problem_parts(
                 status, why, route=f"Route/{self.rule.key}", target=self.rule.config.target, close=close,
-                head=self.request.method == "HEAD", headers=with_cors(self.rule.cors, self.request, headers or []),
+                head=self.request.method == "HEAD", headers=with_cors(self.rule.cors, self.request, more),
             )  # fmt: skip
             self.door.whole(status, fields, body)
         self._done()

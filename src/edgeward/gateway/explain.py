@@ -10,7 +10,7 @@ from edgeward.gateway.cache import choose
 from edgeward.gateway.cors import is_preflight
 from edgeward.gateway.http1 import Bad, Request, parse_request, write_request
 from edgeward.gateway.match import NotAllowed, Table, allowed, clean
-from edgeward.gateway.rules import Rule
+from edgeward.gateway.rules import Place, Rule
 from edgeward.gateway.shelf import Shelf, key_of
 
 
@@ -91,9 +91,36 @@ def explain(table: Table[Rule], shelf: Shelf, args: dict[str, Any], now: float, 
             {"address": str(e), "here": e.here, "circuit": rule.balance.circuits[e].state(now)}
             for e in config.endpoints
         ],
+        **_places(rule, now),
         "cache": _cache(rule, shelf, request, unix),
         "considered": considered,
     }
+
+
+def _places(rule: Rule, now: float) -> dict[str, Any]:
+    """In which order the places are asked, and what keeps one from answering; nothing when there is one only."""
+    if len(rule.places) == 1:
+        return {}
+    found = []
+    for place in rule.places:
+        doc: dict[str, Any] = {"place": place.kind, "target": place.target}
+        if place.name:
+            doc["name"] = place.name
+        if place.kind != "here":
+            doc["address"] = ", ".join(map(str, place.balance.endpoints))
+        doc["why"] = _why_not(rule, place, now)
+        found.append(doc)
+    return {"places": found, "asked": next((p["target"] for p in found if not p["why"]), "")}
+
+
+def _why_not(rule: Rule, place: Place, now: float) -> str:
+    """Why the place would not be asked now; empty: it would."""
+    if place is rule.home and rule.config.to == "function":
+        return "is not on this node" if rule.config.missing else ""
+    if not place.balance.endpoints:
+        return "has no running endpoint at this site"
+    ready = any(c.ready(now) for c in place.balance.circuits.values())
+    return "" if ready else "failed again and again; it is left alone for a moment"
 
 
 def _cache(rule: Rule, shelf: Shelf, request: Request, unix: float) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from edgeward.gateway.exchange import Exchange
 from edgeward.gateway.explain import explain, purge_args
 from edgeward.gateway.files import Reader
 from edgeward.gateway.guards import Guards
-from edgeward.gateway.http1 import Bad, Request, parse_request
+from edgeward.gateway.http1 import FALLBACK, Bad, Request, parse_request
 from edgeward.gateway.match import Table, clean
-from edgeward.gateway.rules import GatewayConfig, Listen, Rule
+from edgeward.gateway.rules import GatewayConfig, Listen, Place, Rule
 from edgeward.gateway.shelf import Key, Shelf, key_of
 from edgeward.gateway.site import SiteExchange, sites
 from edgeward.gateway.stats import metrics
@@ -150,15 +150,19 @@ class Gate:
         for rule in self.table.rules:
             namespace, _, name = rule.key.partition("/")
             ready = not rule.config.missing if rule.config.to == "function" else bool(rule.config.endpoints)
-            status: dict[str, Any] = {"phase": "Ready" if ready else "NoEndpoints", "target": rule.config.target}
+            others = [str(p) for p in rule.places if p is not rule.home]
+            phase = "Ready" if ready else "Fallback" if others else "NoEndpoints"
+            status: dict[str, Any] = {"phase": phase, "target": rule.config.target}
             if rule.config.to != "function":
                 status["endpoints"] = len(rule.config.endpoints)
+            if len(rule.places) > 1:
+                status["places"] = [p.kind if p is rule.home else str(p) for p in rule.places]
             if not ready:
-                status["message"] = (
-                    f"{rule.config.target} is not on this node: requests get 404"
-                    if rule.config.missing
-                    else f"{rule.config.target} has no running endpoint at this site: requests get 503"
-                )
+                what = "is not on this node" if rule.config.missing else "has no running endpoint at this site"
+                becomes = f"go to {', then '.join(others)}" if others else f"get {404 if rule.config.missing else 503}"
+                status["message"] = f"{rule.config.target} {what}: requests {becomes}"
+            if rule.config.lacking:
+                status["message"] = "; ".join(filter(None, [status.get("message", ""), rule.config.lacking]))
             if rule.site is not None:
                 status = {"phase": "Ready", "target": rule.config.target}
                 if rule.site.problem:
@@ -276,6 +280,8 @@ class Gate:
         except Bad:
             rule = None
         guarded = rule is not None and rule.guard is not None
+        if rule is not None and request.fields.get(FALLBACK, rule.key) != rule.key:
+            rule = None  # another site's gateway asks for a Route that is not the one here
         if len(head) <= REMEMBERED_BYTES and not guarded and not _SECRET & request.fields.keys():
             if len(self._memo) >= REMEMBERED:
                 self._memo.clear()
@@ -329,11 +335,15 @@ class Gate:
         took = clock.monotonic() - exchange.started
         status = exchange.status or 499
         rule.counters.count(status, took, exchange.size, exchange.cache_word)
+        if len(rule.places) > 1:
+            places = rule.counters.places
+            places[exchange.place.kind] = places.get(exchange.place.kind, 0) + 1
         if self.config.access_log == "all" or (self.config.access_log == "errors" and status >= 400):
             target = str(exchange.endpoint) if exchange.endpoint is not None else rule.config.target
+            place = (str(exchange.place), "; ".join(exchange.because)) if len(rule.places) > 1 else ()
             self.access.add(
                 (clock.now(), exchange.client, request.method, request.authority, request.path + request.query, status,
-                 exchange.size, took, rule.key, target, exchange.cache_word)
+                 exchange.size, took, rule.key, target, exchange.cache_word, *place)
             )  # fmt: skip
 
     def refused(self, client: str, request: Request | None, status: int) -> None:
@@ -351,10 +361,10 @@ class Gate:
                 text = f"the keys at {url} cannot be fetched, the last ones hold: {why}"
                 self.voice.event("Warning", "KeysNotFetched", text, namespace, name, "Route")
 
-    def opened(self, rule: Rule, endpoint: Endpoint, why: str) -> None:
+    def opened(self, rule: Rule, place: Place, endpoint: Endpoint, why: str) -> None:
         """An endpoint failed so often that it is left alone for a while."""
         namespace, _, name = rule.key.partition("/")
-        text = f"{rule.config.target} at {endpoint} is left alone for {rule.config.pause:g} s: {why}"
+        text = f"{place.target} at {endpoint} is left alone for {rule.config.pause:g} s: {why}"
         self.voice.event("Warning", "CircuitOpen", text, namespace, name, "Route")
 
     # -- verbs of the control socket ---------------------------------------------------------------------------------

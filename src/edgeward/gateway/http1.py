@@ -29,10 +29,14 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 #: RFC 9110, section 9.2.2: doing it twice is like doing it once.
 IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+#: Between gateways: the Route that another site's gateway asks for, which answers from its own site or says no, and
+#: whether its target may have seen the request; and (to clients as well) which place answered.
+FALLBACK, REFUSED, PLACE = "edgeward-fallback", "edgeward-refused", "edgeward-place"
+UNTOUCHED, UNANSWERED = "untouched", "unanswered"
 #: RFC 9110, section 7.6.1: of this connection only.
 HOP = frozenset(
     {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",
-     "proxy-authorization", "proxy-authenticate", "http2-settings"}
+     "proxy-authorization", "proxy-authenticate", "http2-settings", FALLBACK, REFUSED, PLACE}
 )  # fmt: skip
 #: What a ``Connection`` field may name. To name an end-to-end field is to have it taken away on the way: refused.
 _NOMINABLE = frozenset({"close", "keep-alive", "upgrade", "te", "trailer", "http2-settings", "proxy-connection", ""})

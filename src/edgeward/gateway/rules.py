@@ -33,6 +33,17 @@ class CacheConfig(msgspec.Struct, frozen=True):
     stale_while_revalidate: float = 0.0
 
 
+class PlaceConfig(msgspec.Struct, frozen=True):
+    """Where a request may be answered beside this site: another site's gateway, or an upstream that is the cloud."""
+
+    kind: Literal["site", "cloud"]
+    #: The site's name, or the upstream's URL.
+    name: str
+    endpoint: Endpoint
+    #: The Host that is asked for; empty: the client's.
+    send_host: str = ""
+
+
 class RouteConfig(msgspec.Struct, frozen=True):
     #: ``namespace/name`` of the Route.
     key: str
@@ -68,6 +79,11 @@ class RouteConfig(msgspec.Struct, frozen=True):
     burst: int = 0
     auth: AuthConfig | None = None
     static: StaticConfig | None = None
+    #: Who is asked before the target, and after it when it cannot answer.
+    first: tuple[PlaceConfig, ...] = ()
+    then: tuple[PlaceConfig, ...] = ()
+    #: Which of the places that are declared are not there, in words; empty: all are.
+    lacking: str = ""
 
 
 class Listen(msgspec.Struct, frozen=True):
@@ -89,7 +105,7 @@ class GatewayConfig(msgspec.Struct, frozen=True):
 class Counters:
     """What happened at one route since the plane started."""
 
-    __slots__ = ("buckets", "bytes", "cache", "retries", "seconds", "statuses")
+    __slots__ = ("buckets", "bytes", "cache", "places", "retries", "seconds", "statuses")
 
     def __init__(self) -> None:
         self.statuses: dict[int, int] = {}
@@ -98,6 +114,8 @@ class Counters:
         self.bytes = 0
         self.retries = 0
         self.cache: dict[str, int] = {}
+        #: Answers by the kind of place that gave them, where there are several.
+        self.places: dict[str, int] = {}
 
     def count(self, status: int, seconds: float, size: int, cache: str) -> None:
         self.statuses[status] = self.statuses.get(status, 0) + 1
@@ -106,6 +124,18 @@ class Counters:
         self.bytes += size
         if cache:
             self.cache[cache] = self.cache.get(cache, 0) + 1
+
+
+class Place:
+    """One of the places that may answer: ``here`` (the Route's own target), a ``site`` or the ``cloud``."""
+
+    __slots__ = ("balance", "kind", "name", "send_host", "target")
+
+    def __init__(self, kind: str, name: str, target: str, send_host: str, balance: Balance) -> None:
+        self.kind, self.name, self.target, self.send_host, self.balance = kind, name, target, send_host, balance
+
+    def __str__(self) -> str:
+        return f"site {self.name}" if self.kind == "site" else self.target
 
 
 class Rule:
@@ -120,6 +150,7 @@ class Rule:
         "cors",
         "counters",
         "guard",
+        "home",
         "host",
         "key",
         "match_headers",
@@ -127,6 +158,7 @@ class Rule:
         "owner",
         "pace",
         "path",
+        "places",
         "preflight",
         "site",
     )  # fmt: skip
@@ -147,8 +179,16 @@ class Rule:
             raise ValueError(f"{config.key} has nobody at its door")
         #: The gateway itself answers what a browser asks before a request.
         self.preflight = config.cors is not None
-        self.owner = f"{config.key} {config.target} {config.send_host}"
         self.balance: Balance = Balance(config.endpoints, config.failures, config.pause, old.balance if old else None)
+        self.home = Place("here", "", config.target, config.send_host, self.balance)
+        known = {(p.kind, p.name): p.balance for p in old.places} if old is not None else {}
+        #: In the order in which they are asked.
+        self.places: tuple[Place, ...] = (
+            *(_place(config, p, known) for p in config.first), self.home,
+            *(_place(config, p, known) for p in config.then),
+        )  # fmt: skip
+        main = self.places[0]
+        self.owner = f"{config.key} {main.target} {main.send_host}"
         same = old is not None and old.config.budget == config.budget
         self.budget: Budget = old.budget if old is not None and same else Budget(config.budget)
         self.counters: Counters = old.counters if old is not None else Counters()
@@ -161,6 +201,12 @@ class Rule:
 
     def __repr__(self) -> str:
         return f"<Rule {self.key}>"
+
+
+def _place(config: RouteConfig, place: PlaceConfig, known: Mapping[tuple[str, str], Balance]) -> Place:
+    balance = Balance((place.endpoint,), config.failures, config.pause, known.get((place.kind, place.name)))
+    target = f"the gateway of site {place.name}" if place.kind == "site" else place.name
+    return Place(place.kind, place.name, target, place.send_host, balance)
 
 
 def decode(section: Mapping[str, Any]) -> GatewayConfig:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from edgeward.gateway.cache import Stored, not_modified, part_of
 from edgeward.gateway.cors import CorsConfig, with_cors
-from edgeward.gateway.http1 import CONDITIONS, Headers, Request, end_to_end, is_claim
-from edgeward.gateway.rules import Rule
+from edgeward.gateway.http1 import (
+    CONDITIONS,
+    FALLBACK,
+    PLACE,
+    Headers,
+    Request,
+    end_to_end,
+    is_claim,
+)
+from edgeward.gateway.rules import Place, Rule
 from edgeward.gateway.shelf import NAME
 
 #: Of a stored answer, in a 304 (RFC 9110, section 15.4.5).
@@ -14,29 +24,49 @@ _DROPPED = frozenset({"host", "content-length", "expect"})
 
 
 def forwarded(
-    request: Request, rule: Rule, authority: str, client: str, via: str, *, validators: Headers | None = None
+    request: Request,
+    rule: Rule,
+    place: Place,
+    authority: str,
+    client: str,
+    via: str,
+    *,
+    validators: Headers | None = None,
 ) -> Headers:
     """The fields of the request as the target gets them. ``validators``: the gateway asks for itself, in place of the
     client's conditions."""
     mine = _DROPPED if validators is None else _DROPPED | CONDITIONS
-    if rule.guard is not None:
+    near = place.kind == "site"  # asks for itself who the client is
+    if rule.guard is not None and not near:
         mine = mine | rule.guard.dropped
     passed = [h for h in end_to_end(request.headers) if h[0] not in mine and not is_claim(h[0]) and h[0] != "via"]
     told = request.fields.get("via")
-    host = rule.config.send_host or request.authority or authority
+    host = place.send_host or request.authority or authority
     headers: Headers = [
         ("host", host),
         *passed,
         *(validators or []),
-        *(request.identity.fields if request.identity is not None else ()),
+        *(request.identity.fields if request.identity is not None and not near else ()),
         ("x-forwarded-for", client),
         ("x-forwarded-host", request.authority or authority),
         ("x-forwarded-proto", request.scheme),
         ("via", f"{told}, {via}" if told else via),
     ]
+    if near:
+        headers.append((FALLBACK, rule.key))
     if request.upgrade:
         headers += [("connection", "upgrade"), ("upgrade", request.upgrade)]
     return headers
+
+
+def said_place(place: Place, because: Sequence[str]) -> tuple[str, str]:
+    """The field that says which place answered, and why not one before it: a structured field (RFC 8941)."""
+    text = place.kind + (f'; name="{_quoted(place.name)}"' if place.name else "")
+    return PLACE, text + (f'; because="{_quoted("; ".join(because))}"' if because else "")
+
+
+def _quoted(text: str) -> str:
+    return "".join(c for c in text if " " <= c <= "~" and c not in '"\\')[:240]
 
 
 def from_store(

@@ -149,6 +149,21 @@ class RouteSpec(Declared):
     limits: Annotated[RouteLimits, Meta(description="What a request may be")] = msgspec.field(
         default_factory=RouteLimits
     )
+    prefer: Annotated[
+        Literal["edge", "cloud"],
+        Meta(description="Who is asked first: this site, or the cloud, and this site when it does not answer"),
+    ] = "edge"
+    fallback: Annotated[
+        list[Literal["nearest", "cloud"]],
+        Meta(
+            description="Who answers what this site cannot, in this order: the nearest sites that have addresses and "
+            "this Route, the cloud; left out: as the Service's fallback says",
+            max_length=2,
+        ),
+    ] = []
+    cloud: Annotated[
+        str, Meta(description="Where the cloud answers: http://host:port or https://host", max_length=1024)
+    ] = ""
     cache: Annotated[Cache | None, Meta(description="Keep answers; {} is RFC 9111 and nothing else")] = None
     auth: Annotated[Auth | None, Meta(description="Who may ask; left out: everybody")] = None
     cors: Annotated[Cors | None, Meta(description="For pages of other origins; left out: the target's own word")] = None
@@ -163,9 +178,8 @@ def split_function(name: str) -> tuple[str, str | None]:
     return function, alias if at else None
 
 
-def origin_of(upstream: str) -> tuple[str, str, int]:
+def origin_of(upstream: str, where: str = "$.spec.to.upstream") -> tuple[str, str, int]:
     """``(scheme, host, port)`` of an upstream's URL. Raises ``Invalid``."""
-    where = "$.spec.to.upstream"
     try:
         url = urlsplit(upstream)
         port = url.port
@@ -223,6 +237,22 @@ def _check_static(static: Static) -> None:
         raise Invalid(f"{static.index[:80]!r} is no file's name", field=f"{where}.index")
     if not re.fullmatch(r"[\x20-\x7e]*", static.cacheControl) or static.cacheControl != static.cacheControl.strip():
         raise Invalid("is no header field's value", field=f"{where}.cacheControl")
+
+
+def _check_places(spec: RouteSpec) -> None:
+    cloud = "cloud" in spec.fallback
+    if len(set(spec.fallback)) != len(spec.fallback):
+        raise Invalid("a place is given twice", field="$.spec.fallback", remedy="remove one")
+    if spec.to.static is not None and (spec.fallback or spec.prefer == "cloud"):
+        raise Invalid("files are here or nowhere", field="$.spec.fallback", remedy="remove fallback and prefer")
+    if spec.prefer == "cloud" and cloud:
+        raise Invalid("the cloud is asked first already", field="$.spec.fallback", remedy="remove cloud")
+    if spec.cloud:
+        origin_of(spec.cloud, "$.spec.cloud")
+        if not (cloud or spec.prefer == "cloud" or spec.to.service):
+            raise Invalid("is not asked by this Route", field="$.spec.cloud", remedy="add fallback: [cloud]")
+    elif cloud or spec.prefer == "cloud":
+        raise Invalid("is required: where does the cloud answer?", field="$.spec.cloud", remedy="write https://host")
 
 
 def _check_durations(spec: RouteSpec) -> None:
@@ -290,6 +320,7 @@ def _check(r: Resource) -> None:
         check_auth(spec.auth)
     if spec.cors is not None:
         _check_cors(spec.cors)
+    _check_places(spec)
     _check_durations(spec)
     sizes = [("limits.body", spec.limits.body)] + ([("cache.object", spec.cache.object)] if spec.cache else [])
     for name, size in sizes:

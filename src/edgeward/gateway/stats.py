@@ -16,6 +16,7 @@ HELP = {
     "edgeward_gateway_latency_total": "Answers that took at most `le` seconds, by route.",
     "edgeward_gateway_bytes_total": "Bytes of answers' bodies, by route.",
     "edgeward_gateway_retries_total": "Requests that were sent again, by route.",
+    "edgeward_gateway_places_total": "Answers of routes with fallbacks, by route and place: here, site, cloud.",
     "edgeward_gateway_cache_total": "What the cache did, by route.",
     "edgeward_gateway_active": "Requests in progress, by route.",
     "edgeward_gateway_connections": "Connections of clients.",
@@ -47,6 +48,8 @@ def metrics(
         c, route = rule.counters, f'route="{rule.key}"'
         for status, n in c.statuses.items():
             values[f'{p}requests_total{{{route},status="{status}"}}'] = float(n)
+        for kind, n in c.places.items():
+            values[f'{p}places_total{{{route},place="{kind}"}}'] = float(n)
         for word, n in c.cache.items():
             values[f'{p}cache_total{{{route},result="{word}"}}'] = float(n)
         total = 0

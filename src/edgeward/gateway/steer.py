@@ -176,6 +176,17 @@ class Steering:
         prefix, home = found
         return self._near(self.edges[home], version, network, scope, f"{asked} is in {prefix} of site {home}")
 
+    def neighbours(self, name: str, most: int) -> list[tuple[Edge, float | None]]:
+        """The sites that are there, as seen from ``name`` (itself left out), and how far they are in kilometres: the
+        nearest first, then those of no known place, by name."""
+        home = self.edges[name]
+        ranked = (
+            (e, distance(home.place, e.place) if home.place and e.place else None)
+            for e in self._there
+            if e.name != name
+        )
+        return heapq.nsmallest(most, ranked, lambda p: (p[1] is None, p[1] or 0.0, p[0].name))
+
     def _near(self, home: Edge, version: int, network: int, scope: int, why: str) -> Answer:
         reasons = [why]
         if not home.out and home.share == 1.0:  # as nearly always

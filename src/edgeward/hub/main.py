@@ -55,6 +55,7 @@ from edgeward.hub.failover import Failover
 from edgeward.hub.front import Links, front_protocol
 from edgeward.hub.gateways import GatewayRelay
 from edgeward.hub.kinds import load
+from edgeward.hub.neighbours import Neighbours
 from edgeward.hub.oidc import SignIn
 from edgeward.hub.routes import HubRoutes
 from edgeward.hub.steering import HubSteering
@@ -184,7 +185,8 @@ class Hub:
             leads=lambda: self.peers.leads,
         )
         await self.bundles.open()
-        self.steering = HubSteering(self.store, self.steering_settings, self._usage_of)
+        neighbours = Neighbours(self.store, self.steering_settings.scheme, lambda: self.peers.leads)
+        self.steering = HubSteering(self.store, self.steering_settings, self._usage_of, neighbours)
         history = CloudHistory(self.store)
         routes = HubRoutes(
             store=self.store,

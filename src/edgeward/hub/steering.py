@@ -29,6 +29,7 @@ from edgeward.core.store import Change, Store
 from edgeward.core.streaming import json, only
 from edgeward.gateway.dnszone import Zone, literal
 from edgeward.gateway.steer import Answer, Edge, Prefixes, Steering, client_address
+from edgeward.hub.neighbours import Neighbours, authority
 from edgeward.hub.responder import DnsServer, Responder
 
 log = logging.getLogger("edgeward.steering")
@@ -125,11 +126,12 @@ class Known:
             self._now = Steering.of(edges, self._prefixes)
         return self._now
 
-    def take(self, change: Change) -> None:
+    def take(self, change: Change) -> bool:
+        """Whether it is news of where sites are and which of them are there."""
         name, found = change.key.name, change.resource
         if change.key.kind == "Site":
             if found is not None and found.spec == self._sites.get(name):
-                return
+                return False
             self._now = self._prefixes = None
             self._sites.pop(name, None)
             if found is not None:
@@ -137,13 +139,14 @@ class Known:
         elif change.key.kind == "Node":
             new = (found.spec.site, bool(found.status.get("online"))) if found is not None else None
             if new == self._nodes.get(name):
-                return
+                return False
             self._now = None
             self._nodes.pop(name, None)
             if new is None or not new[1]:
                 self._loads.pop(name, None)
             if new is not None:
                 self._nodes[name] = new
+        return change.key.kind in ("Site", "Node")
 
     def loaded(self, node: str, load: float | None) -> None:
         """``load``: processes that want to run, for each processor; None: not known."""
@@ -198,9 +201,10 @@ class Steered(msgspec.Struct):
 class HubSteering:
     """All of steering at a hub. ``ask`` gives a node's ``usage``."""
 
-    def __init__(self, store: Store, settings: Settings, ask: Ask) -> None:
+    def __init__(self, store: Store, settings: Settings, ask: Ask, neighbours: Neighbours | None = None) -> None:
         self._store, self.settings, self._ask = store, settings, ask
         self.known = Known()
+        self._neighbours = neighbours
         self.dns: DnsServer | None = None
         self._responder: Responder | None = None
 
@@ -226,6 +230,8 @@ class HubSteering:
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow())
+            if self._neighbours is not None:
+                group.create_task(self._neighbours.run())
             every = parse_duration(self.settings.load)
             if every and (self.settings.dns or self.settings.redirect):
                 group.create_task(self._loads(every))
@@ -235,7 +241,9 @@ class HubSteering:
             try:
                 with self._store.watch(0) as changes:
                     async for change in changes:
-                        self.known.take(change)
+                        moved = self.known.take(change)
+                        if self._neighbours is not None:
+                            self._neighbours.take(change, moved)
             except EdgewardError as e:
                 log.info("steering reads the sites anew: %s", e)
                 self.known.forget()
@@ -299,7 +307,7 @@ class HubSteering:
         got = self._for(_caller(request))
         if got.site is None:
             raise Unreachable("no site is there to serve you", remedy="ask again in a minute")
-        where = f"{self.settings.scheme}://{_authority(got.addresses[0])}{quote(path, safe=_SAFE)}"
+        where = f"{self.settings.scheme}://{authority(got.addresses[0])}{quote(path, safe=_SAFE)}"
         return Response(status_code=307, headers={"Location": where, "Cache-Control": "no-store"})
 
     def _for(self, text: str) -> Answer:
@@ -318,11 +326,6 @@ _SAFE = "/%:@!$&'()*+,;=~?-._"
 
 def _caller(request: Request) -> str:
     return request.client.host if request.client is not None else ""
-
-
-def _authority(address: str) -> str:
-    """An entry of ``spec.addresses`` as it stands in a URL: IPv6 alone gets its brackets."""
-    return f"[{address}]" if address.count(":") > 1 and not address.startswith("[") else address
 
 
 def load_of(node: str, usage: dict[str, Any]) -> float | None:

@@ -151,7 +151,11 @@ class ServiceSpec(Declared):
     port: Annotated[str, Meta(description="Name of the App's port", min_length=1)]
     scope: Annotated[Literal["node", "site", "any"], Meta(description="How far a request may go")] = "site"
     fallback: Annotated[
-        Literal["fail", "nearest", "cloud"], Meta(description="When no endpoint in scope is healthy")
+        Literal["fail", "nearest", "cloud"],
+        Meta(
+            description="Where Routes to it go when it has no healthy endpoint here, unless they say so themselves; "
+            "cloud: the Route's own"
+        ),
     ] = "fail"
 
 
