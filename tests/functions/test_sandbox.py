@@ -12,14 +12,25 @@ import pytest
 from tests.functions.node import Node, function, looped
 
 from edgeward.core import cgroup
-from edgeward.functions.sandbox import _ARCH, PROMISES, Cage, Verdict, attempts, landlock_abi, program
+from edgeward.functions.sandbox import (
+    _ARCH,
+    _CONNECTING,
+    PROMISES,
+    Cage,
+    Verdict,
+    asking,
+    attempts,
+    landlock_abi,
+    program,
+)
 
 _DENY, _ALLOW = 0x00050000, 0x7FFF0000
 
 
-def _run(code: bytes, machine: str, nr: int, arg0: int = 0, arch: int | None = None) -> int:
+def _run(code: bytes, machine: str, nr: int, *args: int, arch: int | None = None) -> int:
     """A seccomp filter's answer: an interpreter of the few BPF instructions that are used."""
-    data = struct.pack("<iIQ6Q", nr, _ARCH[machine][0] if arch is None else arch, 0, arg0, 0, 0, 0, 0, 0)
+    told = [*args, 0, 0, 0, 0, 0, 0][:6]
+    data = struct.pack("<iIQ6Q", nr, _ARCH[machine][0] if arch is None else arch, 0, *told)
     lines = [struct.unpack_from("=HBBI", code, at) for at in range(0, len(code), 8)]
     at = value = 0
     while True:
@@ -29,6 +40,8 @@ def _run(code: bytes, machine: str, nr: int, arg0: int = 0, arch: int | None = N
             return k
         if op == 0x20:
             value = struct.unpack_from("<I", data, k)[0]
+        elif op == 0x54:
+            value &= k
         else:
             held = {0x15: value == k, 0x35: value >= k, 0x45: bool(value & k)}[op]
             at += yes if held else no
@@ -64,6 +77,28 @@ def test_the_filter_denies_what_it_lists_and_allows_the_rest(machine: str) -> No
     assert _run(opened, machine, 0, arch=0x40000003) & _DENY, "another machine's way to call"
     if machine == "x86_64":
         assert _run(opened, machine, 0x40000000 + 1) & _DENY, "x32"
+
+
+@pytest.mark.parametrize("machine", sorted(_CONNECTING))
+def test_what_names_an_address_is_asked_for(machine: str) -> None:
+    code, numbers, notify = asking(machine), _CONNECTING[machine], 0x7FC00000
+
+    def run(name: str, *args: int) -> int:
+        return _run(code, machine, numbers[name], *args)
+
+    assert run("connect") == run("sendmsg") == run("bind") == notify
+    assert run("sendto", 3, 99, 5, 0, 0, 0) == _ALLOW, "no address"
+    for address in (1, 1 << 32, 0x7FFF_0000_0000, 0xFFFF_FFFF):
+        assert run("sendto", 3, 99, 5, 0, address, 16) == notify
+    for name in ("listen", "accept", "accept4"):
+        assert run(name) == _DENY | 1
+    assert run("sendmmsg") == _DENY | 38
+    nonblocking, cloexec = 0x800, 0x80000
+    for kind in (1, 2, 1 | nonblocking, 2 | nonblocking | cloexec):
+        assert run("socket", 2, kind, 0) == run("socket", 10, kind, 6) == run("socket", 2, kind, 17) == _ALLOW
+        assert run("socket", 2, kind, 1) & _DENY and run("socket", 2, kind, 132) & _DENY, "ICMP, SCTP"
+    assert all(run("socket", 2, kind, 0) == _DENY | 1 for kind in (0, 3, 4, 5, 10)), "raw, packet"
+    assert _run(code, machine, 0) == _ALLOW
 
 
 def test_of_a_machine_whose_numbers_are_not_known_nothing_is_promised() -> None:

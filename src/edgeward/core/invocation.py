@@ -269,6 +269,8 @@ class Jailed(msgspec.Struct, array_like=True, tag=15):
     pid: int
     enforced: list[str]
     refused: dict[str, str] = {}
+    #: The descriptor by which the worker's connections are asked for; -1: they are not.
+    listener: int = -1
 
 
 class Ready(msgspec.Struct, array_like=True, tag=16):

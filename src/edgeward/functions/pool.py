@@ -22,8 +22,10 @@ from edgeward.core.invocation import Call, CallFailed, Event, FailKind, Reply, f
 from edgeward.core.proc import ending
 from edgeward.functions import scale
 from edgeward.functions.asks import Asks, Tally, refusal
+from edgeward.functions.guard import Guard
 from edgeward.functions.origins import Origin, Worker
 from edgeward.functions.output import Output
+from edgeward.functions.reach import Reach, environment
 from edgeward.functions.sandbox import Cage
 from edgeward.functions.versions import Policy, Version
 
@@ -135,6 +137,7 @@ class Link(asyncio.Protocol):
         self.job: Job | None = None
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.jailed: wire.Jailed | None = None
+        self.guard: Guard | None = None
         self.idle_since = 0.0
         self.leaving = False
         self._paused = False
@@ -201,7 +204,9 @@ class Link(asyncio.Protocol):
                 return
             raise msgspec.ValidationError("a start that was over")
         if isinstance(message, wire.Jailed):
-            self.jailed = self.jailed or message
+            if self.jailed is None:
+                self.jailed = message
+                self._guarded(message)
         elif isinstance(message, wire.Broken):
             self.ready.set_exception(_Broken(message.message))
             self._pool.say(wire.Log("", 40, 0.0, message.trace or message.message))
@@ -209,6 +214,25 @@ class Link(asyncio.Protocol):
             raise msgspec.ValidationError("ready before it was jailed")
         else:
             self.ready.set_result(None)
+
+    def _guarded(self, jailed: wire.Jailed) -> None:
+        """A worker with a list of what it may reach waits for its guard, before its code is there."""
+        reach = self._pool.version.reach
+        if not reach or self.child is None:
+            return
+        if jailed.listener < 0:
+            why = jailed.refused.get("network", "not promised")
+            self.ready.set_exception(EdgewardError(f"this node cannot hold it to limits.network: {why}"))
+            return
+        try:
+            self.guard = Guard(Reach(reach), self.child.pid, jailed.listener, self._beyond)
+        except OSError as e:
+            self.ready.set_exception(EdgewardError(f"this node cannot hold it to limits.network: {e.strerror}"))
+
+    def _beyond(self, where: str) -> None:
+        """It asked for an address that is not on its list."""
+        id = self.job.id if self.job is not None else ""
+        self._pool.say(wire.Log(id, 30, 0.0, f"{where} is not in limits.network: refused"))
 
     def _of_call(self, job: Job | None, message: Any) -> None:
         if job is None or message.id != job.id:
@@ -529,10 +553,13 @@ class Pool:
             pids=version.pids,
             tmp_size=version.tmp,
             open_files=version.open_files,
-            network=version.network,
+            network=version.network or bool(version.reach),
+            reach=version.reach,
             library=self.host.library(version),
         )
         env = {**version.env, "HOME": str(tmp), "TMPDIR": str(tmp), "LANG": "C.UTF-8"}
+        if version.reach:
+            env["EDGEWARD_HOSTS"] = environment(version.reach)
         child = await origin.worker(version, cage, env)
         link = Link(self)
         link.child = child
@@ -604,6 +631,8 @@ class Pool:
 
     def lost(self, link: Link) -> None:
         """A worker's socket is closed."""
+        if link.guard is not None:
+            link.guard.close()
         if link not in self.links:
             if not link.ready.done():
                 link.ready.set_exception(_Ended("its process ended while it loaded the code"))

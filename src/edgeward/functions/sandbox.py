@@ -33,7 +33,7 @@ PROMISES = {
     "pids": "no more processes and threads than limits.pids",
     "tmp": "no more than limits.tmp in its folder for temporary files, which goes with the instance",
     "files": "reads its own code, its runtime's library and nothing else; writes its temporary folder and nothing else",
-    "network": "opens no socket",
+    "network": "opens no socket; or connects to what limits.network lists, and to nothing else",
     "exec": "starts no program, beside its own runtime where that is one",
     "user": "has a system user of its own, with no rights",
     "signals": "signals no process but its own",
@@ -53,6 +53,8 @@ class Cage(msgspec.Struct):
     tmp_size: int = 16 << 20
     open_files: int = 64
     network: bool = False
+    #: Not empty: the network is open only so far (``reach.py``), and the node is asked for each connection.
+    reach: list[str] = []
     #: Folders and files that it may read beside its runtime's library; it is nobody's to write to.
     library: list[str] = []
     #: Files, and folders of them, that it may run: it is a program, not a fork of the zygote. Empty: none at all.
@@ -72,6 +74,8 @@ class Cage(msgspec.Struct):
 class Verdict(msgspec.Struct):
     enforced: list[str] = []
     refused: dict[str, str] = {}
+    #: Number of the descriptor by which the node is asked for connections; -1: it is not.
+    listener: int = -1
 
 
 # -- the kernel's calls ------------------------------------------------------------------------------------------------
@@ -249,7 +253,21 @@ _NEWER = {
 _NAMESPACES = 0x7E020080  # CLONE_NEW*: time, mounts, cgroup, uts, ipc, user, pid, net
 _CLONE_THREAD = 0x10000
 _LD, _JEQ, _JSET, _JGE, _RET = 0x20, 0x15, 0x45, 0x35, 0x06
-_ALLOW, _DENY = 0x7FFF0000, 0x00050000
+_ALLOW, _DENY, _NOTIFY = 0x7FFF0000, 0x00050000, 0x7FC00000
+#: Of a function with a list of what it may reach: calls that the node makes for it, and those that it may not make.
+_ASKED, _INBOUND = ("connect", "sendto", "sendmsg", "bind"), ("listen", "accept", "accept4")
+_CONNECTING: dict[str, dict[str, int]] = {
+    "x86_64": {
+        "connect": 42, "sendto": 44, "sendmsg": 46, "bind": 49, "listen": 50, "accept": 43, "accept4": 288,
+        "sendmmsg": 307, "seccomp": 317, "socket": 41,
+    },
+    "aarch64": {
+        "connect": 203, "sendto": 206, "sendmsg": 211, "bind": 200, "listen": 201, "accept": 202, "accept4": 242,
+        "sendmmsg": 269, "seccomp": 277, "socket": 198,
+    },
+}  # fmt: skip
+#: This machine's numbers of the calls that are asked for.
+CALLS = {n: name for name, n in _CONNECTING.get(platform.machine(), {}).items() if name in _ASKED}
 
 
 def program(*, network: bool, may_fork: bool, may_exec: bool = False, machine: str = "") -> bytes:
@@ -312,6 +330,43 @@ def program(*, network: bool, may_fork: bool, may_exec: bool = False, machine: s
     return b"".join(struct.pack("=HBBI", *one) for one in code)
 
 
+def asking(machine: str = "") -> bytes:
+    """The filter of a function with a list of what it may reach, beside :func:`program`: what names an address is asked
+    for, nobody is listened to, and a socket is TCP's or UDP's."""
+    numbers = _CONNECTING[machine or platform.machine()]
+    code: list[tuple[int, int, int, int]] = [(_LD, 0, 0, 0)]
+    denied, notify, allowed = (_RET, 0, 0, _DENY | errno.EPERM), (_RET, 0, 0, _NOTIFY), (_RET, 0, 0, _ALLOW)
+
+    def rule(name: str, body: list[tuple[int, int, int, int]]) -> None:
+        code.append((_JEQ, 0, len(body), numbers[name]))
+        code.extend(body)
+
+    for name in ("connect", "sendmsg", "bind"):
+        rule(name, [notify])
+    # an address of nothing is none: both halves of the pointer
+    rule("sendto", [(_LD, 0, 0, 48), (_JEQ, 0, 2, 0), (_LD, 0, 0, 52), (_JEQ, 1, 0, 0), notify, allowed])
+    for name in _INBOUND:
+        rule(name, [denied])
+    rule("sendmmsg", [(_RET, 0, 0, _DENY | errno.ENOSYS)])  # whoever has it can do without
+    kinds = [
+        (_LD, 0, 0, 24),
+        (0x54, 0, 0, 0xF),
+        (_JEQ, 2, 0, socket.SOCK_STREAM),
+        (_JEQ, 1, 0, socket.SOCK_DGRAM),
+        denied,
+    ]
+    protocols = [
+        (_LD, 0, 0, 32),
+        (_JEQ, 3, 0, 0),
+        (_JEQ, 2, 0, socket.IPPROTO_TCP),
+        (_JEQ, 1, 0, socket.IPPROTO_UDP),
+        denied,
+    ]
+    rule("socket", [*kinds, *protocols, allowed])
+    code.append(allowed)
+    return b"".join(struct.pack("=HBBI", *one) for one in code)
+
+
 @functools.cache
 def _program(network: bool, may_fork: bool, may_exec: bool = False) -> bytes:
     return program(network=network, may_fork=may_fork, may_exec=may_exec)
@@ -328,12 +383,38 @@ def warm() -> None:
                 _program(network, may_fork)
 
 
-def _seccomp(cage: Cage, may_fork: bool) -> None:
-    text = _program(cage.network, may_fork, bool(cage.runs))
+def _seccomp(network: bool, may_fork: bool, may_exec: bool) -> None:
+    text = _program(network, may_fork, may_exec)
     buffer = ctypes.create_string_buffer(text, len(text))
     fprog = struct.pack("@HP", len(text) // 8, ctypes.addressof(buffer))
     holder = ctypes.create_string_buffer(fprog, len(fprog))
     _checked(_prctl_(_PR_SET_SECCOMP, ctypes.c_ulong(2), holder, 0, 0), "prctl(PR_SET_SECCOMP)")
+
+
+def _ask_for_connections() -> int:
+    """From here on the node is asked; the descriptor by which it is. Raises ``OSError``."""
+    if platform.machine() not in _CONNECTING:
+        raise OSError(errno.ENOSYS, f"the system calls of {platform.machine()} are not known")
+    text = asking()
+    buffer = ctypes.create_string_buffer(text, len(text))
+    holder = ctypes.create_string_buffer(struct.pack("@HP", len(text) // 8, ctypes.addressof(buffer)))
+    number = _CONNECTING[platform.machine()]["seccomp"]
+    new_listener = ctypes.c_ulong(1 << 3)
+    return _checked(_syscall(number, 1, new_listener, holder), "seccomp(SECCOMP_FILTER_FLAG_NEW_LISTENER)")
+
+
+def await_guard(listener: int) -> None:
+    """Waits until the node has taken the descriptor, then gives it up: it must not be the function's.
+
+    A call that is asked for ends when it is answered; this one means nothing else.
+    """
+    _libc.connect(-1, None, 0)
+    os.close(listener)
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """A descriptor of another process as one of ours (pidfd_getfd(2)). Raises ``OSError``."""
+    return int(_checked(_syscall(438, pidfd, fd, 0), "pidfd_getfd"))
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------
@@ -466,22 +547,30 @@ def enter(cage: Cage, outside: str) -> Verdict:
         keep = closed or (abi >= 1 and _closed(str(Path(cage.tmp).parent)))
         step(("user",), lambda: _become(cage.user, keep, bool(cage.runs)))
     dies_with_parent()  # after the change of user, which would undo it
-    with contextlib.suppress(OSError):
-        _prctl(_PR_SET_DUMPABLE, 0)
+    if root or not cage.reach:  # without root the node could then not take the worker's sockets
+        with contextlib.suppress(OSError):
+            _prctl(_PR_SET_DUMPABLE, 0)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     try:
         verdict.enforced += _landlock(cage)
     except OSError as e:
         verdict.refused["files"] = e.strerror or str(e)
-    may_fork = "pids" in verdict.enforced
+    may_fork, network = "pids" in verdict.enforced, cage.network
+    if cage.reach:
+
+        def ask() -> None:
+            verdict.listener = _ask_for_connections()
+
+        network = step(("network",), ask)  # where nobody can be asked, nothing is reached
     promised = (*(() if cage.runs else ("exec",)), "kernel", *(() if cage.network else ("network",)))
-    if step(promised, lambda: _seccomp(cage, may_fork)) and not may_fork and cage.pids is not None:
+    held = step(promised, lambda: _seccomp(network, may_fork, bool(cage.runs)))
+    if held and not may_fork and cage.pids is not None:
         verdict.refused["pids"] += "; it may start threads, but no process"
     if cage.runs and (cage.runs_more or "files" not in verdict.enforced):
         verdict.refused["exec"] = cage.runs_more or "without Landlock a program may start any other"
     elif cage.runs:
         verdict.enforced.append("exec")  # by Landlock
-    if cage.network:
+    if cage.network and not cage.reach:
         verdict.refused["network"] = "limits.network is open"
     _close_prepared()
     if "signals" not in verdict.enforced:

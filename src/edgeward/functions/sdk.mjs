@@ -4,7 +4,9 @@
 // go results, pieces, errors and log lines. One call at a time. It needs nothing but Node (18 or newer), and it decides
 // nothing about limits or versions. The function's files lie in the working directory.
 
+import dns from 'node:dns';
 import fs from 'node:fs';
+import { syncBuiltinESMExports } from 'node:module';
 import net from 'node:net';
 import path from 'node:path';
 import { pathToFileURL } from 'node:url';
@@ -181,6 +183,41 @@ class Unpacker {
 }
 
 // -- the socket --------------------------------------------------------------------------------------------------------
+
+// -- names: with a list of what it may reach there is no DNS; the node looks names up when they are connected to --------
+
+function giveNames(text) {
+  const hosts = new Map();
+  for (const part of text.split(' ')) {
+    const [name, addresses] = part.split('=');
+    hosts.set(name, addresses ? addresses.split(',') : []);
+  }
+  const found = (name, options) => {
+    const family = typeof options === 'number' ? options : { IPv4: 4, IPv6: 6 }[options?.family] ?? options?.family ?? 0;
+    const known = net.isIP(name) ? [name] : hosts.get(String(name).toLowerCase().replace(/\.$/, '')) ?? [];
+    const all = known.map((address) => ({ address, family: net.isIP(address) })).filter((a) => !family || a.family === family);
+    if (all.length) return all;
+    throw Object.assign(new Error(`${name} is not in limits.network`), { code: 'ENOTFOUND', hostname: name, syscall: 'getaddrinfo' });
+  };
+  dns.lookup = (name, options, callback) => {
+    if (typeof options === 'function') [options, callback] = [{}, options];
+    let all;
+    try {
+      all = found(name, options);
+    } catch (e) {
+      process.nextTick(callback, e);
+      return;
+    }
+    if (options?.all) process.nextTick(callback, null, all);
+    else process.nextTick(callback, null, all[0].address, all[0].family);
+  };
+  dns.promises.lookup = async (name, options) => {
+    const all = found(name, options);
+    return options?.all ? all : all[0];
+  };
+  syncBuiltinESMExports();
+}
+if (process.env.EDGEWARD_HOSTS) giveNames(process.env.EDGEWARD_HOSTS);
 
 const socket = new net.Socket({ fd: Number(process.env.EDGEWARD_WORKER_FD), readable: true, writable: true });
 delete process.env.EDGEWARD_WORKER_FD;

@@ -18,6 +18,7 @@ import io
 import json
 import linecache
 import logging
+import os
 import socket
 import sys
 import threading
@@ -466,6 +467,38 @@ def _trace(e: BaseException) -> str:
     return "".join(line for line in lines if f'"{__file__}"' not in line)[-MAX_LINE:]
 
 
+def give_names(text: str) -> None:
+    """Makes ``EDGEWARD_HOSTS`` what names mean here: the node looks them up when they are connected to.
+
+    ``text``: ``name=v4,v6`` with blanks between. Other names are unknown, at once; there is no DNS to ask.
+    """
+    hosts = {name: addresses.split(",") for name, _, addresses in (part.partition("=") for part in text.split())}
+    plain = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, port: Any, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0) -> list[Any]:
+        if host is None:
+            return plain(host, port, family, type, proto, flags)
+        name = host.decode() if isinstance(host, bytes) else str(host)
+        addresses = hosts.get(name.lower().rstrip("."))
+        if addresses is None:
+            try:
+                return plain(name, port, family, type, proto, flags | socket.AI_NUMERICHOST)
+            except socket.gaierror as e:
+                if e.errno == socket.EAI_NONAME:
+                    raise socket.gaierror(e.errno, f"{name!r} is not in limits.network") from None
+                raise
+        wanted = [a for a in addresses if family == 0 or (":" in a) == (family == socket.AF_INET6)]
+        return [one for a in wanted for one in plain(a, port, family, type, proto, flags | socket.AI_NUMERICHOST)]
+
+    def gethostbyname(name: str) -> str:
+        return str(getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+
+    socket.getaddrinfo = getaddrinfo
+    socket.gethostbyname = gethostbyname
+
+
 def serve(sock: socket.socket) -> None:
     """Serves calls on a connected stream socket until it closes."""
+    if hosts := os.environ.get("EDGEWARD_HOSTS"):
+        give_names(hosts)
     Worker(sock).run()

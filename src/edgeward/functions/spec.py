@@ -17,6 +17,7 @@ from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes,
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import Resource
 from edgeward.core.topics import check_filter
+from edgeward.functions import reach
 from edgeward.functions.cron import Schedule
 from edgeward.functions.sources import RULES
 from edgeward.functions.wheels import parse_lock
@@ -67,7 +68,11 @@ class Limits(Declared):
     files: Annotated[int, Meta(description="Open files", ge=8, le=1024)] = 64
     body: Annotated[Size, Meta(description="Bytes of an event's data, and of an answer in one piece")] = "6Mi"
     network: Annotated[
-        Literal["none", "all"], Meta(description="none: no socket at all; all: TCP and UDP anywhere")
+        Literal["none", "all"] | list[str],
+        Meta(
+            description="none: no socket at all; all: TCP and UDP anywhere; or a list of what it may reach, e.g. "
+            "api.example.org:443, 192.0.2.0/24:502, 192.0.2.1:53/udp"
+        ),
     ] = "none"
 
 
@@ -258,6 +263,21 @@ def _check_numbers(spec: FunctionSpec) -> None:
         raise Invalid("min is more than max", field="$.spec.scale.min", remedy=f"at most {spec.scale.max}")
 
 
+def _check_network(network: str | list[str]) -> None:
+    if isinstance(network, str):
+        return
+    if not network:
+        raise Invalid("the list is empty", field="$.spec.limits.network", remedy="write none")
+    if len(network) > reach.MOST:
+        raise Invalid(f"has more than {reach.MOST} entries", field="$.spec.limits.network", remedy="name networks")
+    for n, entry in enumerate(network):
+        try:
+            reach.parse(entry)
+        except ValueError as e:
+            remedy = "write host:port, network:port or host:port/udp"
+            raise Invalid(str(e), field=f"$.spec.limits.network[{n}]", remedy=remedy) from None
+
+
 def _check_triggers(spec: FunctionSpec) -> None:
     for n, trigger in enumerate(spec.triggers):
         if trigger.cron is None:
@@ -288,6 +308,7 @@ def _check(r: Resource) -> None:
         )
     _check_source(spec)
     _check_numbers(spec)
+    _check_network(spec.limits.network)
     _check_triggers(spec)
     for n, topic in enumerate(spec.publish):
         check_filter(topic, f"$.spec.publish[{n}]")

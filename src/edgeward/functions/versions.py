@@ -45,6 +45,8 @@ class Version(msgspec.Struct, omit_defaults=True):
     body: int
     network: bool
     require: list[str]
+    #: Not empty: what it may reach (``reach.py``), and nothing else.
+    reach: list[str] = []
     #: Keys of ``env`` whose values are secret.
     secret: list[str] = []
     #: What the handler finds in ``context.secrets``.
@@ -163,6 +165,8 @@ def config_of(
         made["packages"] = lock_digest(spec.dependencies.lock)
     if command := RULES[spec.runtime].command(spec):  # only where there is one: the digests of others stay as they are
         made |= {"command": command, "per_call": spec.mode == "stdio"}
+    if not isinstance(limits.network, str):
+        made["reach"] = sorted(set(limits.network))
     meta = function.metadata
     version = Version(
         namespace=meta.namespace,

@@ -192,7 +192,11 @@ def _child(data: bytes, fds: list[int], others: tuple[socket.socket, ...]) -> No
             sys.path[:0] = spawn.cage.library  # what is loaded from there is loaded inside the cage
         if spawn.probe:
             verdict = sandbox.attempts(spawn.cage, verdict)
-        sock.sendall(invocation.frame(invocation.Jailed(os.getpid(), verdict.enforced, verdict.refused)))
+        sock.sendall(
+            invocation.frame(invocation.Jailed(os.getpid(), verdict.enforced, verdict.refused, verdict.listener))
+        )
+        if verdict.listener >= 0:
+            sandbox.await_guard(verdict.listener)
         gc.enable()
         if spawn.program is not None and not spawn.probe:
             stdio.run(sock, spawn.program.argv, spawn.program.per_call, "pids" in verdict.enforced)
