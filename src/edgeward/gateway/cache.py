@@ -116,6 +116,9 @@ class Stored:
     written: tuple[int, bytes] = (-1, b"")
     hits: int = 0
     renewing: bool = False
+    #: It may be given compressed (``squeeze.py``), and what that is; None: not made yet.
+    squeezable: bool = False
+    zipped: Stored | None = None
     #: Which route's target it came from (``rules.Rule.owner``).
     owner: str = ""
 
@@ -127,7 +130,8 @@ class Stored:
 
     @property
     def size(self) -> int:
-        return len(self.body) + sum(len(n) + len(v) + 64 for n, v in self.headers) + 512
+        zipped = 0 if self.zipped is None else self.zipped.size
+        return len(self.body) + sum(len(n) + len(v) + 64 for n, v in self.headers) + 512 + zipped
 
     @property
     def validators(self) -> Headers:

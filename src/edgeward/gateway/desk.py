@@ -210,6 +210,8 @@ class Desk:
             self._start(request, rule, gate.exchange(self, request, rule, self.client))
             return
         now = clock.now()
+        if rule.compress is not None:
+            kept = site.squeezed(kept, request)
         if request.plain and rule.cors is None:
             self.give_kept(request, kept, now)
             gate.hit(self.client, request, rule, None, 200, len(kept.body), "")
@@ -226,23 +228,26 @@ class Desk:
         key = key_of(request)
         stored, others = gate.shelf.find(key, request, rule.owner)
         now = clock.now()
+        given = stored
+        if stored is not None and rule.compress is not None:
+            given = gate.fitting(key, stored, request)
         if (
-            stored is not None
+            given is not None
             and request.plain
-            and stored.ttl(now) > 0.0
-            and len(stored.body) < WHOLE
+            and given.ttl(now) > 0.0
+            and len(given.body) < WHOLE
             and rule.cors is None
         ):
-            self.give(stored, now)
-            gate.hit(self.client, request, rule, stored, stored.status, len(stored.body), "hit")
+            self.give(given, now)
+            gate.hit(self.client, request, rule, stored, given.status, len(given.body), "hit")
             return
         choice = choose(request, stored, now, other_variant=others)
         way = choice.way
-        if stored is not None and way in ("hit", "stale", "renew"):
+        if stored is not None and given is not None and way in ("hit", "stale", "renew"):
             if way == "renew" and not stored.renewing:
                 stored.renewing = True
                 gate.renew(request, rule, self.client, key, stored)
-            status, fields, body = from_store(request, stored, now, cors=rule.cors)
+            status, fields, body = from_store(request, given, now, cors=rule.cors)
             self.respond(request, status, fields, body, stored.reason if status == stored.status else "")
             gate.hit(self.client, request, rule, stored, status, len(body), way)
             return

@@ -21,6 +21,7 @@ from edgeward.gateway.balance import Endpoint
 from edgeward.gateway.cors import CorsConfig
 from edgeward.gateway.rules import CacheConfig, GatewayConfig, Listen, PlaceConfig, RouteConfig
 from edgeward.gateway.spec import RouteSpec, Static, origin_of, split_function
+from edgeward.gateway.squeeze import CompressConfig
 from edgeward.gateway.static import StaticConfig
 
 #: ``(namespace, service)`` to its endpoints: ``{address, port, here}``; None: no such Service on this node.
@@ -155,6 +156,7 @@ def route_config(
         cache=cache,
         cors=_cors(spec),
         auth=auth,
+        compress=_compress(spec),
         rate=spec.limits.rate.requests / parse_duration(spec.limits.rate.per) if spec.limits.rate else 0.0,
         burst=(spec.limits.rate.burst or spec.limits.rate.requests) if spec.limits.rate else 0,
         **_target(namespace, spec, endpoints, values, folders),
@@ -166,6 +168,13 @@ def _sticky(spec: RouteSpec) -> tuple[str, str]:
     if spec.sticky is None:
         return "", ""
     return ("cookie", spec.sticky.cookie) if spec.sticky.cookie else (spec.sticky.header.lower(), "")
+
+
+def _compress(spec: RouteSpec) -> CompressConfig | None:
+    compress = spec.compress
+    if compress is None:
+        return None
+    return CompressConfig(parse_bytes(compress.minSize), tuple(sorted(t.lower() for t in compress.types)))
 
 
 def _cors(spec: RouteSpec) -> CorsConfig | None:

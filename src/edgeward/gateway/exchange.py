@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from edgeward.core import clock
-from edgeward.gateway import cache
+from edgeward.gateway import cache, squeeze
 from edgeward.gateway.answers import problem_parts
 from edgeward.gateway.balance import Endpoint, may_repeat
 from edgeward.gateway.cache import Stored
@@ -94,6 +94,8 @@ class Exchange:
         self._client_full = False
         self._response: Response | None = None
         self._swallow = False
+        #: The answer is compressed on its way.
+        self._press: squeeze.Press | None = None
         #: No kept connection any more: one was closed under our hands.
         self._fresh = False
         self.waiters: list[Waiter] = []
@@ -290,11 +292,20 @@ class Exchange:
             return
         close = not request.keep or not self.body_done
         fields = [h for h in with_cors(self.rule.cors, request, headers) if h[0] != "content-length"]
+        length = response.length
+        if self.rule.compress is not None and self._shrinks(self.rule.compress, response):
+            fields, length = squeeze.pressed(fields), CHUNKED
+        elif self.rule.compress is not None:
+            size = response.length
+            if request.method == "HEAD" and not size:  # it has no body; what GET would give varies all the same
+                size = int(response.fields.get("content-length", -1))
+            if squeeze.eligible(self.rule.compress, response.status, response.fields, size):
+                fields = squeeze.with_vary(fields)
         if request.method == "HEAD" or response.status in _NO_BODY:
             if "content-length" in response.fields and response.status != 204:
                 fields.append(("content-length", response.fields["content-length"]))
-        elif response.length >= 0:
-            fields.append(("content-length", str(response.length)))
+        elif length >= 0:
+            fields.append(("content-length", str(length)))
         elif request.minor == 1:
             self._chunked = True
             fields.append(("transfer-encoding", "chunked"))
@@ -316,10 +327,29 @@ class Exchange:
             fields.append(("connection", "keep-alive"))
         door.head(response.status, fields, response.reason)
 
+    def _shrinks(self, config: squeeze.CompressConfig, response: Response) -> bool:
+        """Whether this answer is compressed on its way; then it is made ready for that."""
+        request = self.request
+        if (
+            request.method == "HEAD"
+            or not squeeze.eligible(config, response.status, response.fields, response.length)
+            or not squeeze.takes(request)
+            or not self.gate.presses.may(self.gate.loop.time())
+        ):
+            return False
+        self._press = squeeze.Press(flush=response.length < 0)
+        self.gate.presses.live += 1
+        return True
+
+    def _pressed(self, work: Callable[[bytes], bytes], data: bytes) -> bytes:
+        began = clock.monotonic()
+        out = work(data)
+        self.gate.presses.spent(clock.monotonic() - began)
+        return out
+
     def on_body(self, data: bytes) -> None:
         if self._swallow:
             return
-        self.size += len(data)
         self.deadline = self.gate.loop.time() + self.rule.config.idle
         if self._storing is not None:
             self._storing.append(data)
@@ -330,7 +360,10 @@ class Exchange:
                 self._storing, self.cache_word = None, "miss"
                 self._release(False)
                 self.client_full(self._client_full)
-        if self.door is not None and self.request.method != "HEAD":
+        if self._press is not None and self.door is not None:
+            data = self._pressed(self._press.feed, data)
+        self.size += len(data)
+        if self.door is not None and data and self.request.method != "HEAD":
             self.door.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     def on_end(self) -> None:
@@ -342,6 +375,13 @@ class Exchange:
             return
         if self._storing is not None and self._response is not None and self.key is not None:
             self._keep(self.key, self._response, b"".join(self._storing))
+        if self._press is not None:
+            press, self._press = self._press, None
+            self.gate.presses.live -= 1
+            data = press.end()
+            self.size += len(data)
+            if self.door is not None:
+                self.door.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         if self._chunked and self.door is not None:
             self.door.write(b"0\r\n\r\n")
         self._done()
@@ -414,7 +454,7 @@ class Exchange:
             if_error=config.stale_if_error, while_revalidate=config.stale_while_revalidate,
         )  # fmt: skip
         made.owner = self.rule.owner
-        self.gate.shelf.put(key, made)
+        self.gate.keep(key, self.rule, made)
         self._release(True)
 
     def _validated(self, response: Response, old: Stored) -> None:
@@ -422,7 +462,7 @@ class Exchange:
         made = cache.refreshed(old, response, end_to_end(response.headers), self.asked, now)
         why = cache.why_not_refreshed(self.request, made, response)
         if self.key is not None and not why:
-            self.gate.shelf.put(self.key, made)
+            self.gate.keep(self.key, self.rule, made, old)
         elif self.key is not None and "set-cookie" not in response.fields:
             self.gate.shelf.drop(self.key)  # it is for others no longer
         self._release(True)
@@ -444,6 +484,8 @@ class Exchange:
     def _answer(self, stored: Stored, now: float, word: str, *, detail: str = "", fwd: str = "") -> None:
         self.answered = self._swallow = True
         self.cache_word = word
+        if self.rule.compress is not None and self.key is not None:
+            stored = self.gate.fitting(self.key, stored, self.request)
         self.status, fields, body = from_store(self.request, stored, now, detail, fwd, cors=self.rule.cors)
         self.size = len(body)
         if self.door is not None:
@@ -547,6 +589,9 @@ class Exchange:
         if self.ended:
             return
         self.ended = True
+        if self._press is not None:
+            self._press = None
+            self.gate.presses.live -= 1
         self.gate.held -= self._held
         self._release(False)
         self.rule.active[0] -= 1

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import logging
 from collections.abc import AsyncIterator, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +35,7 @@ from edgeward.gateway.match import Table, clean
 from edgeward.gateway.rules import GatewayConfig, Listen, Place, Rule
 from edgeward.gateway.shelf import Key, Shelf, key_of
 from edgeward.gateway.site import SiteExchange, sites
+from edgeward.gateway.squeeze import INLINE, Budget, eligible, press, pressed, takes, with_vary
 from edgeward.gateway.stats import metrics
 from edgeward.gateway.upstream import Pool
 
@@ -44,9 +46,19 @@ CONNECTIONS = 4096
 #: Heads that are remembered with what they meant, and the longest of them.
 REMEMBERED = 1024
 REMEMBERED_BYTES = 2048
+#: Stored answers that are compressed in threads at once.
+ZIPPING = 2
 #: Seconds between two looks at deadlines while there are connections.
 SWEEP = 0.25
 _SECRET = frozenset({"authorization", "cookie", "proxy-authorization"})
+
+
+def zipped(stored: Stored, body: bytes) -> Stored:
+    """A stored answer's compressed representation."""
+    headers = pressed(stored.headers)
+    fields = {**stored.fields, **{n: v for n, v in headers if n == "etag"}}
+    fields.pop("accept-ranges", None)
+    return replace(stored, headers=headers, fields=fields, body=body, written=(-1, b""), squeezable=False, zipped=None)
 
 
 class Voice(Protocol):
@@ -76,6 +88,9 @@ class Gate:
         self.data = log_file.parent
         #: Threads for what waits for a disk.
         self.reader = Reader()
+        #: What compression on the way may take; answers that are compressed in a thread.
+        self.presses = Budget()
+        self._zipping: set[int] = set()
         self.guards = Guards(log_file.parent, self._run, self._keys_said)
         self.via_name = f" {node}.edgeward"  # with both its ends: n1 is not n10
         self.via = f"1.1{self.via_name}"
@@ -105,11 +120,7 @@ class Gate:
         config = rules.decode(section)
         table = rules.table(
             config, self.table, self.guards.of(config.routes, self.table),
-            sites(
-                {c.key: (c.static, c.path) for c in config.routes if c.static is not None},
-                {r.key: r.site for r in self.table.rules if r.site is not None},
-                self.data,
-            ),
+            sites(config.routes, {r.key: r.site for r in self.table.rules if r.site is not None}, self.data),
         )  # fmt: skip
         opened: dict[Listen, asyncio.Server] = {}
         try:
@@ -310,6 +321,37 @@ class Gate:
         self.fetching.setdefault(key, exchange)
         exchange.attempt()
 
+    def keep(self, key: Key, rule: Rule, stored: Stored, old: Stored | None = None) -> None:
+        """Into the cache. ``old``: what it was, of which the body is the same."""
+        if rule.compress is not None and eligible(rule.compress, stored.status, stored.fields, len(stored.body)):
+            stored.squeezable = True
+            stored.headers = with_vary(stored.headers)
+            if old is not None and old.zipped is not None:
+                stored.zipped = zipped(stored, old.zipped.body)
+        self.shelf.put(key, stored)
+
+    def fitting(self, key: Key, stored: Stored, request: Request) -> Stored:
+        """What is kept, in the representation that the client takes. Large ones are compressed in a thread; until that
+        is done they are given as they are."""
+        if not stored.squeezable or not takes(request):
+            return stored
+        if stored.zipped is None:
+            if len(stored.body) <= INLINE:
+                stored.zipped = zipped(stored, press(stored.body))
+                self.shelf.grew(key, stored, stored.zipped.size)
+            elif len(self._zipping) < ZIPPING and id(stored) not in self._zipping:
+                self._zipping.add(id(stored))
+                self._run(self._zip(key, stored))
+        return stored.zipped or stored
+
+    async def _zip(self, key: Key, stored: Stored) -> None:
+        try:
+            made = zipped(stored, await self.reader.run(press, stored.body))
+            stored.zipped = made
+            self.shelf.grew(key, stored, made.size)
+        finally:
+            self._zipping.discard(id(stored))
+
     def forget(self, request: Request) -> None:
         """RFC 9111, section 4.4: an unsafe request that succeeded makes what is kept of its target unsure."""
         self.shelf.drop(key_of(request))
@@ -378,6 +420,7 @@ class Gate:
     async def _stats(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         yield {
             "metrics": metrics(self.table, self.shelf, self.pool, self.refusals, len(self.doors), self.access.dropped)
+            | {"edgeward_gateway_compress_refused_total": float(self.presses.refused)}
         }
 
     @property

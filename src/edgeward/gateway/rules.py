@@ -18,6 +18,7 @@ from edgeward.gateway.balance import Balance, Budget, Endpoint
 from edgeward.gateway.cors import CorsConfig
 from edgeward.gateway.match import Table
 from edgeward.gateway.pace import Pace
+from edgeward.gateway.squeeze import CompressConfig
 from edgeward.gateway.static import StaticConfig
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class RouteConfig(msgspec.Struct, frozen=True):
     then: tuple[PlaceConfig, ...] = ()
     #: Which of the places that are declared are not there, in words; empty: all are.
     lacking: str = ""
+    compress: CompressConfig | None = None
 
 
 class Listen(msgspec.Struct, frozen=True):
@@ -146,6 +148,7 @@ class Rule:
         "balance",
         "budget",
         "cache",
+        "compress",
         "config",
         "cors",
         "counters",
@@ -171,6 +174,7 @@ class Rule:
         self.methods, self.match_headers = config.methods, config.headers
         self.cache = config.cache
         self.cors = config.cors
+        self.compress = config.compress
         #: Who is let in; None: everybody.
         self.guard = guard
         #: Its files, where it has some.

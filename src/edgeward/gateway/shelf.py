@@ -75,11 +75,20 @@ class Shelf:
             self.used -= variants.pop(0).size
         variants.append(stored)
         self.used += size
-        while self.used > self.limit:
+        self._shrink()
+        return True
+
+    def grew(self, key: Key, stored: Stored, by: int) -> None:
+        """Something was added to what is kept, if it still is."""
+        if any(s is stored for s in self._items.get(key, ())):
+            self.used += by
+            self._shrink()
+
+    def _shrink(self) -> None:
+        while self.used > self.limit and self._items:
             _, gone = self._items.popitem(last=False)
             self.used -= sum(s.size for s in gone)
             self.evicted += 1
-        return True
 
     def drop(self, key: Key) -> int:
         """All variants of a key; gives how many there were."""

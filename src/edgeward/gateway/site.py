@@ -13,7 +13,7 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,8 @@ from edgeward.gateway.cors import CorsConfig, with_cors
 from edgeward.gateway.exchange import Exchange
 from edgeward.gateway.files import NotCached, open_beneath, read_cached
 from edgeward.gateway.http1 import Headers, Request, write_response
+from edgeward.gateway.rules import RouteConfig
+from edgeward.gateway.squeeze import CompressConfig, Press, eligible, press, pressed, takes
 from edgeward.gateway.static import Facts, StaticConfig, headers_of, name_of, plan, type_of
 
 #: Bytes of a file that is kept in memory, and of all of one route; seconds that it is believed.
@@ -40,12 +42,14 @@ _GONE = frozenset(
 class Kept:
     """A small file in memory."""
 
-    __slots__ = ("body", "facts", "fields", "until", "wire")
+    __slots__ = ("body", "facts", "fields", "until", "wire", "zipped")
 
     def __init__(self, body: bytes, facts: Facts, fields: Headers, until: float) -> None:
         self.body, self.facts, self.fields, self.until = body, facts, fields, until
         #: The whole answer as it was written last, and for which second.
         self.wire: tuple[int, bytes] = (-1, b"")
+        #: The same compressed, once somebody took it so.
+        self.zipped: Kept | None = None
 
     def answer(self, now: float) -> bytes:
         """The whole answer to a plain request. Made once a second: nothing in it is finer than that."""
@@ -64,9 +68,11 @@ class Opened(NamedTuple):
 class Site:
     """The files of one route."""
 
-    def __init__(self, config: StaticConfig, prefix: str, problem: str = "") -> None:
+    def __init__(
+        self, config: StaticConfig, prefix: str, problem: str = "", compress: CompressConfig | None = None
+    ) -> None:
         """``problem``: why there are none."""
-        self.config, self.prefix, self.problem = config, prefix, problem
+        self.config, self.prefix, self.problem, self.compress = config, prefix, problem, compress
         self._kept: dict[tuple[str, tuple[str, ...]], Kept] = {}
         self._size = 0
         self._fixed = config.files is not None
@@ -74,6 +80,7 @@ class Site:
             body = text.encode()
             etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
             facts = Facts(len(body), etag, 0.0, type_of(name))
+            facts = facts._replace(varies=self.shrinks(facts))
             self._kept[name, ()] = Kept(body, facts, headers_of(facts, config.cache_control), float("inf"))
 
     def name(self, request: Request) -> str | None:
@@ -91,6 +98,23 @@ class Site:
     def kept(self, name: str, codings: tuple[str, ...], now: float) -> Kept | None:
         found = self._kept.get((name, codings))
         return found if found is not None and found.until > now else None
+
+    def shrinks(self, facts: Facts) -> bool:
+        """Whether the file is given compressed by the gateway."""
+        config = self.compress
+        return (
+            config is not None and not facts.coding and eligible(config, 200, {"content-type": facts.type}, facts.size)
+        )
+
+    def squeezed(self, kept: Kept, request: Request) -> Kept:
+        """What is in memory, as the client takes it. Compressed once, while the client waits: it is small."""
+        if not self.shrinks(kept.facts) or not takes(request):
+            return kept
+        if kept.zipped is None:
+            body = press(kept.body)
+            facts = kept.facts._replace(size=len(body), etag=f"W/{kept.facts.etag}", coding="gzip")
+            kept.zipped = Kept(body, facts, pressed(kept.fields), kept.until)
+        return kept.zipped
 
     def is_folder(self, name: str) -> bool:
         """Of texts: whether there are some below the name."""
@@ -115,7 +139,6 @@ class Site:
                     return None
                 if not stat.S_ISREG(st.st_mode):
                     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-                varies = compressible(type_of(name))
                 coding, beside = "", None
                 for coding in codings:
                     if (beside := self._beside(root, name, coding, st, cached=cached)) is not None:
@@ -128,8 +151,9 @@ class Site:
                 os.close(fd)
                 fd, st = beside
             etag = f'"{st.st_mtime_ns:x}-{st.st_size:x}{"-" + coding if beside else ""}"'
-            facts = Facts(st.st_size, etag, st.st_mtime, type_of(name), coding if beside else "", varies)
-            return Opened(fd, facts)
+            facts = Facts(st.st_size, etag, st.st_mtime, type_of(name), coding if beside else "")
+            varies = compressible(facts.type) or self.shrinks(facts)
+            return Opened(fd, facts._replace(varies=varies))
         finally:
             os.close(root)
 
@@ -249,38 +273,55 @@ class SiteExchange(Exchange):
         return framed(self.request, fields, self.rule.cors, clock.now())
 
     async def _give(self, site: Site, opened: Opened) -> None:
-        made = plan(self.request, opened.facts, site.config.cache_control, secrets.token_hex(12))
+        facts, run = opened.facts, self.gate.reader.run
+        made = plan(self.request, facts, site.config.cache_control, secrets.token_hex(12))
+        live = None
+        if made.status == 200 and self.request.method == "GET" and site.shrinks(facts) and takes(self.request):
+            live = Press(flush=False)
+            made = made._replace(headers=pressed(made.headers))
+            if self.request.minor == 1:
+                self._chunked = True
+                made.headers.append(("transfer-encoding", "chunked"))
         self.answered, self.status = True, made.status
+        fields = self._framed(made.headers)
+        if live is not None and self.request.minor == 0:  # its end is the connection's
+            fields = [*(h for h in fields if h[0] != "connection"), ("connection", "close")]
         if self.door is not None:
-            self.door.head(made.status, self._framed(made.headers))
+            self.door.closing = self.door.closing or (live is not None and self.request.minor == 0)
+            self.door.head(made.status, fields)
         if self.request.method == "HEAD":
             return
         for before, start, end in made.parts:
             self._piece(before)
             async for piece in self.gate.reader.pieces(opened.fd, start, end):
-                self._piece(piece)
+                self._piece(piece if live is None else await run(live.feed, piece))
                 if self.door is None:
                     return
                 await self.door.room()
-        self._piece(made.tail)
+        self._piece(made.tail if live is None else await run(live.end))
+        if self._chunked and self.door is not None:
+            self.door.write(b"0\r\n\r\n")
 
     def _piece(self, data: bytes) -> None:
         if data and self.door is not None:
             self.size += len(data)
             self.deadline = self.gate.loop.time() + self.rule.config.idle
-            self.door.write(data)
+            self.door.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
 
-def sites(routes: Mapping[str, tuple[StaticConfig, str]], old: Mapping[str, Site], data: Path) -> dict[str, Site]:
+def sites(routes: Iterable[RouteConfig], old: Mapping[str, Site], data: Path) -> dict[str, Site]:
     """By route. A folder that would give away the node's own files, or all of the machine's, is none."""
-    found = {}
-    for key, (config, prefix) in routes.items():
-        kept = old.get(key)
-        problem = _problem(config, data)
-        if kept is not None and (kept.config, kept.prefix, kept.problem) == (config, prefix, problem):
-            found[key] = kept
+    found: dict[str, Site] = {}
+    for route in routes:
+        config = route.static
+        if config is None:
+            continue
+        kept, problem = old.get(route.key), _problem(config, data)
+        now = (config, route.path, problem, route.compress)
+        if kept is not None and (kept.config, kept.prefix, kept.problem, kept.compress) == now:
+            found[route.key] = kept
         else:
-            found[key] = Site(config, prefix, problem)
+            found[route.key] = Site(*now)
     return found
 
 

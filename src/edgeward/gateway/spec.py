@@ -126,6 +126,15 @@ class Cache(Declared):
     ] = 0
 
 
+class Compress(Declared):
+    """Text goes out gzipped to those who take it. Not for answers that hold a secret beside what a stranger chose."""
+
+    minSize: Annotated[Size, Meta(description="Smaller answers go out as they are")] = "1Ki"
+    types: Annotated[
+        list[str], Meta(description="More media types than text/*, JSON, XML, JavaScript, SVG, fonts", max_length=32)
+    ] = []
+
+
 class RouteSpec(Declared):
     """Requests that reach the gateway of a node, and what answers them there."""
 
@@ -165,6 +174,7 @@ class RouteSpec(Declared):
         str, Meta(description="Where the cloud answers: http://host:port or https://host", max_length=1024)
     ] = ""
     cache: Annotated[Cache | None, Meta(description="Keep answers; {} is RFC 9111 and nothing else")] = None
+    compress: Annotated[Compress | None, Meta(description="Gzip what shrinks; left out: the target's own word")] = None
     auth: Annotated[Auth | None, Meta(description="Who may ask; left out: everybody")] = None
     cors: Annotated[Cors | None, Meta(description="For pages of other origins; left out: the target's own word")] = None
     placement: Annotated[Placement, Meta(description="Which nodes serve it; empty: all")] = msgspec.field(
@@ -322,7 +332,12 @@ def _check(r: Resource) -> None:
         _check_cors(spec.cors)
     _check_places(spec)
     _check_durations(spec)
-    sizes = [("limits.body", spec.limits.body)] + ([("cache.object", spec.cache.object)] if spec.cache else [])
+    for n, media in enumerate(spec.compress.types if spec.compress is not None else []):
+        if not re.fullmatch(r"[a-zA-Z0-9!#$&^_.+-]+/[a-zA-Z0-9!#$&^_.+-]+", media):
+            raise Invalid(f"{media[:64]!r} is no media type", field=f"$.spec.compress.types[{n}]", remedy="write a/b")
+    sizes = [("limits.body", spec.limits.body)]
+    sizes += [("cache.object", spec.cache.object)] if spec.cache else []
+    sizes += [("compress.minSize", spec.compress.minSize)] if spec.compress else []
     for name, size in sizes:
         try:
             parse_bytes(size)

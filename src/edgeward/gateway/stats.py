@@ -25,6 +25,7 @@ HELP = {
     "edgeward_gateway_cache_evicted_total": "Keys that went because the memory was full.",
     "edgeward_gateway_upstream_opened_total": "Connections opened to targets.",
     "edgeward_gateway_upstream_reused_total": "Requests that went by a connection that was open.",
+    "edgeward_gateway_compress_refused_total": "Answers that went out as they are: compression had its share of time.",
     "edgeward_gateway_log_dropped_total": "Lines that the access log did not keep.",
 }
 
