@@ -170,9 +170,20 @@ async def test_what_nothing_refers_to_goes_oldest_first(tmp_path: Path) -> None:
         (folder / "f").write_bytes(bytes(1000))
         os.utime(folder, (now - 10_000 + n, now - 10_000 + n))
     (functions / "good.json").write_text(f'[{{"code": "{"0" * 64}"}}]')
-    stock = Stock(node, Hub().ask, lambda: None, keep=1500)
+    lock = "a==1 --hash=sha256:" + "9" * 64
+    packages = packages_folder(functions, lock_digest(lock))
+    packages.mkdir(parents=True)
+    (packages / "f").write_bytes(bytes(1000))
+    os.utime(packages, (now - 20_000, now - 20_000))
+    back = {"source": {"archive": {"digest": f"sha256:{'1' * 64}"}}, "dependencies": {"lock": lock}}
+    stock = Stock(node, Hub().ask, lambda: None, kept=lambda: [("default", back)], keep=500)
     stock.tidy(now)
-    assert sorted(p.name[0] for p in (functions / "code").iterdir()) == ["0", "3"], "what good.json names stays"
+    left = sorted(p.name[0] for p in (functions / "code").iterdir())
+    assert left == ["0", "1"], "what good.json and the way back name stays"
+    assert packages.is_dir()
+    Stock(node, Hub().ask, lambda: None, keep=500).tidy(now + 20_000)
+    assert [p.name[0] for p in (functions / "code").iterdir()] == ["0"]
+    assert not packages.exists()
 
 
 @looped

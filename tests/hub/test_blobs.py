@@ -129,6 +129,22 @@ def test_what_nothing_refers_to_goes_after_a_while(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
+def test_what_a_way_back_needs_is_in_use(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path / "hub") as f, store(f, tmp_path) as (_, bundles):
+            await f.store.put(function("plant"))
+            lock = "a==1 --hash=sha256:" + "9" * 64
+            patch = {"source": {"archive": {"digest": f"sha256:{'2' * 64}"}}}
+            target = {"kind": "Function", "name": "f", "namespace": "default"}
+            spec = {"target": target, "site": "plant", "patch": patch}
+            doc: dict[str, Any] = {"apiVersion": "edgeward/v1", "kind": "Override", "metadata": {"name": "o"}}
+            await f.store.put(decode(doc | {"spec": spec}))
+            bundles._kept = lambda: [("other", {"dependencies": {"lock": lock}})]
+            assert bundles.used() == {("default", HEX), ("default", "2" * 64), ("other", lock_digest(lock))}
+
+    asyncio.run(body())
+
+
 def test_nodes_get_blobs_of_the_namespaces_whose_functions_they_have(tmp_path: Path) -> None:
     async def body() -> None:
         async with fleet(tmp_path / "hub") as f, store(f, tmp_path) as (blobs, bundles):

@@ -121,8 +121,13 @@ class Agent:
         self.tokens = AccessTokens(self.replica, site=self.site, now=self._now)
         listen = address_of(config.get("api"))
         self.listener = Listener(self.identity, listen, self._say) if listen else None
-        self.stock = Stock(data, self._ask_hub, lambda: self.plane.poke())  # noqa: PLW0108 - the plane is made later
         self.history = EdgeHistory(data / "functions" / "versions")
+        self.stock = Stock(
+            data,
+            self._ask_hub,
+            lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
+            kept=self.history.specs,
+        )
         self.sections = PlaneSections(
             self.node,
             self.site,

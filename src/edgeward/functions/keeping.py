@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ class Facts(Protocol):
     def find(self, key: Key) -> Resource | None: ...
     def watch(self, since: int | None = None) -> Subscription: ...
     def fact(self, name: str) -> bytes | None: ...
+    def facts(self, prefix: str) -> dict[str, bytes]: ...
     def fact_revision(self, name: str) -> int: ...
     async def set_fact(self, name: str, value: bytes, *, expect: int | None = None) -> None: ...
 
@@ -66,6 +67,12 @@ class CloudHistory:
     def of(self, namespace: str, name: str) -> list[dict[str, Any]]:
         """The versions that are kept, the present one last."""
         return [p.shown() for p in _known(self._store.fact(self._fact(namespace, name)))]
+
+    def specs(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The code of every version that is kept: (namespace, spec)."""
+        for name, data in self._store.facts("versions.").items():
+            for past in _known(data):
+                yield name.partition(".")[0], past.spec
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -119,6 +126,12 @@ class EdgeHistory:
     def of(self, namespace: str, name: str) -> list[dict[str, Any]]:
         """The versions that are kept, the present one last."""
         return [p.shown() for p in self._read(namespace, name)]
+
+    def specs(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The code of every version that is kept: (namespace, spec)."""
+        for file in self._folder.glob("*/*.json"):
+            for past in self._read(file.parent.name, file.stem):
+                yield file.parent.name, past.spec
 
     def note(self, functions: Sequence[Resource], entries: Iterable[Mapping[str, Any]]) -> None:
         """``entries``: what the plane is told of them, with the digest. A disk that is full costs the note only."""

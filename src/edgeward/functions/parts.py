@@ -33,6 +33,10 @@ class Parts(NamedTuple):
     def all(self) -> set[tuple[str, str]]:
         return self.archives | set(self.locks)
 
+    def add(self, namespace: str, spec: Any) -> None:
+        """What a Function's spec names, or a patch of one."""
+        _look(spec, namespace, self)
+
 
 def _look(spec: Any, namespace: str, into: Parts) -> None:
     if not isinstance(spec, dict):

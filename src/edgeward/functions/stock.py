@@ -17,7 +17,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +28,15 @@ from edgeward.core.blobs import LARGEST, PREFIX, BlobAsk, BlobPart, BundleAsk, B
 from edgeward.core.errors import EdgewardError, Invalid, Refused, Unreachable, from_problem
 from edgeward.core.files import ensure_dir
 from edgeward.core.quantity import format_bytes
-from edgeward.functions.parts import lock_digest, named
+from edgeward.functions.parts import Parts, lock_digest, named
 from edgeward.functions.shelves import CODE, PACKAGES, code_folder, packages_folder
 
 log = logging.getLogger("edgeward.functions")
 
 #: (verb, message, seconds) to the hub's answer; raises ``Unreachable``.
 Ask = Callable[[str, bytes, float], Awaitable[bytes]]
+#: (namespace, spec) of Functions
+Kept = Callable[[], Iterable[tuple[str, Any]]]
 
 #: Fetches at once.
 _AT_ONCE = 3
@@ -103,10 +105,14 @@ async def place(kind: str, file: Path, target: Path, lock: str = "") -> None:
 
 
 class Stock:
-    def __init__(self, data: Path, ask: Ask, moved: Callable[[], None], *, keep: int = KEEP) -> None:
-        """``data``: the node's folder. ``moved``: called when an answer of :meth:`code` or :meth:`packages` changes."""
+    def __init__(
+        self, data: Path, ask: Ask, moved: Callable[[], None], *, kept: Kept = lambda: (), keep: int = KEEP
+    ) -> None:
+        """``data``: the node's folder. ``moved``: called when an answer of :meth:`code` or :meth:`packages` changes.
+        ``kept``: versions that there is a way back to, whose code and packages stay.
+        """
         self._data, self._functions, self._parts = data, data / "functions", data / "blobs"
-        self._ask, self._moved, self._keep = ask, moved, keep
+        self._ask, self._moved, self._kept, self._keep = ask, moved, kept, keep
         self._wants: dict[Want, str] = {}
         self._touched: dict[Want, str] = {}
         self._missing: dict[Want, Missing] = {}
@@ -134,6 +140,9 @@ class Stock:
     def settle(self) -> None:
         """All functions have been looked at: what was not asked for since the last time is not wanted any more."""
         if self._touched != self._wants:
+            for want in self._wants.keys() - self._touched.keys():
+                with contextlib.suppress(OSError):  # calls of it may still be in hand: it is young once more
+                    os.utime(self._folder(want))
             self._wants = self._touched
             self._wake.set()
         self._touched = {}
@@ -266,12 +275,16 @@ class Stock:
     def tidy(self, now: float) -> None:
         """Takes away what nothing refers to, oldest first, beyond what may stay."""
         files = [self._data / "plane.json", *self._functions.glob("*.json")]
+        back = Parts(set(), {})
+        for namespace, spec in self._kept():
+            back.add(namespace, spec)
         used = named(f.read_bytes() for f in files if f.is_file()) | {w.hex for w in self._wants}
+        used |= {hex for _, hex in back.all}
         unused: list[tuple[float, int, Path]] = []
         for parent in (CODE, PACKAGES):
             for path in (self._functions / parent).glob("[0-9a-f]*"):
                 if path.name[:64] in used:
-                    os.utime(path)
+                    os.utime(path, (now, now))
                 elif (since := path.stat().st_mtime) < now - _YOUNG or since > now:
                     unused.append((since, _bytes_of(path), path))
         total = sum(size for _, size, _ in unused)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from nats.aio.msg import Msg
 from edgeward.core import clock
 from edgeward.core.blobs import BlobAsk, BlobPart, BundleAsk, BundleTold, Target, hex_of
 from edgeward.core.bus import Bus
-from edgeward.core.errors import EdgewardError, NotFound, Refused
+from edgeward.core.errors import EdgewardError, Refused
 from edgeward.core.kinds import quota_of
 from edgeward.core.resource import CLUSTER, Key, check_name
 from edgeward.core.scope import takes
@@ -53,10 +53,12 @@ class Bundles:
         *,
         revoked: Callable[[str], bool],
         leads: Callable[[], bool],
+        kept: Callable[[], Iterable[tuple[str, Any]]] = lambda: (),
     ) -> None:
-        """``scratch``: a folder for what is being fetched."""
+        """``scratch``: a folder for what is being fetched. ``kept``: (namespace, spec) of versions that there is a way
+        back to."""
         self._store, self._bus, self._blobs, self._source, self._scratch = store, bus, blobs, source, scratch
-        self._revoked, self._leads = revoked, leads
+        self._revoked, self._leads, self._kept = revoked, leads, kept
         self._queue: asyncio.Queue[tuple[Job, str, Target]] = asyncio.Queue(_WAITING)
         self._making: set[Job] = set()
         #: Why it could not be made, and when (monotonic).
@@ -173,19 +175,19 @@ class Bundles:
 
     # -- what nobody needs -----------------------------------------------------------------------------------------
 
+    def used(self) -> set[tuple[str, str]]:
+        """(namespace, hex) of all archives and lock files that something declared or kept refers to."""
+        parts = self._parts()
+        for namespace, spec in self._kept():
+            parts.add(namespace, spec)
+        return parts.all
+
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP)  # the period
             if not self._leads():
                 continue
             try:
-                await self._blobs.sweep(self._parts().all, clock.now())
+                await self._blobs.sweep(self.used(), clock.now())
             except EdgewardError as e:
                 log.warning("blobs were not swept: %s", e)
-
-
-def details(bundle: Bundle) -> dict[str, Any]:
-    return {"digest": bundle.digest, "wheels": bundle.wheels}
-
-
-__all__ = ["Bundles", "NotFound", "details"]

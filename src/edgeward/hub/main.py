@@ -175,6 +175,7 @@ class Hub:
         scratch = ensure_dir(self.data / "scratch")
         self.blobs = Blobs(self.bus, self.blob_settings, replicas=replicas)
         await self._patiently(self.blobs.open)
+        history = CloudHistory(self.store)
         self.bundles = Bundles(
             self.store,
             self.bus,
@@ -183,11 +184,11 @@ class Hub:
             scratch,
             revoked=lambda node: bool(self.enrolment.status(node)["revoked"]),
             leads=lambda: self.peers.leads,
+            kept=history.specs,
         )
         await self.bundles.open()
         neighbours = Neighbours(self.store, self.steering_settings.scheme, lambda: self.peers.leads)
         self.steering = HubSteering(self.store, self.steering_settings, self._usage_of, neighbours)
-        history = CloudHistory(self.store)
         routes = HubRoutes(
             store=self.store,
             client=self.bus.client,
