@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from edgeward.cli.manifests import packed
 from edgeward.core.manifest import decode_manifest, load, read_files
 from edgeward.hub.kinds import load as load_kinds
 
@@ -43,7 +44,10 @@ def test_examples_are_valid() -> None:
     folders = [p for p in (ROOT / "examples").iterdir() if p.is_dir()]
     assert folders
     for folder in folders:
-        assert [decode_manifest(m) for m in read_files([folder])]
+        manifests = read_files([folder])
+        for manifest in manifests:
+            packed(manifest)
+        assert [decode_manifest(m) for m in manifests]
 
 
 def test_the_reference_is_up_to_date() -> None:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 
@@ -29,3 +30,14 @@ def wheel(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}-{version}-{tag}.whl").write_bytes(made.getvalue())
     return f"{name}=={version} --hash=sha256:{hashlib.sha256(made.getvalue()).hexdigest()}\n"
+
+
+def wheel_of_installed(folder: Path, name: str) -> str:
+    """A wheel of a package as it is installed here: the real one takes a network. Its line of a lock file."""
+    there = metadata.distribution(name)
+    files: dict[str, str | bytes] = {}
+    for path in there.files or []:
+        text = path.as_posix()
+        if ".dist-info/" not in text and not text.startswith("..") and not text.endswith(".pyc"):
+            files[text] = path.read_binary()
+    return wheel(folder, name, files, version=there.version)

@@ -64,7 +64,7 @@ def read_declared(session: Session, files: Sequence[str], *, pack: bool = True) 
     found: dict[Key, Declared] = {}
     for manifest in read_files(list(files), sys.stdin.buffer):
         _place(manifest, session)
-        uploads = _packed(manifest, pack)
+        uploads = packed(manifest, pack)
         resource = decode_manifest(manifest)
         declared = Declared(manifest, resource, kinds.get(resource.kind), uploads)
         first = found.get(declared.key)
@@ -83,7 +83,7 @@ def read_declared(session: Session, files: Sequence[str], *, pack: bool = True) 
     return sorted(found.values(), key=lambda d: rank.get(d.kind.name, len(ORDER)))
 
 
-def _packed(manifest: Manifest, pack: bool) -> tuple[tuple[str, bytes], ...]:
+def packed(manifest: Manifest, pack: bool = True) -> tuple[tuple[str, bytes], ...]:
     """Turns ``source: {folder: PATH}`` of a Function into an archive by digest; the path is from where the file is."""
     doc = manifest.doc
     spec = doc.get("spec") if isinstance(doc, dict) and doc.get("kind") == "Function" else None

@@ -17,7 +17,6 @@ import re
 import resource
 import signal
 import sys
-import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,6 +153,8 @@ def collect(folder: Path, pins: Sequence[Pin], target: Target) -> tuple[bytes, l
     files = sorted(p for p in folder.iterdir() if p.suffix == ".whl" and p.is_file())
     if sum(p.stat().st_size for p in files) > LARGEST:
         raise TooLarge(f"the packages are more than {LARGEST >> 20} MiB", remedy="lock fewer")
+    import tarfile  # half a megabyte that a hub without packages does not need
+
     known = frozenset().union(*(p.hashes for p in pins)) if pins else frozenset()
     made = io.BytesIO()
     names = []
