@@ -84,7 +84,7 @@ async def test_a_fetch_goes_on_where_it_was(tmp_path: Path) -> None:
     hub.blobs[digest] = data
     hub.cut_after = 3
     async with stocked(tmp_path / "node", hub) as (stock, _):
-        assert code(stock, digest) == Missing("Pending", "its code is on its way")
+        assert code(stock, digest) == Missing("Pending", "waits for its code")
         await until(lambda: "not reached" in (code(stock, digest) or Missing("", "")).message)
     # another process, and the link again
     had = max(hub.asked)

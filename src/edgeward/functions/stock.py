@@ -135,7 +135,7 @@ class Stock:
         self._touched[want] = lock
         if folder.is_dir():
             return None
-        return self._missing.get(want, Missing("Pending", f"its {want.kind} is on its way"))
+        return self._missing.get(want, Missing("Pending", f"waits for its {want.kind}"))
 
     def settle(self) -> None:
         """All functions have been looked at: what was not asked for since the last time is not wanted any more."""
