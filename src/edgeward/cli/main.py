@@ -60,6 +60,7 @@ COMMANDS: dict[str, Row] = {
     "diff": Row(f"{_CLI}.diff:diff", _RES, "What apply would change; exit code 1 if anything."),
     "explain": Row(f"{_CLI}.explain:explain", _RES, "What a kind or one of its fields means."),
     "invoke": Row(f"{_CLI}.functions:invoke", _SEE, "Call a function and print its answer."),
+    "function": Row(f"{_CLI}.develop:app", _RES, "Write a function: new, test, run, deploy.", group=True),
     "functions": Row(f"{_CLI}.functions:app", _SEE, "What functions wrote, their versions and packages.", group=True),
     "logs": Row(f"{_CLI}.observe:logs", _SEE, "Print what an app wrote."),
     "events": Row(f"{_CLI}.observe:events", _SEE, "What happened, in words."),

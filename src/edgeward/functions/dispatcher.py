@@ -272,6 +272,10 @@ class Dispatcher:
             asyncio.get_running_loop().call_later(_GATHER, self._write_logs)
         self._unwritten.add(f.log)
 
+    def flush_logs(self) -> None:
+        """Writes what was said so far: a call's lines are here before its answer."""
+        self._write_logs()
+
     def _write_logs(self) -> None:
         files, self._unwritten = self._unwritten, set()
         for file in files:
