@@ -6,6 +6,7 @@ import json
 import os
 import re
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.functions.making import wheel
 
 from edgeward.cli.develop import TEMPLATES
 
@@ -30,6 +32,8 @@ def edgeward(*args: str, code: int = 0, cwd: Path) -> str:
 
 @pytest.mark.parametrize("template", sorted(p.name for p in TEMPLATES.iterdir()))
 def test_every_template_passes_its_own_events(tmp_path: Path, template: str) -> None:
+    if template == "node" and shutil.which("node") is None:
+        pytest.skip("there is no node on this machine")
     edgeward("new", "my-one", "-t", template, cwd=tmp_path)
     assert "0 failed" in edgeward("test", "my-one", cwd=tmp_path)
     assert "is there already" in edgeward("new", "my-one", cwd=tmp_path, code=1)
@@ -66,6 +70,24 @@ def test_what_cannot_be_tested_is_an_error_with_a_remedy(tmp_path: Path) -> None
     config = "apiVersion: edgeward/v1\nkind: Config\nmetadata: {name: c}\nspec: {data: {}}\n"
     (tmp_path / "f/function.yaml").write_text(config)
     assert "declares no Function" in edgeward("test", "f", cwd=tmp_path, code=3)
+
+
+def test_packages_of_a_lock_file_are_fetched_here_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = wheel(tmp_path / "wheels", "greeting", {"greeting.py": "WORD = 'hello by a wheel'\n"})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    edgeward("new", "f", cwd=tmp_path)
+    manifest = tmp_path / "f/function.yaml"
+    manifest.write_text(
+        manifest.read_text().replace("source:", f"dependencies: {{lock: {json.dumps(lock)}}}\n  source:")
+    )
+    (tmp_path / "f/src/main.py").write_text(
+        "import greeting\n\ndef handler(event, context):\n    return greeting.WORD\n"
+    )
+    (tmp_path / "f/events/greets.yaml").write_text("expect: {body: hello by a wheel}\n")
+    assert "1 passed, 0 failed" in edgeward("test", "f", cwd=tmp_path)
+    (tmp_path / "wheels/greeting-1.0-py3-none-any.whl").unlink()
+    assert "greeting 1.0 has no wheel" in edgeward("test", "f", cwd=tmp_path, code=3)
 
 
 class Served:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -55,7 +56,9 @@ def post(url: str, data: bytes) -> tuple[int, dict[str, Any]]:
         return got.status, json.load(got)
 
 
-def test_a_function_answers_at_hub_node_and_gateway_and_outlives_the_agent(systems: Callable[..., Any]) -> None:
+def test_a_function_answers_at_hub_node_and_gateway_and_outlives_the_agent(
+    systems: Callable[..., Any], tmp_path: Path
+) -> None:
     up = systems("a", "up", "--port", "0")
     up.run("apply", "-f", "-", "--wait", stdin=HELLO)
     answer = {"hello": "edge", "version": up.get("function", "hello")["status"]["version"]}
@@ -63,6 +66,12 @@ def test_a_function_answers_at_hub_node_and_gateway_and_outlives_the_agent(syste
     assert json.loads(up.run("--at", "plant-1", "invoke", "hello", "-d", "-", stdin="edge")) == answer
     url = up.wait("the gateway's address", lambda: up.context["nodes"][0].get("gateway_url"))
     up.wait("the route", lambda: post(f"{url}/hello", b"edge") == (200, answer))
+
+    # one that was written on this machine is handed over as it is
+    folder = tmp_path / "mine"
+    up.run("function", "new", "mine", "--dir", str(folder))
+    up.run("function", "deploy", str(folder))
+    assert json.loads(up.run("invoke", "mine", "-d", '{"name": "it"}'))["hello"] == "it"
 
     # what fails names the function and the limit, by exit code, by problem document, and in the log
     secret = {"apiVersion": "edgeward/v1", "kind": "Secret", "metadata": {"name": "db"}}

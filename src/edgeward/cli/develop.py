@@ -21,10 +21,11 @@ from edgeward.cli.observe import harmless
 from edgeward.cli.output import emit, write
 from edgeward.cli.session import Session, UsageError, command
 from edgeward.core import daemon
-from edgeward.core.errors import EdgewardError
+from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.resource import check_name
 
 if TYPE_CHECKING:
+    from edgeward.core.resource import Resource
     from edgeward.lab.cases import Case
     from edgeward.lab.workbench import Workbench
 
@@ -46,6 +47,23 @@ def _manifest(where: str) -> Path:
     return path
 
 
+def _read(path: Path) -> tuple[list[Resource], list[tuple[str, bytes]]]:
+    """What a workbench takes of a manifest, and the folders that it names, packed. Raises ``EdgewardError``."""
+    from edgeward.cli.manifests import packed
+    from edgeward.core.manifest import decode_manifest, read_files
+    from edgeward.lab.workbench import KINDS
+
+    resources: list[Resource] = []
+    blobs: list[tuple[str, bytes]] = []
+    for manifest in read_files([path]):
+        if isinstance(manifest.doc, dict) and manifest.doc.get("kind") in KINDS:
+            blobs += packed(manifest)
+            resources.append(decode_manifest(manifest))
+    if not any(r.kind == "Function" for r in resources):
+        raise Invalid("declares no Function", file=str(path), remedy="`edgeward function new NAME` writes one")
+    return resources, blobs
+
+
 def _templates() -> list[str]:
     return sorted(p.name for p in TEMPLATES.iterdir() if p.is_dir())
 
@@ -58,7 +76,7 @@ def new(
 ) -> None:
     """Write a new function: manifest, code, and events that test it.
 
-    Templates: http (answers requests), cron (called at times).
+    Templates: http (answers requests), node (the same in JavaScript), cron (called at times).
     """
     check_name(name, "NAME", "")
     if template not in _templates():
@@ -114,11 +132,11 @@ def test(
 
 async def _test(data: Path, manifest: Path, cases: list[Case], output: str, stop: asyncio.Event) -> int:
     from edgeward.lab.cases import judge
-    from edgeward.lab.workbench import Workbench, read_manifest
+    from edgeward.lab.workbench import Workbench
 
     failed, records = 0, []
     async with Workbench(data) as bench:
-        for key, status in (await bench.take(read_manifest(manifest))).items():
+        for key, status in (await bench.take(*_read(manifest))).items():
             if status["phase"] != "Running":
                 raise EdgewardError(_told(status), resource=f"Function/{key}")
         for case in cases:
@@ -162,7 +180,7 @@ def run(
 
 
 async def _run(data: Path, manifest: Path, port: int, stop: asyncio.Event) -> int:
-    from edgeward.lab.workbench import Workbench, read_manifest, snapshot
+    from edgeward.lab.workbench import Workbench, snapshot
 
     async with Workbench(data, port=port, say=lambda text: write(f"* {harmless(text)}")) as bench:
         readers: dict[str, asyncio.Task[None]] = {}
@@ -173,7 +191,7 @@ async def _run(data: Path, manifest: Path, port: int, stop: asyncio.Event) -> in
                 if now != before:
                     before = now
                     try:
-                        _show(await bench.take(read_manifest(manifest)), bench)
+                        _show(await bench.take(*_read(manifest)), bench)
                     except EdgewardError as e:
                         write(f"* not taken: {e}" + ("" if not bench.resources else "; what ran before goes on"))
                     for key in {f"{r.metadata.namespace}/{r.metadata.name}" for r in bench.resources} - readers.keys():

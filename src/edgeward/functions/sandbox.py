@@ -429,10 +429,12 @@ def _own_mount(cage: Cage) -> None:
     _checked(_mount(b"tmpfs", cage.tmp.encode(), b"tmpfs", flags, data), "mount tmpfs")
     if cage.runs:
         # the node's folder is closed to others, and access(2), which programs ask, knows no capability
-        cage.tmp = _seen_at(cage.tmp, "/tmp")  # noqa: S108 - its own
         code, cage.code = cage.code, _seen_at(cage.code, "/srv")
         cage.library = [cage.code if p == code else p for p in cage.library]
         cage.runs = [cage.code if p == code else p for p in cage.runs]
+        # not over what it needs: a node's folder, or Edgeward itself, may lie below /tmp
+        hidden = any(f"{p}/".startswith("/tmp/") for p in (cage.code, *cage.library, *cage.runs))  # noqa: S108
+        cage.tmp = _seen_at(cage.tmp, "/mnt" if hidden else "/tmp")  # noqa: S108 - its own
 
 
 def _seen_at(path: str, at: str) -> str:

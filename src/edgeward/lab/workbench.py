@@ -1,7 +1,7 @@
 """One node's data plane in this process, for somebody who writes a function: the real gateway, dispatcher and sandbox.
 
-In comes a manifest (``function.yaml``: Functions, and the Routes, Configs and Secrets around them), out go answers, the
-node's own words about versions, and log lines. Nothing is declared anywhere: no hub, no agent, a folder of its own.
+In come resources (Functions, and the Routes, Configs and Secrets around them) and the archives they name, out go
+answers, the node's own words about versions, and log lines. Nothing is declared anywhere: no hub, no agent.
 :meth:`Workbench.take` may be called again and again: a new version takes over as it would on a node.
 """
 
@@ -10,23 +10,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
+import msgspec
+
 from edgeward.agent.plane import Part, Voice, parts
 from edgeward.core import kinds as _core_kinds  # noqa: F401
+from edgeward.core.blobs import Target, hex_of
 from edgeward.core.errors import EdgewardError, Invalid, NotFound
 from edgeward.core.files import ensure_dir
 from edgeward.core.invocation import Call, CallFailed, Reply
-from edgeward.core.manifest import Manifest, decode_manifest, read_files
 from edgeward.core.natsserver import free_port
 from edgeward.core.resource import Resource
 from edgeward.core.vault import Vault
 from edgeward.functions import edge as functions
 from edgeward.functions import spec as _functions_spec  # noqa: F401
+from edgeward.functions import stock
+from edgeward.functions.bundling import Source, make
+from edgeward.functions.parts import lock_digest
 from edgeward.functions.plane import FunctionsPart
+from edgeward.functions.shelves import CODE, PACKAGES, code_folder, packages_folder
+from edgeward.functions.stock import Missing
 from edgeward.gateway import edge as gateway
 from edgeward.gateway import spec as _gateway_spec  # noqa: F401
 from edgeward.gateway.rules import Listen
@@ -42,43 +50,6 @@ WATCHED = 2000
 #: Seconds until a version has either taken over or failed.
 READY = 60.0
 _DONE = ("Running", "Failed", "Refused", "Degraded")
-
-
-def read_manifest(path: Path) -> list[Resource]:
-    """The resources of a manifest, sources from folders in them. Raises ``EdgewardError`` with file, line and field."""
-    resources = []
-    for manifest in read_files([path]):
-        with_sources(manifest)
-        kind = manifest.doc.get("kind") if isinstance(manifest.doc, dict) else None
-        if kind in KINDS:
-            resources.append(decode_manifest(manifest))
-    if not any(r.kind == "Function" for r in resources):
-        raise Invalid("declares no Function", file=str(path), remedy="`edgeward function new NAME` writes one")
-    return resources
-
-
-def with_sources(manifest: Manifest) -> None:
-    """Puts the files of ``source: {folder: ...}`` into a Function's document."""
-    doc = manifest.doc
-    if not isinstance(doc, dict) or doc.get("kind") != "Function":
-        return
-    source = (doc.get("spec") or {}).get("source") if isinstance(doc.get("spec"), dict) else None
-    if not isinstance(source, dict) or "folder" not in source:
-        return
-    where: dict[str, Any] = {"resource": "Function", "field": "$.spec.source.folder", "file": manifest.file}
-    if set(source) != {"folder"}:
-        raise Invalid("give the code in one way", **where, line=manifest.line_of("$.spec.source"))
-    root = (Path(manifest.file).parent / str(source["folder"])).resolve()
-    files = {}
-    for path in walk(root):
-        if path.resolve() == Path(manifest.file).resolve():
-            continue
-        try:
-            files[path.relative_to(root).as_posix()] = path.read_text()
-        except (OSError, UnicodeDecodeError) as e:
-            raise Invalid(f"{path} cannot be taken: {e}", **where, remedy="text files only") from None
-    source.pop("folder")
-    source["files"] = files
 
 
 def walk(root: Path) -> list[Path]:
@@ -104,11 +75,29 @@ def snapshot(root: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
+class _Shelf:
+    """What lies on the workbench's own shelves; nobody fetches anything."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def code(self, namespace: str, hex: str) -> Missing | None:
+        return None if code_folder(self._folder, hex).is_dir() else Missing("Degraded", "its archive is at a hub only")
+
+    def packages(self, namespace: str, lock: str) -> Missing | None:
+        there = packages_folder(self._folder, lock_digest(lock)).is_dir()
+        return None if there else Missing("Degraded", "its packages are not here")
+
+    def settle(self) -> None:
+        pass
+
+
 class Workbench:
     """``say``: called with what the node would report as events."""
 
     def __init__(self, data: Path, *, port: int = 0, say: Callable[[str], None] = lambda _: None) -> None:
         self._data = ensure_dir(data)
+        self._folder = ensure_dir(data / "functions")
         self._port, self._say = port, say
         self._serial = 0
         self._voice = Voice()
@@ -119,7 +108,9 @@ class Workbench:
 
     async def __aenter__(self) -> Workbench:
         self._vault = Vault.open(self._data / "identity")
-        self._sections = functions.Sections(self._values("Config"), self._values("Secret"), self._vault)
+        self._sections = functions.Sections(
+            self._values("Config"), self._values("Secret"), self._vault, _Shelf(self._folder)
+        )
         self._parts, self._gate = parts(self._data, NODE, SITE, self._voice)
         self._functions = cast(FunctionsPart, self._parts["functions"])
         self._port = self._port or free_port("127.0.0.1")
@@ -153,13 +144,19 @@ class Workbench:
 
     # -- what should be ------------------------------------------------------------------------------------------------
 
-    async def take(self, resources: Iterable[Resource]) -> dict[str, dict[str, Any]]:
+    async def take(
+        self, resources: Iterable[Resource], blobs: Iterable[tuple[str, bytes]] = ()
+    ) -> dict[str, dict[str, Any]]:
         """Makes the plane be this, and waits until each function's version has taken over or failed.
+
+        ``blobs``: archives that the resources name, by digest.
 
         The statuses by ``namespace/name``. Raises ``EdgewardError`` when the plane does not take it; then what was
         there before goes on.
         """
-        before, self.resources = self.resources, list(resources)
+        resources = list(resources)
+        await self._put(resources, blobs)
+        before, self.resources = self.resources, resources
         self._serial += 1
         for r in self.resources:
             r.metadata.generation = self._serial
@@ -184,6 +181,26 @@ class Workbench:
         except TimeoutError:
             pass  # the statuses say what it waits for
         return {k: self.status(k) for k in sorted(keys)}
+
+    async def _put(self, resources: Iterable[Resource], blobs: Iterable[tuple[str, bytes]]) -> None:
+        """Unpacks what is not unpacked yet; packages are fetched, as the hub would do it."""
+        with tempfile.TemporaryDirectory(dir=self._data) as scratch:
+            file = Path(scratch) / "blob"
+            for digest, data in blobs:
+                target = code_folder(self._folder, hex_of(digest))
+                if not target.is_dir():
+                    file.write_bytes(data)
+                    await stock.place(CODE, file, target)
+            for r in resources:
+                if r.kind != "Function" or r.spec.dependencies is None:
+                    continue
+                lock = r.spec.dependencies.lock
+                target = packages_folder(self._folder, lock_digest(lock))
+                if not target.is_dir():
+                    here = msgspec.convert(await stock.run_unpack("target"), Target)
+                    data, _ = await make(lock, here, Source(), Path(scratch))
+                    file.write_bytes(data)
+                    await stock.place(PACKAGES, file, target, lock)
 
     def status(self, key: str) -> dict[str, Any]:
         namespace, _, name = key.partition("/")
@@ -240,7 +257,7 @@ class Workbench:
         namespace, _, name = key.partition("/")
         args = {"namespace": namespace, "name": name, "tail": 1000, "follow": follow, "invocation": invocation}
         try:
-            lines = functions.read_logs(self._data / "functions", args)
+            lines = functions.read_logs(self._folder, args)
         except NotFound:
             return
         async for some in lines:
