@@ -45,7 +45,7 @@ def test_a_secret_makes_a_version_by_its_revision_and_never_by_its_value() -> No
 @pytest.mark.parametrize(
     ("spec", "field", "words"),
     [
-        ({"runtime": "wasm"}, "$.spec.runtime", "runtime wasm is not here yet"),
+        ({"runtime": "wasm", "handler": "a:b"}, "$.spec.handler", "names no export"),
         ({"source": {}}, "$.spec.source", "one way"),
         ({"source": {"inline": "x", "files": {"main.py": "x"}}}, "$.spec.source", "one way"),
         ({"source": {"files": {"../main.py": "x"}}}, "$.spec.source.files", "no relative path"),

@@ -99,7 +99,7 @@ def test_a_function_answers_at_hub_node_and_gateway_and_outlives_the_agent(
     assert json.loads(up.run("invoke", "hello", "-d", "edge")) == answer
     assert up.get("function", "hello")["status"]["phase"] == "Degraded"
 
-    up.apply(function("later", "", runtime="wasm"), code=3)
+    up.apply(function("later", "(module)", runtime="wasm", handler="a:b"), code=3)
 
     # calls go on while the agent is away, and the next one takes over what it finds
     before = up.context["nodes"][0]["pids"]["agent"]

@@ -31,6 +31,7 @@ from edgeward.functions.sandbox import Cage, Verdict
 from edgeward.functions.shelves import shelves
 from edgeward.functions.switch import Function
 from edgeward.functions.versions import Config, Policy, Version
+from edgeward.functions.wasm import Wasm
 
 log = logging.getLogger("edgeward.functions")
 
@@ -69,10 +70,12 @@ class Dispatcher:
         # groups are named by the folder too: on one machine several nodes may have one name
         self._prefix = f"fn-{zlib.crc32(str(folder.absolute()).encode()):08x}-"
         self.nursery = Nursery(folder / "zygote.log", node, self._prefix)
+        self._wasm = Wasm(folder, node, self._prefix, self.new_instance, self.spawn)
         self.origins: dict[str, Origin] = {
             "python": Forked(self.nursery),
             "node": Node(self.nursery),
             "command": Programs(self.nursery),
+            "wasm": self._wasm,
         }
         self._serial = int(clock.now() * 1000) % 0xFFFFFFFF
         self._instances = 0
@@ -356,6 +359,7 @@ class Dispatcher:
         self._write_logs()
         await self.asks.memory.close()
         await self.nursery.close()
+        await self._wasm.close()
 
 
 __all__ = ["Dispatcher", "Policy"]

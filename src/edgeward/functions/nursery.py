@@ -93,8 +93,9 @@ def _write(folder: Path, code: Mapping[str, str]) -> None:
 
 
 class Nursery:
-    def __init__(self, log_file: Path, node: str, prefix: str) -> None:
-        """``prefix``: of the names of its groups."""
+    def __init__(self, log_file: Path, node: str, prefix: str, zygote: str = "edgeward.functions.zygote") -> None:
+        """``prefix``: of the names of its groups. ``zygote``: the module that is run."""
+        self._module = zygote
         self._log_file, self._node, self._prefix = log_file, node, prefix
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -139,7 +140,7 @@ class Nursery:
         env |= {"LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", "MALLOC_ARENA_MAX": "1"}
         with theirs, self._log_file.open("ab") as out:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "edgeward.functions.zygote", str(theirs.fileno())],
+                [sys.executable, "-m", self._module, str(theirs.fileno())],
                 env=env,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

@@ -433,7 +433,9 @@ class Pool:
 
     def raised(self, link: Link, job: Job, message: wire.Raised) -> None:
         kind: FailKind = message.kind if message.kind in ("memory", "too-large") else "error"  # type: ignore[assignment]
-        if kind == "memory":
+        if message.kind == "timeout":
+            error = self._late(job)
+        elif kind == "memory":
             error = self.failure(kind, f"was over its memory ({message.message})", job, memory=self.version.memory)
         elif kind == "too-large":
             error = self.failure(kind, message.message, job, body=self.version.body)

@@ -45,7 +45,7 @@ class Cage(msgspec.Struct):
     """What one instance is held to. Sizes in bytes."""
 
     instance: str
-    tmp: str  #: its folder for temporary files; it is there
+    tmp: str  #: its folder for temporary files; it is there. Empty: it has none, and may write nowhere
     user: int = 0  #: 0: stays who it is
     memory: int | None = None
     cpu: float | None = None
@@ -197,13 +197,14 @@ def _landlock(cage: Cage) -> list[str]:
         if (found := _rule_of(path, access & prepared.every)) is not None:
             _checked(_syscall(445, ruleset, 1, found[0], 0), "landlock_add_rule")
             os.close(found[1])
-    own = _rule_of(cage.tmp, prepared.every & ~(1 << 0 | 1 << 6 | 1 << 11))  # all but execute and device nodes
-    if own is None:
-        raise OSError(errno.ENOENT, "its folder cannot be opened")
-    _checked(_syscall(445, ruleset, 1, own[0], 0), "landlock_add_rule")
+    if cage.tmp:
+        own = _rule_of(cage.tmp, prepared.every & ~(1 << 0 | 1 << 6 | 1 << 11))  # all but execute and device nodes
+        if own is None:
+            raise OSError(errno.ENOENT, "its folder cannot be opened")
+        _checked(_syscall(445, ruleset, 1, own[0], 0), "landlock_add_rule")
+        os.close(own[1])
     _checked(_syscall(446, ruleset, 0), "landlock_restrict_self")
     os.close(ruleset)
-    os.close(own[1])
     return prepared.promised
 
 
@@ -521,11 +522,13 @@ def enter(cage: Cage, outside: str) -> Verdict:
         verdict.enforced += promises
         return True
 
-    if root:
+    if not cage.tmp:
+        verdict.refused["tmp"] = "it has no such folder, but it is not kept from others"  # until Landlock is there
+    elif root:
         step(("tmp",), lambda: _own_mount(cage))
     else:
         verdict.refused["tmp"] = "the agent does not run as root"
-    os.chdir(cage.code or cage.tmp)
+    os.chdir(cage.code or cage.tmp or "/")
     for what, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, cage.open_files),
@@ -543,10 +546,11 @@ def enter(cage: Cage, outside: str) -> Verdict:
     elif (closed := _closed_cage(cage)) and abi < 1:
         verdict.refused["user"] = "another user could not read its runtime's library, or the function's code, here"
     else:
-        with contextlib.suppress(OSError):
-            os.chown(cage.tmp, cage.user, cage.user)
+        if cage.tmp:
+            with contextlib.suppress(OSError):
+                os.chown(cage.tmp, cage.user, cage.user)
         # its folder may lie below one that is the agent's alone
-        keep = closed or (abi >= 1 and _closed(str(Path(cage.tmp).parent)))
+        keep = closed or (abi >= 1 and bool(cage.tmp) and _closed(str(Path(cage.tmp).parent)))
         step(("user",), lambda: _become(cage.user, keep, bool(cage.runs)))
     dies_with_parent()  # after the change of user, which would undo it
     if root or not cage.reach:  # without root the node could then not take the worker's sockets
@@ -555,6 +559,9 @@ def enter(cage: Cage, outside: str) -> Verdict:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     try:
         verdict.enforced += _landlock(cage)
+        if not cage.tmp:
+            verdict.enforced.append("tmp")
+            verdict.refused.pop("tmp", None)
     except OSError as e:
         verdict.refused["files"] = e.strerror or str(e)
     may_fork, network = "pids" in verdict.enforced, cage.network

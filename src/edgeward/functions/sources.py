@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Callable
 from pathlib import PurePosixPath
@@ -19,6 +20,7 @@ _PYTHON = re.compile(r"^(?:[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*:)
 _JAVASCRIPT = re.compile(r"^[A-Za-z_$][\w$]{0,127}$", re.ASCII)
 _MODULE = re.compile(r"(?:^|;)[ \t]*(?:export\b|import\b(?![ \t]*[(.]))", re.MULTILINE)
 _ENDINGS = (".mjs", ".cjs", ".js")
+_EXPORT = re.compile(r"^[A-Za-z_][A-Za-z0-9_.-]{0,127}$")
 
 
 class Rule(NamedTuple):
@@ -98,9 +100,34 @@ def _check_command(spec: FunctionSpec) -> None:
         raise Invalid("leaves its folder", field="$.spec.command[0]", remedy="name a file of the source, or a program")
 
 
+def _check_wasm(spec: FunctionSpec) -> None:
+    source = spec.source
+    if not _EXPORT.fullmatch(spec.handler):
+        remedy = "write the name of an exported function"
+        raise Invalid(f"{spec.handler[:80]!r} names no export", field="$.spec.handler", remedy=remedy)
+    if spec.limits.network == "all":
+        remedy = "leave it out, or write it in another runtime"
+        raise Invalid("a wasm function has no network", field="$.spec.limits.network", remedy=remedy)
+    if not source.files:
+        return
+    if len(source.files) != 1 or set(source.files) - {"main.wasm", "main.wat"}:
+        there = ", ".join(sorted(source.files)[:8])
+        remedy = "files: {main.wasm: BASE64}, or main.wat: its text"
+        raise Invalid(f"there must be one module, there is {there}", field="$.spec.source.files", remedy=remedy)
+    if text := source.files.get("main.wasm"):
+        try:
+            found = base64.b64decode(text, validate=True)
+        except ValueError:
+            found = b""
+        if found[:4] != b"\0asm":
+            remedy = "write base64 of a module: base64 -w0 main.wasm"
+            raise Invalid("is no WebAssembly", field="$.spec.source.files.main.wasm", remedy=remedy)
+
+
 #: What this release can run; other runtimes are named in the spec so that the refusal can say so.
 RULES: dict[str, Rule] = {
     "python": Rule(lambda spec: "main.py", _check_python),
     "node": Rule(_node_file, _check_node),
     "command": Rule(lambda spec: "main", _check_command, _command),
+    "wasm": Rule(lambda spec: "main.wat", _check_wasm),
 }

@@ -50,9 +50,15 @@ class Source(Declared):
     """The code: one of the three. In a file for the command line also `folder: PATH`, which it packs and uploads."""
 
     inline: Annotated[
-        str, Meta(description="The text of main.py (python), main.mjs or main.cjs (node), main (command)")
+        str,
+        Meta(
+            description="The text of main.py (python), main.mjs or main.cjs (node), main (command), "
+            "main.wat (wasm, in its text form)"
+        ),
     ] = ""
-    files: Annotated[dict[str, str], Meta(description="Relative path to text; modules and other files")] = {}
+    files: Annotated[
+        dict[str, str], Meta(description="Relative path to text; modules and other files; wasm: main.wasm in base64")
+    ] = {}
     archive: Annotated[Archive | None, Meta(description="A packed folder")] = None
 
 
@@ -148,7 +154,7 @@ class FunctionSpec(Declared):
 
     runtime: Annotated[
         Literal["python", "node", "wasm", "command"],
-        Meta(description="What runs it; this release has: python, node, command"),
+        Meta(description="What runs it"),
     ]
     source: Annotated[Source, Meta(description="The code")] = msgspec.field(default_factory=Source)
     handler: Annotated[str, Meta(description="`function` of main, or `module:function`")] = "handler"

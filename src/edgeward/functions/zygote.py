@@ -32,6 +32,7 @@ import traceback
 import urllib.parse as _parse  # noqa: F401
 import uuid as _uuid  # noqa: F401
 import zlib as _zlib  # noqa: F401
+from collections.abc import Callable
 
 import msgspec
 
@@ -74,8 +75,8 @@ _decode = msgspec.msgpack.Decoder(Spawn).decode
 
 
 class Zygote:
-    def __init__(self, control: socket.socket) -> None:
-        self._control = control
+    def __init__(self, control: socket.socket, serve: Callable[[socket.socket], None]) -> None:
+        self._control, self._work = control, serve
         self._children: dict[int, int] = {}
         self._bell, self._ring = socket.socketpair()
         for end in (self._bell, self._ring):
@@ -121,7 +122,7 @@ class Zygote:
             raise OSError(errno.EMFILE, "its socket did not arrive")
         pid = os.fork()
         if pid == 0:
-            _child(data, fds, (self._control, self._bell, self._ring))
+            _child(data, fds, (self._control, self._bell, self._ring), self._work)
         try:
             # nobody but us reaps it, so the number is still its own
             pidfd = os.pidfd_open(pid)
@@ -164,7 +165,9 @@ def _frame(sock: socket.socket) -> tuple[bytes, list[int]]:
     return exactly(int.from_bytes(exactly(4), "big")), came
 
 
-def _child(data: bytes, fds: list[int], others: tuple[socket.socket, ...]) -> None:
+def _child(
+    data: bytes, fds: list[int], others: tuple[socket.socket, ...], serve: Callable[[socket.socket], None]
+) -> None:
     """The worker, from the fork to its end. Never returns."""
     status = 1
     sock = socket.socket(fileno=fds.pop(0))
@@ -201,7 +204,7 @@ def _child(data: bytes, fds: list[int], others: tuple[socket.socket, ...]) -> No
         if spawn.program is not None and not spawn.probe:
             stdio.run(sock, spawn.program.argv, spawn.program.per_call, "pids" in verdict.enforced)
         elif not spawn.probe:
-            sdk.serve(sock)
+            serve(sock)
         status = 0
     except (BrokenPipeError, ConnectionResetError):
         status = 0  # the dispatcher has gone
@@ -212,7 +215,8 @@ def _child(data: bytes, fds: list[int], others: tuple[socket.socket, ...]) -> No
         os._exit(status)
 
 
-def main() -> None:
+def main(serve: Callable[[socket.socket], None] = sdk.serve) -> None:
+    """``serve``: what a worker does with its socket once it is in its cage."""
     sandbox.dies_with_parent()
     sandbox.adopts_orphans()
     control = socket.socket(fileno=int(sys.argv[1]))
@@ -225,7 +229,7 @@ def main() -> None:
     gc.disable()
     gc.freeze()
     control.send(TOLD.pack(0, os.getpid(), STARTED))
-    Zygote(control).run()
+    Zygote(control, serve).run()
 
 
 if __name__ == "__main__":
