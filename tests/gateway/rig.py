@@ -12,10 +12,12 @@ from typing import Any
 
 import msgspec
 import uvloop
+from tests.gateway.papers import unsealed
 
 from edgeward.core.invocation import Call, Reply
 from edgeward.gateway.balance import Endpoint
 from edgeward.gateway.gate import Gate
+from edgeward.gateway.listens import ListenerConfig
 from edgeward.gateway.rules import CacheConfig, GatewayConfig, Listen, RouteConfig
 
 PATIENCE = 30.0  # guards against a hang; nothing is measured by it
@@ -85,6 +87,12 @@ class Target:
         return head
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 class Rig:
     """A Gate in a loop of its own. ``do`` runs a coroutine there, ``call`` a function."""
 
@@ -98,15 +106,17 @@ class Rig:
         self.folder = folder
         self.gate: Gate = self.do(self._make())
         self._run = asyncio.run_coroutine_threadsafe(self.gate.run(), self.loop)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port: int = s.getsockname()[1]
+        self.port = free_port()
         self.routes: list[RouteConfig] = []
+        self.listeners: list[ListenerConfig] = []
         self.targets: list[Target] = []
         self.apply()
 
     async def _make(self) -> Gate:
-        return Gate(node=self.node, log_file=self.folder / "access.log", voice=self.heard, invoker=self.functions)
+        return Gate(
+            node=self.node, log_file=self.folder / "access.log", voice=self.heard, invoker=self.functions,
+            unseal=unsealed,
+        )  # fmt: skip
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE)
@@ -118,7 +128,8 @@ class Rig:
         return self.do(run())
 
     def apply(self, **more: Any) -> None:
-        config = GatewayConfig(self.node, (Listen("127.0.0.1", self.port),), tuple(self.routes), **more)
+        listen = (Listen("127.0.0.1", self.port),)
+        config = GatewayConfig(self.node, listen, tuple(self.routes), listeners=tuple(self.listeners), **more)
         section = msgspec.json.decode(msgspec.json.encode(config))
 
         async def take() -> None:

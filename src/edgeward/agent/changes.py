@@ -46,9 +46,9 @@ class Changes:
             self._link.wake_push()
         if change.status_only and key.kind not in ("Service", "Site"):
             return
-        if key.kind in ("Site", "Route", "Service", "App", "Node", "Function", "Config", "Secret"):
+        if key.kind in ("Site", "Route", "Listener", "Service", "App", "Node", "Function", "Config", "Secret"):
             self._plane.poke()
-        if key.kind in ("Route", "Function") and change.resource is None:
+        if key.kind in ("Route", "Listener", "Function") and change.resource is None:
             self._link.report(key, None)
         if key.kind == "Export":
             await self._exports()

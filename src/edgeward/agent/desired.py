@@ -101,11 +101,18 @@ class Desired:
 
     def routes(self) -> list[Resource]:
         """The Routes that this node's gateway serves."""
+        return self._placed("Route")
+
+    def listeners(self) -> list[Resource]:
+        """Where this node's gateway listens beside."""
+        return self._placed("Listener")
+
+    def _placed(self, kind: str) -> list[Resource]:
         labels = self._replica.find(Key("Node", CLUSTER, self._node))
         me = NodeView(self._node, self._site, (labels.metadata.labels if labels else {},))
         return [
             r
-            for r in self._replica.items("Route")
+            for r in self._replica.items(kind)
             if not r.metadata.deletionTimestamp and matches(getattr(r.spec, "placement", None), me)
         ]
 

@@ -11,6 +11,7 @@ _ROOMS = (
     "edgeward.streams.spec",
     "edgeward.functions.spec",
     "edgeward.gateway.spec",
+    "edgeward.gateway.listener_spec",
     "edgeward.workloads.process",
 )
 

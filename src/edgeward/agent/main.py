@@ -134,6 +134,7 @@ class Agent:
             bind=self.bind,
             address=self.address,
             given=dict(config.get("gateway") or {}),
+            identity=self.identity,
             desired=self.desired,
             replica=self.replica,
             vault=self.vault,
@@ -292,6 +293,7 @@ class Agent:
         self.reports.event("Normal", "CredentialsRenewed", "the hub renewed this node's credentials")
         if self.listener is not None:
             self.listener.renewed()
+        self.plane.poke()  # Listeners may show the node's own certificate
         if await self.broker.dial_again(changed):
             self._say()
 

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -34,6 +34,9 @@ from edgeward.core.errors import EdgewardError, Invalid, NotFound, TooMany
 from edgeward.core.files import read_json
 from edgeward.functions.plane import FunctionsPart
 from edgeward.gateway.gate import Gate
+
+if TYPE_CHECKING:
+    from edgeward.core.vault import Vault
 
 log = logging.getLogger("edgeward.plane")
 
@@ -241,10 +244,25 @@ class Plane:
             await writer.drain()
 
 
+class Unsealer:
+    """The node's vault, opened when it is needed: it costs some megabytes."""
+
+    def __init__(self, data: Path) -> None:
+        self._data = data
+        self._vault: Vault | None = None
+
+    def __call__(self, sealed: bytes, place: str) -> bytes:
+        if self._vault is None:
+            from edgeward.core.vault import Vault
+
+            self._vault = Vault.open(self._data / "identity")
+        return self._vault.unseal(sealed, place)
+
+
 def parts(data: Path, node: str, site: str, voice: Voice) -> tuple[dict[str, Part], Gate]:
     """The rooms' shares of this plane; the gateway last: it calls the others."""
     functions = FunctionsPart(data=data, node=node, site=site, voice=voice)
-    gate = Gate(node=node, log_file=data / "access.log", voice=voice, invoker=functions)
+    gate = Gate(node=node, log_file=data / "access.log", voice=voice, invoker=functions, unseal=Unsealer(data))
     return {"functions": functions, "gateway": gate}, gate
 
 

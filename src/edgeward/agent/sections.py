@@ -14,6 +14,7 @@ from edgeward.agent.listen import address_of
 from edgeward.agent.replica import Replica
 from edgeward.core import daemon
 from edgeward.core.errors import EdgewardError
+from edgeward.core.identity import NodeIdentity
 from edgeward.core.natsserver import free_port
 from edgeward.core.vault import Vault
 from edgeward.functions.edge import Sections
@@ -21,6 +22,8 @@ from edgeward.functions.keeping import EdgeHistory
 from edgeward.functions.stock import Stock
 from edgeward.gateway import edge as gateway
 from edgeward.gateway.auth_edge import Auths
+from edgeward.gateway.bounds import bounds
+from edgeward.gateway.certificates import Listeners
 from edgeward.gateway.rules import Listen
 
 
@@ -35,6 +38,7 @@ class PlaneSections:
         bind: str,
         address: str,
         given: dict[str, Any],
+        identity: NodeIdentity,
         desired: Desired,
         replica: Replica,
         vault: Vault,
@@ -47,6 +51,13 @@ class PlaneSections:
         values = desired.values
         self._auths = Auths(values, vault)
         self._functions = Sections(partial(values, "Config"), partial(values, "Secret"), vault, stock)
+        self._listeners = Listeners(
+            partial(values, "Config"),
+            partial(values, "Secret"),
+            vault,
+            allowed=bounds(given.get("allow")),
+            own=lambda: identity.tls_file.read_text() if identity.tls_file.exists() else "",
+        )
 
     def all(self) -> dict[str, Any]:
         """What the plane shall do now."""
@@ -59,6 +70,7 @@ class PlaneSections:
             values=self._desired.values,
             around=gateway.Around(self._desired.neighbours(), self._desired.fallback),
         )  # fmt: skip
+        routes["listeners"] = self._listeners.section(self._desired.listeners())
         return {"node": self._node, "site": self._site, "functions": functions, "gateway": routes}
 
     def _listens(self) -> list[Listen]:

@@ -19,6 +19,7 @@ KIND_MODULES = (
     "edgeward.streams.spec",
     "edgeward.functions.spec",
     "edgeward.gateway.spec",
+    "edgeward.gateway.listener_spec",
 )
 
 

@@ -20,7 +20,10 @@ from edgeward.core.registry import Kind
 from edgeward.core.resource import Key, Resource
 
 #: What others refer to comes first. A kind that is not named here comes behind those that are.
-ORDER = ("Namespace", "Site", "Node", "Config", "Secret", "App", "Service", "Function", "Route", "Export", "Override")
+ORDER = (
+    "Namespace", "Site", "Node", "Config", "Secret", "App", "Service", "Function", "Route", "Listener", "Export",
+    "Override",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

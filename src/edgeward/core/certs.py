@@ -314,8 +314,13 @@ class Authority:
         write_atomic(path, key_pem(key) + pem(cert).encode())
         return True
 
-    def node(self, csr: x509.CertificateSigningRequest, node: str, expires: float) -> x509.Certificate:
-        """The certificate of a checked request: that node's name, nothing of what else the request asks for."""
+    def node(
+        self, csr: x509.CertificateSigningRequest, node: str, expires: float, names: Iterable[str] = ()
+    ) -> x509.Certificate:
+        """The certificate of a checked request: that node's name, nothing of what else the request asks for.
+
+        ``names``: what the hub itself says that the node serves besides.
+        """
         key = csr.public_key()
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise Invalid("its key is not of the kind P-256", field="$.csr")
@@ -323,7 +328,9 @@ class Authority:
         usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         return (
             _builder(node, key, self.cert.subject, end)
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName(node + NODE_DOMAIN)]), critical=False)
+            .add_extension(
+                x509.SubjectAlternativeName([x509.DNSName(node + NODE_DOMAIN), *map(_san, names)]), critical=False
+            )
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage(usage), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
@@ -384,6 +391,11 @@ def _names_of(path: Path) -> set[x509.GeneralName]:
         return set(cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     except (FileNotFoundError, ValueError, x509.ExtensionNotFound):
         return set()
+
+
+def names_in(path: Path) -> set[str]:
+    """The names of the certificate in ``path``, lower case."""
+    return {str(n.value).lower() for n in _names_of(path)}
 
 
 def _load_issued(path: Path, ca: x509.Certificate) -> x509.Certificate | None:

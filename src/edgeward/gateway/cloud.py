@@ -1,4 +1,4 @@
-"""The hub's view of routes: what their nodes report, folded into one status. Pure."""
+"""The hub's view of routes and listeners: what their nodes report, folded into one status. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edgeward.core.resource import Resource
 
 
 def fold_route(route: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """A Route's status: each node's word, and one for the whole."""
+    """A Route's or Listener's status: each node's word, and one for the whole."""
     phases = [str(r.get("phase", "")) for r in reports.values()]
     phase = "Pending"
     if phases:

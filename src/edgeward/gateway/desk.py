@@ -8,6 +8,7 @@ only what stands here.
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING
 
 from edgeward.core import clock
@@ -17,6 +18,7 @@ from edgeward.gateway.cache import Stored, choose, http_date
 from edgeward.gateway.cors import CorsConfig, is_preflight, preflight, with_cors
 from edgeward.gateway.http1 import FALLBACK, REFUSED, UNTOUCHED, Bad, Headers, Request
 from edgeward.gateway.match import NotAllowed
+from edgeward.gateway.peer import Peer
 from edgeward.gateway.rules import Rule
 from edgeward.gateway.serving import from_store
 from edgeward.gateway.shelf import key_of
@@ -25,6 +27,7 @@ from edgeward.gateway.site import Kept, Site, answer_of
 if TYPE_CHECKING:
     from edgeward.gateway.exchange import Exchange
     from edgeward.gateway.gate import Gate
+    from edgeward.gateway.openings import Opening
 
 #: Seconds for a head from its first byte, between requests, and to read what a refused client still sends.
 HEAD_TIME = 15.0
@@ -43,6 +46,9 @@ class Desk:
     def __init__(self, gate: Gate, client: str = "") -> None:
         self.gate, self.client = gate, client
         self.exchange: Exchange | None = None
+        #: By which declared Listener it came, and with which certificate.
+        self.listener: Opening | None = None
+        self.peer: Peer | None = None
         #: For an answer that another one's request brings.
         self.waiting = False
         #: The connection ends after the answer that is being written.
@@ -124,6 +130,8 @@ class Desk:
 
     def take(self, request: Request, rule: Rule | None) -> None:
         """A request that was read whole, but for its body."""
+        if (self.listener is not None or self.gate.challenges) and self._at_listener(request):
+            return
         if rule is not None:
             self._begin(request, rule)
             return
@@ -134,6 +142,33 @@ class Desk:
             allow = [("allow", ", ".join(e.methods))] if isinstance(e, NotAllowed) else []
             remedy = "see: edgeward gateway explain URL" if e.status == 404 else ""
             self.refuse(e.status, e.why, request, keep=request.length == 0, headers=allow, remedy=remedy)
+
+    def _at_listener(self, request: Request) -> bool:
+        """What is answered before any Route is looked at; False: nothing."""
+        proof = self.gate.challenges.get(request.path) if request.scheme == "http" else None
+        if proof is not None and request.method in ("GET", "HEAD") and request.length == 0:
+            fields = [("content-type", "application/octet-stream"), ("content-length", str(len(proof)))]
+            self.respond(request, 200, fields, proof if request.method == "GET" else b"")
+            return True
+        listener = self.listener
+        if listener is None:
+            return False
+        if not listener.takes(request.host):
+            why = f"{request.host or 'a request without a host'} is not served here: no certificate is for it"
+            self.refuse(421, why, request, keep=request.length == 0)
+            return True
+        if listener.redirect:
+            self._redirect(request, listener.redirect)
+            return True
+        return False
+
+    def _redirect(self, request: Request, port: int) -> None:
+        authority = request.authority or self.gate.node
+        host = authority[: authority.rfind(":")] if re.search(r":[0-9]+$", authority) else authority
+        where = f"https://{host}{'' if port == 443 else f':{port}'}{request.path}{request.query}"
+        self.refuse(
+            308, "this is served by https only", request, keep=request.length == 0, headers=[("location", where)]
+        )
 
     def _begin(self, request: Request, rule: Rule) -> None:
         gate = self.gate

@@ -29,6 +29,8 @@ from edgeward.gateway.site import Kept
 
 if TYPE_CHECKING:
     from edgeward.gateway.gate import Gate
+    from edgeward.gateway.openings import Opening
+    from edgeward.gateway.peer import Peer
 
 #: What a client may send ahead while its request is being answered.
 AHEAD = 64 * 1024
@@ -38,8 +40,10 @@ _LINGER_BYTES = 1024 * 1024
 class Door(Desk, asyncio.Protocol):
     """One connection of one client."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, listener: Opening | None = None, peer: Peer | None = None) -> None:
         super().__init__(gate)
+        self.listener, self.peer = listener, peer
+        self._scheme = "http" if listener is None or listener.config.tls is None else "https"
         self.transport: asyncio.Transport | None = None
         self.deadline = gate.loop.time() + HEAD_TIME
         self._buffer = b""
@@ -125,7 +129,7 @@ class Door(Desk, asyncio.Protocol):
                     return
                 self._head_begun = False
                 head, self._buffer = self._buffer[: end + 4], self._buffer[end + 4 :]
-                request, rule = self.gate.read(head)
+                request, rule = self.gate.read(head, self._scheme, self.peer)
                 self._served = True
                 self.take(request, rule)
         except Bad as e:
@@ -300,6 +304,13 @@ class Door(Desk, asyncio.Protocol):
     def end(self) -> None:
         if self.transport is not None:
             self.transport.close()
+
+    def retire(self) -> None:
+        """Takes no further requests."""
+        if self.idle:
+            self._close_soon()
+        else:
+            self.closing = True
 
     def drop(self) -> None:
         if self.transport is not None:

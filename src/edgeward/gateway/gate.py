@@ -11,13 +11,13 @@ import asyncio
 import contextlib
 import errno
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from edgeward.core import clock
-from edgeward.core.errors import EdgewardError
+from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.invocation import Invoker
 from edgeward.gateway import rules
 from edgeward.gateway.accesslog import AccessLog
@@ -31,12 +31,16 @@ from edgeward.gateway.explain import explain, purge_args
 from edgeward.gateway.files import Reader
 from edgeward.gateway.guards import Guards
 from edgeward.gateway.http1 import FALLBACK, Bad, Request, parse_request
+from edgeward.gateway.http2 import request_of
 from edgeward.gateway.match import Table, clean
+from edgeward.gateway.openings import Opening, Openings
+from edgeward.gateway.peer import Peer
 from edgeward.gateway.rules import GatewayConfig, Listen, Place, Rule
 from edgeward.gateway.shelf import Key, Shelf, key_of
 from edgeward.gateway.site import SiteExchange, sites
 from edgeward.gateway.squeeze import INLINE, Budget, eligible, press, pressed, takes, with_vary
 from edgeward.gateway.stats import metrics
+from edgeward.gateway.tls import Unseal
 from edgeward.gateway.upstream import Pool
 
 log = logging.getLogger("edgeward.gateway")
@@ -50,6 +54,8 @@ REMEMBERED_BYTES = 2048
 ZIPPING = 2
 #: Seconds between two looks at deadlines while there are connections.
 SWEEP = 0.25
+#: Proofs for ACME authorities at once.
+PROOFS = 256
 _SECRET = frozenset({"authorization", "cookie", "proxy-authorization"})
 
 
@@ -61,11 +67,29 @@ def zipped(stored: Stored, body: bytes) -> Stored:
     return replace(stored, headers=headers, fields=fields, body=body, written=(-1, b""), squeezable=False, zipped=None)
 
 
+def _no_vault(sealed: bytes, place: str) -> bytes:
+    raise Invalid("this plane has no vault", resource=place)
+
+
 class Voice(Protocol):
     """By which a room in the plane tells the agent what it has to say."""
 
     def report(self, kind: str, namespace: str, name: str, status: dict[str, Any] | None) -> None: ...
     def event(self, type: str, reason: str, message: str, namespace: str, name: str, kind: str) -> None: ...
+
+
+class AnyDoor(Protocol):
+    """A client's connection, whatever it speaks."""
+
+    @property
+    def listener(self) -> Opening | None: ...
+    @property
+    def idle(self) -> bool: ...
+    @property
+    def idle_since(self) -> float: ...
+    def check(self, now: float) -> None: ...
+    def retire(self) -> None: ...
+    def drop(self) -> None: ...
 
 
 class Prepared(NamedTuple):
@@ -76,7 +100,9 @@ class Prepared(NamedTuple):
 
 
 class Gate:
-    def __init__(self, *, node: str, log_file: Path, voice: Voice, invoker: Invoker | None = None) -> None:
+    def __init__(
+        self, *, node: str, log_file: Path, voice: Voice, invoker: Invoker | None = None, unseal: Unseal | None = None
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.node = node
         self.voice, self.invoker = voice, invoker
@@ -91,7 +117,7 @@ class Gate:
         #: What compression on the way may take; answers that are compressed in a thread.
         self.presses = Budget()
         self._zipping: set[int] = set()
-        self.guards = Guards(log_file.parent, self._run, self._keys_said)
+        self.guards = Guards(log_file.parent, self.run_task, self._keys_said)
         self.via_name = f" {node}.edgeward"  # with both its ends: n1 is not n10
         self.via = f"1.1{self.via_name}"
         self.authority = node
@@ -99,19 +125,28 @@ class Gate:
         self.fetching: dict[Key, Exchange] = {}
         self.exchanges: set[Exchange] = set()
         self.held = 0  # bytes of bodies in memory (``exchange.HELD``)
-        self.doors: dict[Door, None] = {}  # in the order of their coming
+        self.doors: dict[AnyDoor, None] = {}  # in the order of their coming
         self.refusals: dict[int, int] = {}
         #: What was written for requests that are remembered: (rule, client, head).
         self.wires: dict[Request, tuple[Rule, str, bytes]] = {}
         #: Events of functions are numbered, behind a name of this run.
         self.calls, self.calls_of = 0, clock.new_id(12)
+        #: Proofs for ACME authorities (RFC 8555, section 8.3), by path.
+        self.challenges: dict[str, bytes] = {}
+        self.openings = Openings(self, unseal or _no_vault)
         self._memo: dict[bytes, tuple[Request, Rule | None]] = {}
+        self._memo_tls: dict[Hashable, tuple[Request, Rule | None]] = {}
         self._servers: dict[Listen, asyncio.Server] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy = asyncio.Event()
         self._drained = asyncio.Event()
         self._said: set[str] = set()
-        self.verbs = {"gateway.explain": self._explain, "gateway.purge": self._purge, "gateway.stats": self._stats}
+        self.verbs = {
+            "gateway.explain": self._explain,
+            "gateway.purge": self._purge,
+            "gateway.stats": self._stats,
+            "gateway.challenge": self._challenge,
+        }
 
     # -- configuration -------------------------------------------------------------------------------------------------
 
@@ -143,15 +178,15 @@ class Gate:
     def commit(self, prepared: Prepared) -> None:
         """From here on requests go by the new rules."""
         config = prepared.config
-        self._memo.clear()
-        self.wires.clear()
+        self._forget_heads()
         gone = [s for listen, s in self._servers.items() if listen not in config.listen]
         self._servers = {k: s for k, s in self._servers.items() if k in config.listen} | prepared.opened
         for server in gone:
             server.close()  # its open connections stay
         for server in prepared.opened.values():
-            self._run(server.start_serving())
+            self.run_task(server.start_serving())
         self.config, self.table = config, prepared.table
+        self.openings.commit(config.listeners)
         self.shelf.limit = config.memory
         self._report()
 
@@ -220,6 +255,7 @@ class Gate:
         for server in self._servers.values():
             server.close()
         self._servers.clear()
+        self.openings.close()
         for door in tuple(self.doors):
             door.drop()
         for task in tuple(self._tasks):
@@ -232,13 +268,14 @@ class Gate:
         """Takes no new connections and lets requests in progress end, ``patience`` seconds at most."""
         for server in self._servers.values():
             server.close()
+        self.openings.close()
         self._drained = asyncio.Event()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 if self.exchanges:
                     await self._drained.wait()
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def run_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -246,7 +283,7 @@ class Gate:
 
     def spawn(self, exchange: Exchange, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that belongs to an exchange; one that fails fails the exchange."""
-        task = self._run(work)
+        task = self.run_task(work)
 
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
@@ -259,7 +296,7 @@ class Gate:
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def entered(self, door: Door) -> bool:
+    def entered(self, door: AnyDoor) -> bool:
         if len(self.doors) >= CONNECTIONS:
             idle = [d for d in self.doors if d.idle]
             if not idle:
@@ -271,19 +308,43 @@ class Gate:
         self._busy.set()
         return True
 
-    def left(self, door: Door) -> None:
+    def retire(self, listener: Opening) -> None:
+        """A listener is declared no longer: its connections end with what they do."""
+        for door in tuple(self.doors):
+            if door.listener is listener:
+                door.retire()
+
+    def left(self, door: AnyDoor) -> None:
         self.doors.pop(door, None)
 
-    def read(self, head: bytes) -> tuple[Request, Rule | None]:
+    def read(self, head: bytes, scheme: str = "http", peer: Peer | None = None) -> tuple[Request, Rule | None]:
         """The request of a head and its rule (None: no rule takes it). Raises ``Bad``.
 
         Clients say the same again and again: what a head meant is remembered until the rules change, unless there is
-        a secret in it.
+        a secret in it, or a certificate beside it.
         """
-        known = self._memo.get(head)
+        memo: dict[Any, tuple[Request, Rule | None]] = self._memo if scheme == "http" else self._memo_tls
+        known = memo.get(head) if peer is None else None
+        return known or self._read(parse_request(head, scheme), peer, memo, head, len(head))
+
+    def read2(self, headers: list[tuple[bytes, bytes]], ended: bool, peer: Peer | None) -> tuple[Request, Rule | None]:
+        """The same for a request of HTTP/2. ``ended``: it has no body."""
+        head = (ended, *headers)
+        known = self._memo_tls.get(head) if peer is None else None
         if known is not None:
             return known
-        request = parse_request(head)
+        size = sum(len(n) + len(v) for n, v in headers)
+        return self._read(request_of(headers, ended, "https"), peer, self._memo_tls, head, size)
+
+    def _read(
+        self,
+        request: Request,
+        peer: Peer | None,
+        memo: dict[Any, tuple[Request, Rule | None]],
+        head: Hashable,
+        size: int,
+    ) -> tuple[Request, Rule | None]:
+        request.peer = peer
         request.path, request.query = clean(request.target)
         rule: Rule | None
         try:
@@ -293,13 +354,17 @@ class Gate:
         guarded = rule is not None and rule.guard is not None
         if rule is not None and request.fields.get(FALLBACK, rule.key) != rule.key:
             rule = None  # another site's gateway asks for a Route that is not the one here
-        if len(head) <= REMEMBERED_BYTES and not guarded and not _SECRET & request.fields.keys():
-            if len(self._memo) >= REMEMBERED:
-                self._memo.clear()
-                self.wires.clear()
+        if peer is None and size <= REMEMBERED_BYTES and not guarded and not _SECRET & request.fields.keys():
+            if len(memo) >= REMEMBERED:
+                self._forget_heads()
             request.known = True
-            self._memo[head] = request, rule
+            memo[head] = request, rule
         return request, rule
+
+    def _forget_heads(self) -> None:
+        self._memo.clear()
+        self._memo_tls.clear()
+        self.wires.clear()
 
     def via_of(self, request: Request) -> str:
         """What this gateway says of a request that it passes on (RFC 9110, section 7.6.3)."""
@@ -341,7 +406,7 @@ class Gate:
                 self.shelf.grew(key, stored, stored.zipped.size)
             elif len(self._zipping) < ZIPPING and id(stored) not in self._zipping:
                 self._zipping.add(id(stored))
-                self._run(self._zip(key, stored))
+                self.run_task(self._zip(key, stored))
         return stored.zipped or stored
 
     async def _zip(self, key: Key, stored: Stored) -> None:
@@ -416,6 +481,14 @@ class Gate:
 
     async def _purge(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         yield {"purged": self.shelf.purge(**purge_args(args))}
+
+    async def _challenge(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """What ACME authorities shall find under which path, in place of what there was."""
+        proofs = args.get("proofs")
+        if not isinstance(proofs, dict) or len(proofs) > PROOFS:
+            raise Invalid(f"proofs are an object of at most {PROOFS} texts", field="proofs")
+        self.challenges = {str(k): str(v).encode() for k, v in proofs.items()}
+        yield {"proofs": len(self.challenges)}
 
     async def _stats(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         yield {

@@ -55,7 +55,7 @@ OURS = "x-edgeward-"
 
 #: What asks for an answer under a condition, or for a part of it.
 CONDITIONS = frozenset({"if-none-match", "if-modified-since", "if-match", "if-unmodified-since", "if-range", "range"})
-_OF_CACHES = frozenset({"cache-control", "pragma", "authorization", "upgrade"})
+OF_CACHES = frozenset({"cache-control", "pragma", "authorization", "upgrade"})
 
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELD_LINES = rf"((?:{_WORD}:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)\r\n"
@@ -168,13 +168,13 @@ def parse_request(head: bytes, scheme: str = "http") -> Request:
     headers, fields = _fields(lines)
     request = Request(method, target, int(minor), headers)
     request.fields, request.scheme = fields, scheme
-    _authority(request)
+    read_authority(request)
     _request_body(request)
     _connection(request)
     request.unconditional = not CONDITIONS & fields.keys()
     request.plain = (
         request.unconditional and method == "GET" and request.length == 0 and request.keep and request.minor == 1
-        and not _OF_CACHES & fields.keys()
+        and not OF_CACHES & fields.keys()
     )  # fmt: skip
     return request
 
@@ -189,7 +189,7 @@ def _why_not(head: bytes) -> Bad:
     return Bad(400, "a malformed head")
 
 
-def _authority(request: Request) -> None:
+def read_authority(request: Request) -> None:
     hosts = _count(request.headers, "host")
     if hosts > 1:
         raise Bad(400, "more than one Host")
@@ -214,7 +214,7 @@ def _authority(request: Request) -> None:
     request.authority = authority
 
 
-def _length(headers: Headers, fields: dict[str, str], minor: int) -> int | None:
+def read_length(headers: Headers, fields: dict[str, str], minor: int) -> int | None:
     """The length that the fields declare; None when they declare none."""
     coding, declared = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is not None:
@@ -233,7 +233,7 @@ def _length(headers: Headers, fields: dict[str, str], minor: int) -> int | None:
 
 
 def _request_body(request: Request) -> None:
-    length = _length(request.headers, request.fields, request.minor)
+    length = read_length(request.headers, request.fields, request.minor)
     request.length = 0 if length is None else length
     expect = request.fields.get("expect")
     if expect is not None:
@@ -268,7 +268,7 @@ def parse_response(head: bytes, method: str) -> Response:
     minor, status, reason, lines = match.groups()
     try:
         headers, fields = _fields(lines)
-        declared = _length(headers, fields, int(minor))
+        declared = read_length(headers, fields, int(minor))
     except Bad as e:
         raise Bad(502, f"an answer with {e.why}") from None
     response = Response(int(status), reason or "", headers)

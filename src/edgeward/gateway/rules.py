@@ -16,6 +16,7 @@ from edgeward.core.errors import Invalid
 from edgeward.gateway.auth import AuthConfig, Guard
 from edgeward.gateway.balance import Balance, Budget, Endpoint
 from edgeward.gateway.cors import CorsConfig
+from edgeward.gateway.listens import ListenerConfig
 from edgeward.gateway.match import Table
 from edgeward.gateway.pace import Pace
 from edgeward.gateway.squeeze import CompressConfig
@@ -102,6 +103,8 @@ class GatewayConfig(msgspec.Struct, frozen=True):
     #: Bytes of the cache's memory.
     memory: int = 32 * 1024**2
     access_log: Literal["all", "errors", "off"] = "all"
+    #: The declared ones.
+    listeners: tuple[ListenerConfig, ...] = ()
 
 
 class Counters:

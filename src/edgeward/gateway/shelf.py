@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from edgeward.gateway.cache import Stored, varied
-from edgeward.gateway.http1 import Request, write_response
+from edgeward.gateway.http1 import Headers, Request, write_response
 
 #: Variants of one key; a Vary that names a field of random values must not fill the memory.
 VARIANTS = 16
@@ -113,15 +113,19 @@ class Shelf:
         return n
 
 
+def hit_fields(stored: Stored, now: float) -> Headers:
+    """The fields of a whole answer from the store."""
+    return [
+        *stored.headers,
+        *([] if stored.status in (204, 304) else [("content-length", str(len(stored.body)))]),
+        ("age", str(int(stored.age(now)))),
+        ("cache-status", f"{NAME}; hit; ttl={int(stored.ttl(now))}"),
+    ]
+
+
 def hit_head(stored: Stored, now: float) -> bytes:
-    """The head of a whole answer from the store. Made once a second: nothing in it is finer than that."""
+    """Its head in HTTP/1.1. Made once a second: nothing in it is finer than that."""
     second = int(now)
     if stored.written[0] != second:
-        headers = [
-            *stored.headers,
-            *([] if stored.status in (204, 304) else [("content-length", str(len(stored.body)))]),
-            ("age", str(int(stored.age(now)))),
-            ("cache-status", f"{NAME}; hit; ttl={int(stored.ttl(now))}"),
-        ]
-        stored.written = second, write_response(stored.status, headers, stored.reason)
+        stored.written = second, write_response(stored.status, hit_fields(stored, now), stored.reason)
     return stored.written[1]

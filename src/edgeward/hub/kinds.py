@@ -16,6 +16,7 @@ _ROOMS = (
     "edgeward.streams.spec",
     "edgeward.functions.spec",
     "edgeward.gateway.spec",
+    "edgeward.gateway.listener_spec",
 )
 
 
@@ -35,6 +36,7 @@ def load() -> None:
         extensions.add("fold", "Export", fold_export)
         extensions.add("fold", "AccessToken", fold_token)
         extensions.add("fold", "Route", fold_route)
+        extensions.add("fold", "Listener", fold_route)
 
 
 def fold_by_node(resource: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import nats.errors
@@ -27,6 +28,7 @@ from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
 from edgeward.core.authz import BUILT_IN, Principal, administrator
 from edgeward.core.bus import Bus
+from edgeward.core.certs import LOCAL_NAMES, names_in
 from edgeward.core.chain import Head
 from edgeward.core.claims import Claims
 from edgeward.core.errors import EdgewardError, Refused, Unauthorized
@@ -46,6 +48,7 @@ from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
 from edgeward.functions.bundling import Source
 from edgeward.functions.keeping import CloudHistory
+from edgeward.gateway.listener_spec import names_by_node, platform_hosts
 from edgeward.hub.backup import backup_routes, sealing_key
 from edgeward.hub.blob_routes import BlobRoutes
 from edgeward.hub.blobs import Blobs, Settings
@@ -163,6 +166,7 @@ class Hub:
             vault,
             urls=self.urls,
             named=self.named_urls,
+            names=self._names_of_nodes,
             life=self.certificate_life,
             changed=self.nodes.identity_changed,
         )
@@ -364,6 +368,15 @@ class Hub:
 
     def _say(self) -> None:
         self.run_file.write(ready=self._ready, nats=self.nats.pid, url=f"https://{self.address}:{self.port}")
+
+    def _names_of_nodes(self) -> dict[str, tuple[str, ...]]:
+        """What Listeners have the platform certify. Nobody gets a name by which the hub itself is known."""
+        listeners = [r for r in self.store.items("Listener") if platform_hosts(r)]
+        if not listeners:
+            return {}
+        urls = (str(urlsplit(u).hostname) for u in (*self.urls, *self.named_urls))
+        taken = {*LOCAL_NAMES, *(n.lower() for n in self.names), *urls, *names_in(self.identity.tls_file)}
+        return names_by_node(listeners, self.store.items("Node"), taken)
 
     async def _first_objects(self) -> None:
         from edgeward.core.resource import decode

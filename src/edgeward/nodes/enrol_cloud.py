@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -82,6 +82,7 @@ class Enrolment:
         *,
         urls: list[str],
         named: list[str] | None = None,
+        names: Callable[[], Mapping[str, Sequence[str]]] = dict,
         life: float = rules.DEFAULT_LIFE,
         changed: Callable[[str], Awaitable[None]] | None = None,
         now: Callable[[], float] = clock.now,
@@ -90,6 +91,8 @@ class Enrolment:
         self._write, self._audit, self._vault = write, audit, vault
         #: ``named``: addresses that the operator gave, which nodes are told at each renewal.
         self._urls, self._named, self._life, self._now = urls, named or [], life, now
+        #: Names, by node, that certificates of nodes have besides their own.
+        self._names = names
         #: Told of a node that got or lost its identity.
         self._changed = changed
         #: Members as they were unsealed, by revision: every word of a node asks for its own.
@@ -388,9 +391,11 @@ class Enrolment:
 
     def _certificate(self, csr: x509.CertificateSigningRequest, node: str, now: float) -> _Made:
         issued, expires = float(int(now)), float(int(now + self._life))
+        names = self._names().get(node, ())
         return _Made(
-            self._identity.authority.node(csr, node, expires), issued, expires, self._trusted(), self._told_now()
-        )
+            self._identity.authority.node(csr, node, expires, names), issued, expires, self._trusted(),
+            self._told_now(names),
+        )  # fmt: skip
 
     def _trusted(self) -> str:
         """All CAs to trust. In an order that an activation does not change: it is no news to a node."""
@@ -402,14 +407,17 @@ class Enrolment:
 
     # -- the hub's own CA ------------------------------------------------------------------------------------------
 
-    def _told_now(self) -> str:
-        """A digest of what a renewal tells: the CAs to trust, and the hub's addresses where its operator named them."""
-        return _digest(self._trusted() + "\n".join(sorted(self._named)))
+    def _told_now(self, names: Sequence[str]) -> str:
+        """A digest of what a renewal tells: the CAs to trust, the hub's addresses where its operator named them, and
+        the node's further names."""
+        return _digest("\n".join((self._trusted() + "\n".join(sorted(self._named)), *names)))
 
     def waiting(self) -> list[str]:
-        """Nodes that have not heard of the CAs that are to be trusted now, or of the hub's addresses."""
-        now = self._told_now()
-        return sorted(n for n, m in self.members().items() if m.key and m.trusts != now)
+        """Nodes that have not heard of the CAs that are to be trusted now, or of the hub's addresses, or whose
+        certificate has not the names that it should."""
+        now, names = self._told_now(()), self._names()
+        told = {n: self._told_now(more) for n, more in names.items()}
+        return sorted(n for n, m in self.members().items() if m.key and m.trusts != told.get(n, now))
 
     def proof(self, request: bytes, grant: bytes) -> bytes:
         """The hub's signature over an answer."""
