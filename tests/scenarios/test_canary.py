@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from edgeward.functions.canary import gets_canary
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "03-canary"
+SAMPLES = ("functions", "samples", "price", "-o", "jsonl")
 CUSTOMERS = [f"customer-{n}" for n in range(24)]
 
 
@@ -70,6 +71,12 @@ def test_a_canary_is_promoted_and_a_bad_one_goes_back_at_a_cut_site(lab: Callabl
     at_site = system.get("function", "price", "--at", "plant-1")
     assert at_site["spec"]["canary"], "what is declared stays what is declared"
 
+    failed = [json.loads(line) for line in system.run(*SAMPLES, "--at", "plant-1").splitlines()]
+    assert len(failed) == got[500], "what it could not answer is kept, for those who mend it"
+    assert {(s["why"], s["version"], s["input"], s["error"]) for s in failed} == {
+        ("error", third, '{"pieces": 20}', "error")
+    }
+
     out = system.run("--at", "plant-1", "functions", "rollback", "price")
     assert out == f"function/price rolled back to {second}\n"
     assert "canary" not in system.get("function", "price", "--at", "plant-1")["spec"]
@@ -77,6 +84,17 @@ def test_a_canary_is_promoted_and_a_bad_one_goes_back_at_a_cut_site(lab: Callabl
     system.run("--at", "plant-1", "functions", "rollback", "price", "--to", "0123", code=5)
     system.run("lab", "heal", "plant", "--data", str(system.data))
     system.wait("the site's change at the hub", lambda: "canary" not in system.get("function", "price")["spec"])
+
+    def at_hub() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in system.run(*SAMPLES).splitlines()]
+
+    assert at_hub() == failed, "when it is there again, the hub reads them from it"
+    assert system.run("functions", "samples", "price", "--limit", "2").count("plant-1") == 2
+    head, row, *more = system.run("functions", "metrics", "price").splitlines()
+    assert (head.split()[:3], row.split()[0], row.split()[2]) == (["NODE", "CALLS", "FAILED"], "plant-1", str(got[500]))
+    assert f"plant-1: failed: error {got[500]}" in more
+    numbers = json.loads(system.run("--at", "plant-1", "functions", "metrics", "price", "-o", "json"))["nodes"][0]
+    assert sum(numbers["latency"]) == numbers["calls"] >= len(CUSTOMERS) * 3
 
     # what was before is kept at the hub as well
     kept = json.loads(system.run("functions", "versions", "price", "-o", "json"))["items"]

@@ -27,9 +27,20 @@ from edgeward.core.invocation import MAX_BODY
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key
 from edgeward.core.streaming import flag, json, number, read_body
-from edgeward.functions.edge import read_logs
+from edgeward.functions.edge import read_logs, read_samples
 from edgeward.functions.keeping import EdgeHistory
-from edgeward.functions.relay import INVOKE, LONGEST, SILENCE, answer, call_args, log_args, pieces_of, to_plane
+from edgeward.functions.relay import (
+    INVOKE,
+    LONGEST,
+    SAMPLES,
+    SILENCE,
+    answer,
+    call_args,
+    log_args,
+    pieces_of,
+    sample_args,
+    to_plane,
+)
 from edgeward.functions.relay import LOGS as FUNCTION_LOGS
 from edgeward.gateway.relay import CALL
 from edgeward.nodes.calls import Handler
@@ -72,6 +83,16 @@ class AgentRoutes:
                 methods=["GET"],
             ),
             Route(
+                "/api/v1/namespaces/{ns}/functions/{name}/samples",
+                needs("logs", "Function", "object")(self._function_samples_route),
+                methods=["GET"],
+            ),
+            Route(
+                "/api/v1/namespaces/{ns}/functions/{name}/metrics",
+                needs("get", "Function", "object")(self._function_metrics_route),
+                methods=["GET"],
+            ),
+            Route(
                 "/api/v1/namespaces/{ns}/functions/{name}/versions",
                 needs("get", "Function", "object")(self._function_versions_route),
                 methods=["GET"],
@@ -95,6 +116,8 @@ class AgentRoutes:
             "invoke": self._invoke,
             CALL: self._doors.called,
             "function-logs": lambda args: read_logs(self._data / "functions", args),
+            "function-samples": lambda args: read_samples(self._data / "functions", args),
+            "function-metrics": self._function_numbers,
         }
 
     def _function_known(self, request: Request) -> tuple[str, str]:
@@ -120,6 +143,25 @@ class AgentRoutes:
     async def _function_logs_route(self, request: Request) -> Response:
         args = log_args(*self._function_known(request), request)
         return StreamingResponse(read_logs(self._data / "functions", args), media_type="text/plain; charset=utf-8")
+
+    @described(
+        "Samples of a function on this node, one JSON object a line", query=SAMPLES, media="application/x-ndjson"
+    )
+    async def _function_samples_route(self, request: Request) -> Response:
+        args = sample_args(*self._function_known(request), request)
+        return StreamingResponse(read_samples(self._data / "functions", args), media_type="application/x-ndjson")
+
+    @described("How a function does on this node since its plane started: calls, failures, latencies, instances")
+    async def _function_metrics_route(self, request: Request) -> Response:
+        namespace, name = self._function_known(request)
+        return json({"nodes": [await self._numbers({"namespace": namespace, "name": name})]})
+
+    async def _numbers(self, args: dict[str, Any]) -> dict[str, Any]:
+        key = f"{args.get('namespace')}/{args.get('name')}"
+        return {"node": self._node, **await self._plane.one("functions.numbers", timeout=10.0, key=key)}
+
+    async def _function_numbers(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
+        yield msgspec.json.encode(await self._numbers(args))
 
     @described("The versions of a function that this node keeps, the present one last")
     async def _function_versions_route(self, request: Request) -> Response:

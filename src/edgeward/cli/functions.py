@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from edgeward.cli.feedback import metrics, samples
 from edgeward.cli.observe import Follow, count, harmless
 from edgeward.cli.output import write
 from edgeward.cli.session import Session, UsageError, command
@@ -164,6 +165,8 @@ def blobs(session: Session) -> None:
 
 app.command("logs")(command(logs))
 app.command("bundle")(command(bundle))
+app.command("metrics")(command(metrics))
+app.command("samples")(command(samples))
 app.command("versions")(command(versions))
 app.command("promote")(command(promote))
 app.command("rollback")(command(rollback))

@@ -19,8 +19,10 @@ from typing import Any
 
 from edgeward.core import cgroup, clock
 from edgeward.core import invocation as wire
+from edgeward.core.errors import NotFound
 from edgeward.core.files import ensure_dir
 from edgeward.core.invocation import Call, CallFailed, Event, Reply
+from edgeward.functions import picks, samples
 from edgeward.functions.asks import Asks, Sampler
 from edgeward.functions.logs import Line, LogFile, level_name
 from edgeward.functions.memory import Memory
@@ -61,7 +63,7 @@ class Dispatcher:
         judged: Judged = lambda *_: None,
     ) -> None:
         self.asks = Asks(Memory(folder / "state.db"))
-        self.asks.sampler = sample
+        self.asks.sampler = sample or self._offered
         self.folder, self.node, self.site = ensure_dir(folder), node, site
         self.tmp = ensure_dir(folder / "tmp")
         self._report, self._tell, self.good, self.judged = report, tell, good, judged
@@ -130,12 +132,39 @@ class Dispatcher:
             reply = await job.future
             if reply.status >= 500 and f.canary is not None:
                 f.answered_badly(reply)
+            if f.samples is not None:
+                self._sample(f, call, reply, None)
             return reply
+        except CallFailed as e:
+            if f.samples is not None:
+                self._sample(f, call, None, e)
+            raise
         finally:
             f.in_hand -= 1
             if job.future.cancelled():
                 for waiting in f.pools():
                     waiting.forget(job)
+
+    def _sample(self, f: Function, call: Call, reply: Reply | None, error: CallFailed | None) -> None:
+        """A call ended of a function whose samples are kept."""
+        file, done = f.samples, reply or error
+        if file is None or done is None:
+            return
+        if why := picks.why_kept(file.plan, done.invocation, error.kind if error else "", done.status):
+            time = clock.timestamp()
+            if file.has_room(time, len(call.event.data) + (len(reply.body) if reply else 0)):
+                file.keep(samples.of_call(time, why, self.node, call.event, reply, error, done.version))
+
+    async def _offered(self, version: Version, invocation: str, offer: wire.Sample) -> bool:
+        """A handler offers a pair: whether it is kept."""
+        f = self._functions.get(version.key)
+        file = f.samples if f is not None else None
+        if file is None or not picks.is_wanted(file.plan, offer.score):
+            return False
+        time = clock.timestamp()
+        if not file.has_room(time, len(offer.input) + len(offer.output)):
+            return False
+        return file.keep(samples.of_offer(time, self.node, invocation, offer, version.digest))
 
     def _cannot(self, f: Function, call: Call) -> CallFailed:
         name = f.wanted.key
@@ -301,13 +330,21 @@ class Dispatcher:
                 "failed": dict(f.failed),
                 "latency": list(f.latency),
                 "seconds": f.seconds,
-                "cold": sum(p.cold for p in f.pools()),
+                "cold": f.cold + sum(p.cold for p in f.pools()),
                 "in_hand": f.in_hand,
                 "instances": sum(len(p.links) for p in f.pools()),
                 "log_dropped": f.log.dropped if f.log else 0,
+                **samples.counters(f.samples),
             }
             for key, f in sorted(self._functions.items())
         }
+
+    def numbers(self, key: str) -> dict[str, Any]:
+        """Of one function: its counters, its instances (version, process), how its canary does. Raises ``NotFound``."""
+        f = self._functions.get(key)
+        if f is None:
+            raise NotFound("is not on this node", resource=f"Function/{key}")
+        return {**self.counters()[key], **f.numbers()}
 
     # -- life --------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ configuration file sealed with the node's own key, as they lie in the replica.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from edgeward.core.errors import Invalid, NotFound
 from edgeward.core.quantity import parse_duration
 from edgeward.core.resource import Resource, check_name
 from edgeward.functions import logs
+from edgeward.functions.samples import samples_path, wanted_lines
 from edgeward.functions.stock import Missing
 from edgeward.functions.versions import config_of
 
@@ -26,6 +28,8 @@ from edgeward.functions.versions import config_of
 Lookup = Callable[[str, str], tuple[dict[str, str], str] | None]
 #: Seconds that an invocation from outside may take at most; a function's own limit is at most this.
 LONGEST = 900.0
+#: Samples that one question may bring.
+LIMIT = 10_000
 
 
 class Seals(Protocol):
@@ -113,18 +117,32 @@ class Sections:
         return (spec.dependencies and self._shelf.packages(ns, spec.dependencies.lock)) or code
 
 
+def _since(args: dict[str, Any]) -> str:
+    """The timestamp that ``since`` (a duration) means; empty where it is not given."""
+    if not args.get("since"):
+        return ""
+    try:
+        return clock.timestamp(clock.now() - parse_duration(str(args["since"])))
+    except ValueError as e:
+        raise Invalid(str(e), field="?since") from None
+
+
+async def read_samples(folder: Path, args: dict[str, Any]) -> AsyncIterator[bytes]:
+    """The samples of the function that ``args`` name, one JSON line each, the newest ``limit``. Raises ``Invalid``."""
+    namespace, name = (check_name(str(args[w]), "", "") for w in ("namespace", "name"))
+    path, since, why = samples_path(folder, namespace, name), _since(args), str(args.get("why", ""))
+    limit = max(1, min(int(args.get("limit", 100)), LIMIT))
+    for line in await asyncio.to_thread(wanted_lines, path, since, why, limit):
+        yield line + b"\n"
+
+
 def read_logs(folder: Path, args: dict[str, Any]) -> AsyncIterator[bytes]:
     """The log of the function that ``args`` name, below the node's ``functions/``. Raises ``Invalid``, ``NotFound``."""
     name = str(args["name"])
     file = logs.LogFile(logs.log_path(folder, check_name(str(args["namespace"]), "", ""), check_name(name, "", "")), 0)
     if not file.path.exists():
         raise NotFound("wrote nothing on this node", resource=f"Function/{name}", remedy="was it called here?")
-    since = ""
-    if args.get("since"):
-        try:
-            since = clock.timestamp(clock.now() - parse_duration(str(args["since"])))
-        except ValueError as e:
-            raise Invalid(str(e), field="?since") from None
+    since = _since(args)
     wanted = logs.wanted(
         level=str(args.get("level", "")),
         since=since,

@@ -53,14 +53,17 @@ class LogFile:
 
     def add(self, line: Line) -> bool:
         """Takes a line; True when it is the first that waits for :meth:`flush`."""
-        data = _encode(line)
+        first = not self._buffer
+        return self.add_raw(_encode(line)) and first
+
+    def add_raw(self, data: bytes) -> bool:
+        """Takes a line as it is to stand there; False when there is no room."""
         if len(self._buffer) + len(data) > _BUFFER or len(data) > self.cap // 4:
             self.dropped += 1
             return False
-        first = not self._buffer
         self._buffer += data
         self._buffer += b"\n"
-        return first
+        return True
 
     def flush(self) -> None:
         """Writes what waits. A disk that is full costs the lines, not the function."""
@@ -110,6 +113,14 @@ class LogFile:
                 if wanted(line):
                     found.append(line)
         return found[::-1]
+
+    def raw(self, wanted: Callable[[bytes], bool]) -> list[bytes]:
+        """The lines that are wanted, as they stand there, oldest first."""
+        found: list[bytes] = []
+        for path in (self._old, self.path):
+            with contextlib.suppress(OSError):
+                found += filter(wanted, path.read_bytes().splitlines())
+        return found
 
     def read(self, at: int) -> tuple[list[Line], int]:
         """What came behind byte ``at``, and where it ends; a file that was begun anew is read from its beginning."""

@@ -24,6 +24,7 @@ from edgeward.core.invocation import Call, CallFailed, Event, Reply
 from edgeward.functions.clockwork import Clockwork
 from edgeward.functions.dispatcher import Dispatcher
 from edgeward.functions.edge import place
+from edgeward.functions.measure import with_memory
 from edgeward.functions.relay import Head
 from edgeward.functions.stats import metrics
 from edgeward.functions.versions import Config
@@ -91,6 +92,7 @@ class FunctionsPart:
         self.verbs: Mapping[str, Verb] = {
             "invoke": self._invoke,
             "functions.stats": self._stats,
+            "functions.numbers": self._numbers,
             "functions.enforced": self._enforced,
         }
 
@@ -262,6 +264,9 @@ class FunctionsPart:
 
     async def _stats(self, _: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         yield {"metrics": metrics(self.dispatcher.counters())}
+
+    async def _numbers(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        yield await asyncio.to_thread(with_memory, self.dispatcher.numbers(str(args.get("key", ""))))
 
     async def _enforced(self, _: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         probed = self.dispatcher.probed

@@ -44,6 +44,27 @@ LOGS: Mapping[str, tuple[Form, str]] = {
 }
 
 
+SAMPLES: Mapping[str, tuple[Form, str]] = {
+    "since": ("string", "Only what is younger, e.g. 24h"),
+    "limit": ("integer", "So many of each node, the newest; at most 10000"),
+    "why": ("string", "Only what was kept for this reason: error, rate, score or offered"),
+}
+
+
+def sample_args(namespace: str, name: str, request: Request) -> dict[str, Any]:
+    """What is asked of a function's samples."""
+    why = request.query_params.get("why", "")
+    if why not in ("", "error", "rate", "score", "offered"):
+        raise Invalid(f"{why[:20]!r} is no reason", field="?why", remedy="error, rate, score or offered")
+    return {
+        "namespace": namespace,
+        "name": name,
+        "since": request.query_params.get("since", "")[:64],
+        "limit": number(request, "limit", 100, high=10_000),
+        "why": why,
+    }
+
+
 def call_args(
     namespace: str, name: str, data: bytes, query: Mapping[str, str], headers: Mapping[str, str]
 ) -> dict[str, Any]:

@@ -115,6 +115,26 @@ class Canary(Declared):
     latency: Annotated[Duration, Meta(description="Slower calls count as failed; 0: only errors count")] = 0
 
 
+class Score(Declared):
+    """Of pairs that a handler offers by context.sample(): which scores are kept. Both left out: all."""
+
+    below: Annotated[float | None, Meta(description="Kept when the score is less, e.g. the model was not sure")] = None
+    above: Annotated[float | None, Meta(description="Kept when the score is more")] = None
+
+
+class Samples(Declared):
+    """Inputs and outputs that are kept on each node, for those who look after the function or its model.
+
+    They may be people's data: left out, nothing is kept.
+    """
+
+    rate: Annotated[float, Meta(description="This share of the calls, e.g. 0.01", ge=0, le=1)] = 0.0
+    errors: Annotated[bool, Meta(description="Calls that failed or were answered 500 and above")] = False
+    score: Annotated[Score | None, Meta(description="Pairs that the handler offers; left out: all of them")] = None
+    perDay: Annotated[Size, Meta(description="Bytes a day (UTC) on each node; more is counted, not kept")] = "1Mi"
+    keep: Annotated[Size, Meta(description="Hard cap on each node's disk, oldest half first to go")] = "8Mi"
+
+
 class Cron(Declared):
     """A call at times of the node's own clock, with and without the link."""
 
@@ -195,6 +215,7 @@ class FunctionSpec(Declared):
         None
     )
     logs: Annotated[Logs, Meta(description="What is kept of its log")] = msgspec.field(default_factory=Logs)
+    samples: Annotated[Samples | None, Meta(description="What is kept of its calls; left out: nothing")] = None
     placement: Annotated[Placement, Meta(description="Where")] = msgspec.field(default_factory=Placement)
 
 
@@ -238,6 +259,8 @@ def _check_numbers(spec: FunctionSpec) -> None:
         ("limits.body", limits.body, 1),
         ("logs.bytes", spec.logs.bytes, 16384),
         ("state.bytes", spec.state.bytes, 0),
+        *([("samples.perDay", spec.samples.perDay, 1024)] if spec.samples else []),
+        *([("samples.keep", spec.samples.keep, 65536)] if spec.samples else []),
     ):
         try:
             size = parse_bytes(value)
@@ -247,6 +270,8 @@ def _check_numbers(spec: FunctionSpec) -> None:
             raise Invalid(f"{size} bytes are too few", field=f"$.spec.{name}", remedy=f"at least {least}")
     if parse_bytes(spec.state.bytes) > _MAX_STATE:
         raise Invalid("is more than 64Mi", field="$.spec.state.bytes", remedy="keep large things elsewhere")
+    if spec.samples and parse_bytes(spec.samples.keep) > 256 << 20:
+        raise Invalid("is more than 256Mi", field="$.spec.samples.keep", remedy="fetch them more often")
     if parse_bytes(limits.body) > 6 << 20:
         raise Invalid("is more than 6Mi", field="$.spec.limits.body", remedy="send larger answers in pieces (yield)")
     for name, duration in (("timeout", limits.timeout), ("startup", limits.startup)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 #: Upper bounds of the latency's histogram, seconds.
@@ -14,7 +14,9 @@ HELP = {
     "edgeward_function_latency_total": "Calls that took at most `le` seconds.",
     "edgeward_function_in_hand": "Calls that run or wait.",
     "edgeward_function_instances": "Instances that are there.",
-    "edgeward_function_cold_starts_total": "Instances started, of the versions that are there.",
+    "edgeward_function_cold_starts_total": "Instances started.",
+    "edgeward_function_samples_total": "Samples that were kept.",
+    "edgeward_function_samples_dropped_total": "Samples that were not kept for want of room.",
     "edgeward_function_log_dropped_total": "Log lines that were not kept because the disk could not keep up.",
 }
 
@@ -30,6 +32,9 @@ def metrics(counters: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         values[f"{p}instances{{{function}}}"] = float(c["instances"])
         values[f"{p}cold_starts_total{{{function}}}"] = float(c["cold"])
         values[f"{p}log_dropped_total{{{function}}}"] = float(c["log_dropped"])
+        for name in ("samples", "samples_dropped"):
+            if name in c:
+                values[f"{p}{name}_total{{{function}}}"] = float(c[name])
         for kind, n in c["failed"].items():
             values[f'{p}failed_total{{{function},kind="{kind}"}}'] = float(n)
         total = 0
@@ -37,3 +42,30 @@ def metrics(counters: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
             total += n
             values[f'{p}latency_total{{{function},le="{bound}"}}'] = float(total)
     return values
+
+
+def quantile(latency: Sequence[int], q: float) -> float:
+    """Seconds below which the share ``q`` of calls was answered, by the histogram: straight lines within a bucket, and
+    the last bound for what was slower. 0 without calls."""
+    total = sum(latency)
+    if not total:
+        return 0.0
+    rank, below, least = q * total, 0, 0.0
+    for bound, n in zip(BUCKETS, latency, strict=False):
+        if n and below + n >= rank:
+            return least + (bound - least) * (rank - below) / n
+        below, least = below + n, bound
+    return BUCKETS[-1]
+
+
+def added(nodes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The numbers of several nodes as those of one."""
+    whole: dict[str, Any] = {"failed": {}, "latency": [0] * (len(BUCKETS) + 1), "running": []}
+    for n in nodes:
+        for name in ("calls", "seconds", "cold", "in_hand", "samples", "samples_dropped", "log_dropped"):
+            whole[name] = whole.get(name, 0) + n.get(name, 0)
+        for kind, count in n.get("failed", {}).items():
+            whole["failed"][kind] = whole["failed"].get(kind, 0) + count
+        whole["latency"] = [a + b for a, b in zip(whole["latency"], n.get("latency", []), strict=False)]
+        whole["running"] += n.get("running", [])
+    return whole

@@ -24,6 +24,7 @@ from edgeward.functions import scale
 from edgeward.functions.canary import Tally
 from edgeward.functions.logs import LogFile, log_path
 from edgeward.functions.pool import Host, Job, Pool
+from edgeward.functions.samples import SampleFile, forget, samples_path
 from edgeward.functions.stats import BUCKETS
 from edgeward.functions.versions import Config, Version
 
@@ -83,6 +84,8 @@ class Function:
         self.fallback, self.verdict = fallback, verdict
         self.draining: set[Pool] = set()
         self.in_hand = 0
+        #: Cold starts of versions that are gone.
+        self.cold = 0
         self.phase, self.message = "Starting", ""
         #: Why a newer version cannot be had yet: the phase that this is, and the reason.
         self.held: tuple[str, str] | None = None
@@ -99,6 +102,7 @@ class Function:
         self._telling: asyncio.TimerHandle | None = None
         self.gone = False
         self.log: LogFile | None = None
+        self.samples: SampleFile | None = None
 
     # -- which version answers -------------------------------------------------------------------------------------
 
@@ -136,6 +140,7 @@ class Function:
         path = log_path(self._home.folder, version.namespace, version.name)
         if self.log is None or self.log.cap != config.policy.log_bytes:
             self.log = LogFile(path, config.policy.log_bytes)
+        self._sampled(config)
         changed = self.wanted.digest != version.digest
         # what was taken back as a canary is now wanted for all calls: somebody insists
         changed |= self.policy.canary is not None and plan is None and self._condemned()
@@ -160,6 +165,16 @@ class Function:
             self.trying = asyncio.ensure_future(self._try())
             self._home.own(self.trying)
         self.tell_soon()
+
+    def _sampled(self, config: Config) -> None:
+        plan = config.policy.samples
+        if plan is None:
+            self.samples = None
+        elif self.samples is not None:
+            self.samples.replan(plan)
+        else:
+            version = config.version
+            self.samples = SampleFile(samples_path(self._home.folder, version.namespace, version.name), plan)
 
     def _condemned(self) -> bool:
         return self.verdict is not None and self.verdict[0] == self.wanted.digest
@@ -210,6 +225,7 @@ class Function:
             pool.drain()
         if self.log is not None:
             self.log.remove()
+        forget(self._home.folder, self.wanted.namespace, self.wanted.name)
 
     def _new_pool(self, version: Version) -> Pool:
         pool = Pool(
@@ -452,9 +468,29 @@ class Function:
             doc["phase"] = "Updating" if self.held[0] == "Pending" else "Degraded"
         return doc
 
+    def numbers(self) -> dict[str, Any]:
+        """Its instances, and how stable and canary do beside one another."""
+        doc: dict[str, Any] = {
+            "running": [
+                {"version": p.version.digest, "pid": link.child.pid if link.child else 0, "busy": link.job is not None}
+                for p in self.pools()
+                for link in p.links
+            ]
+        }
+        if self.canary is not None and self.current is not None:
+            arms = zip((self.current, self.canary), self.tallies, strict=True)
+            names = ("stable", "canary")
+            doc["judged"] = {
+                name: {"version": pool.version.digest, "calls": tally.calls, "failed": tally.failed}
+                for name, (pool, tally) in zip(names, arms, strict=True)
+            }
+        return doc
+
     def tell_soon(self) -> None:
         """What a status consists of may have changed."""
-        self.draining = {p for p in self.draining if p.links or p.starting}
+        for pool in [p for p in self.draining if not p.links and not p.starting]:
+            self.draining.discard(pool)
+            self.cold += pool.cold
         self._home.wake()
         said = tuple((k, str(v)) for k, v in self.status().items() if k != "instances")
         if said != self._told:

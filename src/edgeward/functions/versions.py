@@ -17,6 +17,7 @@ from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
 from edgeward.functions.canary import Plan
 from edgeward.functions.parts import lock_digest
+from edgeward.functions.picks import SamplePlan
 from edgeward.functions.sources import RULES
 from edgeward.functions.spec import Cron, FunctionSpec
 
@@ -94,6 +95,8 @@ class Policy(msgspec.Struct, omit_defaults=True):
     crons: list[CronPlan] = []
     #: What is wanted gets a share of the calls; the version before it goes on.
     canary: Plan | None = None
+    #: None: nothing of its calls is kept.
+    samples: SamplePlan | None = None
     #: Topic filters that it may publish on, bytes that it may remember.
     publish: list[str] = []
     state: int = 1 << 20
@@ -122,6 +125,14 @@ def _canary(spec: FunctionSpec) -> Plan | None:
     return (
         None if c is None else Plan(float(c.weight), c.calls, c.errors, parse_duration(c.latency) if c.latency else 0.0)
     )
+
+
+def _samples(spec: FunctionSpec) -> SamplePlan | None:
+    s = spec.samples
+    if s is None:
+        return None
+    below, above = (s.score.below, s.score.above) if s.score is not None else (None, None)
+    return SamplePlan(s.rate, s.errors, below, above, parse_bytes(s.perDay), parse_bytes(s.keep))
 
 
 def config_of(
@@ -190,6 +201,7 @@ def config_of(
             check=None if spec.check is None else spec.check.data.encode(),
             crons=[_plan(t.cron) for t in spec.triggers if t.cron is not None],
             canary=_canary(spec),
+            samples=_samples(spec),
             publish=list(spec.publish),
             state=parse_bytes(spec.state.bytes),
         ),

@@ -35,7 +35,7 @@ from edgeward.core.scope import takes
 from edgeward.core.store import Store
 from edgeward.core.streaming import flag, json, ndjson, number, read_body
 from edgeward.functions.keeping import CloudHistory
-from edgeward.functions.relay import INVOKE, SILENCE, answer, call_args, log_args
+from edgeward.functions.relay import INVOKE, SAMPLES, SILENCE, answer, call_args, log_args, sample_args
 from edgeward.functions.relay import LOGS as FUNCTION_LOGS
 from edgeward.nodes.calls import call
 from edgeward.nodes.cloud import NodesCloud
@@ -75,6 +75,16 @@ class HubRoutes:
             Route(
                 f"{base}/namespaces/{{ns}}/functions/{{name}}/logs",
                 needs("logs", "Function", "object")(self.function_logs),
+                methods=["GET"],
+            ),
+            Route(
+                f"{base}/namespaces/{{ns}}/functions/{{name}}/samples",
+                needs("logs", "Function", "object")(self.function_samples),
+                methods=["GET"],
+            ),
+            Route(
+                f"{base}/namespaces/{{ns}}/functions/{{name}}/metrics",
+                needs("get", "Function", "object")(self.function_metrics),
                 methods=["GET"],
             ),
             Route(
@@ -201,6 +211,50 @@ class HubRoutes:
         nodes = self._placed(function, request.query_params.get("node", ""))
         args = log_args(function.metadata.namespace, function.metadata.name, request)
         return StreamingResponse(self._merge(nodes, args, "function-logs"), media_type="text/plain; charset=utf-8")
+
+    @described(
+        "Samples of a function on all its nodes, one JSON object a line; a node that is away is a line with its name "
+        "and error",
+        query={"node": ("string", "On this node only"), **SAMPLES},
+        media="application/x-ndjson",
+    )
+    async def function_samples(self, request: Request) -> Response:
+        function = self._store.get(Key("Function", request.path_params["ns"], request.path_params["name"]))
+        nodes = self._placed(function, request.query_params.get("node", ""))
+        args = sample_args(function.metadata.namespace, function.metadata.name, request)
+        return StreamingResponse(self._samples(nodes, args), media_type="application/x-ndjson")
+
+    async def _samples(self, nodes: list[str], args: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+        """Node after node: a file of samples is a matter of seconds, and order is worth more."""
+        for node in nodes:
+            rest = b""
+            try:
+                if not self._nodes.is_online(node):
+                    raise Unreachable("is not connected; its samples are on it")
+                async with contextlib.aclosing(call(self._nc, node, "function-samples", args)) as pieces:  # type: ignore[type-var]
+                    async for piece in pieces:
+                        whole, _, rest = (rest + piece).rpartition(b"\n")
+                        if whole:
+                            yield whole + b"\n"
+            except EdgewardError as e:
+                yield msgspec.json.encode({"node": node, "unreadable": str(e)}) + b"\n"
+
+    @described("How a function does on each of its nodes: calls, failures, latencies, instances")
+    async def function_metrics(self, request: Request) -> Response:
+        function = self._store.get(Key("Function", request.path_params["ns"], request.path_params["name"]))
+        nodes = self._placed(function, request.query_params.get("node", ""))
+        args = {"namespace": function.metadata.namespace, "name": function.metadata.name}
+        return json({"nodes": await asyncio.gather(*(self._numbers(node, args) for node in nodes))})
+
+    async def _numbers(self, node: str, args: dict[str, Any]) -> dict[str, Any]:
+        try:
+            if not self._nodes.is_online(node):
+                raise Unreachable("is not connected")
+            data = b"".join([p async for p in call(self._nc, node, "function-metrics", args, timeout=15.0)])
+            found: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
+        except (EdgewardError, msgspec.MsgspecError) as e:
+            return {"node": node, "unreadable": str(e)}
+        return {**found, "node": node}
 
     @described("The versions of a function that are kept, the present one last")
     async def function_versions(self, request: Request) -> Response:
