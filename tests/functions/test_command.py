@@ -88,16 +88,19 @@ async def test_a_program_may_leave_its_input_unread_and_answer_much(tmp_path: Pa
 
 
 @looped
-async def test_a_process_that_is_left_behind_holds_no_answer_up_and_goes_with_the_instance(tmp_path: Path) -> None:
-    code = "#!/bin/sh\nsleep 600 &\necho $!\n"
+async def test_a_process_that_is_left_behind_holds_no_answer_up_and_is_ended_behind_it(tmp_path: Path) -> None:
+    code = "#!/bin/sh\nsleep 600 &\necho $! $PPID\n"
     async with Node(tmp_path) as node:
         node.d.configure([command("f", code=code, mode="stdio", scale={"max": 1})])
-        pid = int((await node.call("f")).body)
-        if "pids" not in node.status("f")["enforced"]:
-            pytest.skip("no groups here")
-        assert Path(f"/proc/{pid}").exists()
-        node.d.configure([])
-        await until(lambda: not Path(f"/proc/{pid}").exists(), 30)
+        if "pids" not in (await node.d.probe()).enforced:
+            pytest.skip("no groups here, so there is no mode stdio")
+        seen = set()
+        for _ in range(5):  # each has an instance that is whole
+            pid, instance = map(int, (await node.call("f")).body.split())
+            seen.add(instance)
+            await until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 30)
+        assert len(seen) == 5
+        assert node.d.counters()["default/f"]["failed"] == {}
 
 
 @looped

@@ -388,9 +388,15 @@ class Sample(msgspec.Struct, array_like=True, tag=29):
     tags: dict[str, str] = {}
 
 
+class Leaving(msgspec.Struct, array_like=True, tag=30):
+    """From a worker in a call: it takes no other call after this one. Its socket is closed when it has answered."""
+
+    id: str
+
+
 ToWorker = Init | Invoke | Answer
 Ask = Publish | StateGet | StateSet | StateDelete | StateKeys | Sample
-FromWorker = Result | Jailed | Head | Chunk | End | Raised | Log | Ready | Broken | Ask
+FromWorker = Result | Jailed | Head | Chunk | End | Raised | Log | Ready | Broken | Leaving | Ask
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

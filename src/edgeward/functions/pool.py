@@ -140,6 +140,8 @@ class Link(asyncio.Protocol):
         self.guard: Guard | None = None
         self.idle_since = 0.0
         self.leaving = False
+        #: It takes no other call after this one.
+        self.last = False
         self._paused = False
         #: Why we ended it, when it was us.
         self.sentence: CallFailed | None = None
@@ -239,6 +241,8 @@ class Link(asyncio.Protocol):
             raise msgspec.ValidationError("something of a call that it does not have")
         if isinstance(message, wire.Raised):
             self._pool.raised(self, job, message)
+        elif isinstance(message, wire.Leaving):
+            self.last = True
         elif isinstance(message, wire.Head):
             if job.stream is not None:  # whoever reads the first one must hear of its end
                 raise msgspec.ValidationError("a second answer to one call")
@@ -395,6 +399,9 @@ class Pool:
     def _next(self, link: Link) -> None:
         """A worker is free."""
         link.job = None
+        if link.last:
+            link.leave()  # another one is started when it has gone
+            return
         if self.closed:
             if self.queue:
                 link.give(self.queue.popleft(), self.host.now())

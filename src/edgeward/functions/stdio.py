@@ -28,6 +28,7 @@ _DEFAULTS = (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ)
 
 def run(sock: socket.socket, argv: list[str], per_call: bool, may_fork: bool) -> None:
     """Serves calls until the socket closes; returns only with ``per_call``, or when the program cannot be started."""
+    os.set_inheritable(sock.fileno(), False)
     for one in _DEFAULTS:
         signal.signal(one, signal.SIG_DFL)  # Python ignores some, and a program would go on to
     if per_call:
@@ -35,7 +36,7 @@ def run(sock: socket.socket, argv: list[str], per_call: bool, may_fork: bool) ->
         if may_fork:
             _PerCall(sock, argv).run()
         else:
-            why = "mode stdio starts a process per call, which a node that does not enforce pids cannot bound"
+            why = "mode stdio starts a process per call, and this node cannot bound how many: it takes cgroups (root)"
             sock.sendall(wire.frame(wire.Broken(why)))
         return
     if sock.fileno() == WORKER_FD:
@@ -78,6 +79,17 @@ def environment(function: str, version: str, invocation: str, left: float, event
     return {k: v.replace("\0", "") for k, v in told.items() if "\0" not in k and "=" not in k}
 
 
+def _left_behind() -> bool:
+    """Whether a process is still there that a call started: those that lost their parent are ours."""
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return False
+        if not pid:
+            return True
+
+
 class _PerCall:
     """Speaks the protocol for a program that is started for each call."""
 
@@ -106,7 +118,10 @@ class _PerCall:
         self._send(wire.Ready(1, _SDK))
         while (call := self._receive()) is not None:
             if isinstance(call, wire.Invoke):
-                self._send(self._answer(init, call))
+                answer = self._answer(init, call)
+                if _left_behind():  # it ends with this instance, and no other call has to do with it
+                    self._send(wire.Leaving(call.id))
+                self._send(answer)
 
     def _answer(self, init: wire.Init, call: wire.Invoke) -> wire.Result | wire.Raised:
         env = self._base | environment(f"{init.namespace}/{init.name}", init.version, call.id, call.left, call.event)
@@ -146,7 +161,12 @@ class _PerCall:
             finally:
                 os.kill(pid, signal.SIGKILL)  # not reaped yet, so it is ours; most often it has ended
                 _, status = os.waitpid(pid, 0)
-            return (0 if len(body) > bound else os.waitstatus_to_exitcode(status)), body
+            if len(body) > bound:
+                return 0, body
+            if (ended := os.waitstatus_to_exitcode(status)) == -signal.SIGKILL:
+                # by the kernel, for its memory? The node knows, and asks when this process ends likewise
+                os.kill(os.getpid(), signal.SIGKILL)
+            return ended, body
         finally:
             for fd in held:
                 os.close(fd)

@@ -202,6 +202,8 @@ def _child(
             sandbox.await_guard(verdict.listener)
         gc.enable()
         if spawn.program is not None and not spawn.probe:
+            if spawn.program.per_call:
+                sandbox.adopts_orphans()
             stdio.run(sock, spawn.program.argv, spawn.program.per_call, "pids" in verdict.enforced)
         elif not spawn.probe:
             serve(sock)
