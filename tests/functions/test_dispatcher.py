@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import sys
 from pathlib import Path
@@ -467,6 +468,22 @@ async def test_a_zygote_that_dies_is_replaced(tmp_path: Path) -> None:
 
         await until(answers, 30)
         assert node.d.nursery.pid not in (0, old)
+
+
+@looped
+async def test_a_start_that_was_made_ready_ends_with_its_zygote_too(tmp_path: Path) -> None:
+    """Nobody could end it any more, and it may become a worker."""
+    async with Node(tmp_path) as node:
+        node.d.configure([function("f", HELLO)])
+        await node.call("f", b"a")
+        await until(lambda: node.d.nursery._spare is not None, 20)
+        ended = os.pidfd_open(node.d.nursery._spare.pid)  # type: ignore[union-attr]
+        try:
+            os.kill(node.d.nursery.pid, signal.SIGKILL)
+            # the loop stands still meanwhile, so it is not the nursery that ends it
+            assert select.select([ended], [], [], 30)[0]
+        finally:
+            os.close(ended)
 
 
 @looped

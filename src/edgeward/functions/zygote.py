@@ -120,9 +120,10 @@ class Zygote:
     def _fork(self, number: int, data: bytes, fds: list[int]) -> None:
         if not fds:
             raise OSError(errno.EMFILE, "its socket did not arrive")
+        me = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _child(data, fds, (self._control, self._bell, self._ring), self._work)
+            _child(data, fds, (self._control, self._bell, self._ring), me, self._work)
         try:
             # nobody but us reaps it, so the number is still its own
             pidfd = os.pidfd_open(pid)
@@ -165,13 +166,25 @@ def _frame(sock: socket.socket) -> tuple[bytes, list[int]]:
     return exactly(int.from_bytes(exactly(4), "big")), came
 
 
+def _tied_to(parent: int) -> None:
+    """Ends with its parent, and now if it has ended: nobody else could end it."""
+    sandbox.dies_with_parent()
+    if os.getppid() != parent:
+        os._exit(0)
+
+
 def _child(
-    data: bytes, fds: list[int], others: tuple[socket.socket, ...], serve: Callable[[socket.socket], None]
+    data: bytes,
+    fds: list[int],
+    others: tuple[socket.socket, ...],
+    parent: int,
+    serve: Callable[[socket.socket], None],
 ) -> None:
     """The worker, from the fork to its end. Never returns."""
     status = 1
     sock = socket.socket(fileno=fds.pop(0))
     try:
+        _tied_to(parent)  # a spare waits before it is in its cage
         for other in others:
             other.close()
         spawn = _decode(memoryview(data)[NUMBER.size :])
@@ -189,6 +202,8 @@ def _child(
             os.close(fd)
         os.environ.update(spawn.env)
         verdict = sandbox.enter(spawn.cage, outside)
+        if os.getppid() != parent:
+            os._exit(0)  # it ended while the change of user had untied us
         if spawn.program is not None:
             os.environ["HOME"] = os.environ["TMPDIR"] = spawn.cage.tmp
         else:
