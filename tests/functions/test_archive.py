@@ -52,6 +52,26 @@ def test_what_was_packed_is_unpacked(tmp_path: Path) -> None:
     assert (root / "main.py").stat().st_mode & 0o777 == 0o444
 
 
+def test_the_document_that_declares_a_folder_may_lie_in_it(tmp_path: Path) -> None:
+    src = _fill(tmp_path / "src")
+    data = pack(src)
+    (src / "function.yaml").write_text("x")
+    assert pack(src, src / "lib" / ".." / "function.yaml") == data != pack(src)
+
+
+def test_a_tar_with_a_zip_at_its_end_is_a_tar(tmp_path: Path) -> None:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        inner = _zip(("other.py", 0o100644))
+        entry = tarfile.TarInfo("inner.zip")
+        entry.size = len(inner)
+        tar.addfile(entry, io.BytesIO(inner))
+    file, root = tmp_path / "a.tar", tmp_path / "root"
+    file.write_bytes(made.getvalue())
+    root.mkdir()
+    assert unpack(file, root).files == ["inner.zip"]
+
+
 def test_links_that_lead_out_are_not_packed(tmp_path: Path) -> None:
     src = _fill(tmp_path / "src")
     (src / "inner.py").symlink_to("main.py")

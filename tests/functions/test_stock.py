@@ -188,17 +188,17 @@ async def test_what_nothing_refers_to_goes_oldest_first(tmp_path: Path) -> None:
 
 @looped
 async def test_a_function_runs_from_its_folder_and_its_packages_inside_the_cage(tmp_path: Path) -> None:
-    lock = wheel(tmp_path / "w", "tiny", {"tiny.py": "VALUE = 7\n"})
+    lock = wheel(tmp_path / "w", "tiny", {"tiny.py": "VALUE = 7\n", "typer/__init__.py": "MINE = 1\n"})
     bundle, _ = await make(lock, target_of("", "", 28), Source(find_links=str(tmp_path / "w")), tmp_path)
     main = (
-        "import tiny, pathlib\nHERE = pathlib.Path(__file__).parent\n"
+        "import tiny, typer, pathlib\nHERE = pathlib.Path(__file__).parent\n"
         "def handler(event, context):\n"
         "    try:\n        (HERE / 'main.py').write_text('x')\n        wrote = True\n"
         "    except OSError:\n        wrote = False\n"
         "    try:\n        other = (HERE.parent.parent / 'secret').read_text()\n"
         "    except OSError:\n        other = ''\n"
         "    data = len((HERE / 'data.bin').read_bytes())\n"
-        "    return {'value': tiny.VALUE, 'data': data, 'wrote': wrote, 'other': other}\n"
+        "    return {'value': tiny.VALUE, 'mine': typer.MINE, 'data': data, 'wrote': wrote, 'other': other}\n"
     )
     data, digest = packed(tmp_path / "src", main, bytes(10))
     hub = Hub()
@@ -221,6 +221,7 @@ async def test_a_function_runs_from_its_folder_and_its_packages_inside_the_cage(
         enforced = n.status("f")["enforced"]
         answer = msgspec.json.decode((await n.call("f")).body)
         assert (answer["value"], answer["data"]) == (7, 10)
+        assert answer["mine"] == 1, "its own package, not Edgeward's"
         if "files" in enforced:
             assert (answer["wrote"], answer["other"]) == (False, "")
         if os.geteuid() == 0 and "files" in enforced:

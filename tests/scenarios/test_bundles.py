@@ -100,7 +100,7 @@ def test_a_hub_without_a_registry_is_brought_what_it_lacks(systems: Callable[...
     up.run("diff", "-f", str(file), code=1)
     assert json.loads(up.run("functions", "blobs", "-o", "json"))["items"] == []
 
-    up.run("apply", "-f", str(file))
+    up.run("apply", "-f", str(file), "--wait", code=1)  # it does not wait for what will not come
 
     def message() -> str:
         status = up.get("function", "greet")["status"]

@@ -109,7 +109,7 @@ def packed(manifest: Manifest, pack: bool = True) -> tuple[tuple[str, bytes], ..
 
     base = Path(manifest.file).parent if Path(manifest.file).is_file() else Path()
     try:
-        data, digest = archive.pack(base / given)
+        data, digest = archive.pack(base / given, Path(manifest.file))
     except EdgewardError as e:
         e.field, e.line = "$.spec.source.folder", at["line"]
         e.message = f"{e.file}: {e.message}"

@@ -50,9 +50,9 @@ class Bounds(msgspec.Struct, frozen=True):
 # -- packing -----------------------------------------------------------------------------------------------------------
 
 
-def _inside(folder: Path) -> Iterator[tuple[str, Path]]:
+def _inside(folder: Path, without: Path | None) -> Iterator[tuple[str, Path]]:
     """Relative name and place of each file, links within the folder followed."""
-    root = folder.resolve()
+    root, left_out = folder.resolve(), without and without.resolve()
 
     def walk(at: Path, name: str, above: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
         for path in sorted(at.iterdir()):
@@ -65,6 +65,8 @@ def _inside(folder: Path) -> Iterator[tuple[str, Path]]:
                 if real in above:
                     raise Invalid(f"{relative} is a link to what it is in", file=str(folder), remedy="remove it")
                 yield from walk(path, f"{relative}/", (*above, real))
+            elif real == left_out:
+                continue
             elif real.is_file():
                 yield relative, path
             else:
@@ -73,8 +75,11 @@ def _inside(folder: Path) -> Iterator[tuple[str, Path]]:
     return walk(folder, "", (root,))
 
 
-def pack(folder: Path) -> tuple[bytes, str]:
-    """The folder as a tar.gz, and its digest. Raises ``Invalid``, ``TooLarge``."""
+def pack(folder: Path, without: Path | None = None) -> tuple[bytes, str]:
+    """The folder as a tar.gz, and its digest; ``without`` a file: the document that declares it may lie in it.
+
+    Raises ``Invalid``, ``TooLarge``.
+    """
     if not folder.is_dir():
         raise Invalid("is no folder", file=str(folder), field="$.spec.source.folder", remedy="name one that is there")
     packed = io.BytesIO()
@@ -84,7 +89,7 @@ def pack(folder: Path) -> tuple[bytes, str]:
         gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=6, mtime=0) as zipped,
         tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as tar,
     ):
-        for name, path in sorted(_inside(folder)):
+        for name, path in sorted(_inside(folder, without)):
             with path.open("rb") as f:
                 about = os.fstat(f.fileno())
                 count, size = count + 1, size + about.st_size
@@ -213,7 +218,9 @@ def unpack(source: Path, root: Path, bounds: Bounds | None = None) -> Target:
     """
     target = Target(root, source.stat().st_size, bounds or Bounds())
     try:
-        if zipfile.is_zipfile(source):
+        with source.open("rb") as f:
+            zipped = f.read(2) == b"PK"  # not is_zipfile: it also takes a tar whose last entry is a zip
+        if zipped:
             unzip(source, target)
         else:
             _untar(source, target)

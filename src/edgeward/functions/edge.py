@@ -89,7 +89,8 @@ class Sections:
             secrets[name] = found[0]
             marks.append(f"{name}@{found[1]}@")  # read by name: another version than one in the environment
         if missing := self._missing(function):
-            return {"key": key, "waiting": missing.message, "phase": missing.phase}
+            generation = function.metadata.generation
+            return {"key": key, "waiting": missing.message, "phase": missing.phase, "generation": generation}
         made = config_of(function, env, secret, marks, secrets)
         entry: dict[str, Any] = {"key": key, "digest": made.version.digest}
         if made.version.secret or made.version.secrets:

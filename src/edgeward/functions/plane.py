@@ -54,6 +54,7 @@ class Entry(msgspec.Struct, omit_defaults=True):
     #: Why it is not complete yet, and what its status says meanwhile.
     waiting: str = ""
     phase: str = "Pending"
+    generation: int = 0
 
 
 class Kept(msgspec.Struct, omit_defaults=True):
@@ -126,7 +127,10 @@ class FunctionsPart:
             entry = given if given.config is not None else self._known.get(given.key)
             if entry is None:
                 namespace, _, name = given.key.partition("/")
-                self._voice.report("Function", namespace, name, {"phase": given.phase, "message": given.waiting})
+                status: dict[str, Any] = {"phase": given.phase, "message": given.waiting}
+                if given.phase != "Pending":  # this is how it is, not how it begins
+                    status["observedGeneration"] = given.generation
+                self._voice.report("Function", namespace, name, status)
                 continue
             if given.config is None:
                 held[entry.key] = (given.phase, given.waiting)

@@ -38,6 +38,7 @@ import msgspec
 
 from edgeward.core import invocation
 from edgeward.functions import sandbox, sdk, stdio
+from edgeward.functions.shelves import PACKAGES
 
 #: Bytes of one message.
 MAX_MESSAGE = 160 * 1024
@@ -173,6 +174,17 @@ def _tied_to(parent: int) -> None:
         os._exit(0)
 
 
+def _find_in(library: list[str]) -> None:
+    """Modules of the function's code come first; its packages come where packages do: behind Python's own library, and
+    before what Edgeward brings."""
+    for folder in library:
+        if folder.rsplit("/", 2)[-2] != PACKAGES:
+            sys.path.insert(0, folder)
+        else:
+            at = next((n for n, path in enumerate(sys.path) if path.endswith("-packages")), len(sys.path))
+            sys.path.insert(at, folder)
+
+
 def _child(
     data: bytes,
     fds: list[int],
@@ -207,7 +219,7 @@ def _child(
         if spawn.program is not None:
             os.environ["HOME"] = os.environ["TMPDIR"] = spawn.cage.tmp
         else:
-            sys.path[:0] = spawn.cage.library  # what is loaded from there is loaded inside the cage
+            _find_in(spawn.cage.library)  # what is loaded from there is loaded inside the cage
         if spawn.probe:
             verdict = sandbox.attempts(spawn.cage, verdict)
         sock.sendall(

@@ -30,8 +30,8 @@ from edgeward.functions.wheels import MAX_PINS, wheel_of
 from edgeward.hub.blobs import Blobs, bounded
 from edgeward.hub.bundles import Bundles
 
-#: Seconds that an upload may stand still.
-_STALL = 30.0
+#: Seconds that an upload may stand still, and take.
+_STALL, _WHOLE = 30.0, 900.0
 _MAX_BUNDLE = 256 * 1024
 
 
@@ -97,7 +97,7 @@ class BlobRoutes:
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > self._blobs.settings.largest:
             raise TooLarge(f"has {length} bytes", remedy=f"at most {self._blobs.settings.largest}")
-        pieces = bounded(request.stream(), _STALL)
+        pieces = bounded(request.stream(), _STALL, _WHOLE)
         quota = self._bundles.quota(namespace)
         size = await self._blobs.put(namespace, hex, pieces, self._scratch, clock.now(), quota=quota)
         key = Key("Blob", namespace, hex)

@@ -86,13 +86,12 @@ class Blobs:
         self._orphans: set[str] = set()
 
     async def open(self) -> None:
-        """Makes the stream where it is missing, and gives it its bound."""
+        """Makes the stream where it is missing."""
         js = self._bus.jetstream(timeout=10.0)
         config = StreamConfig(
             name=STREAM,
             subjects=["ew.blob.>", "ew.bundle.>"],
             max_msgs_per_subject=1,
-            max_bytes=self.settings.keep,
             max_msg_size=PIECE + 64 * 1024,
             num_replicas=self._replicas,
             storage=StorageType.FILE,
@@ -101,13 +100,10 @@ class Blobs:
             duplicate_window=1.0,
         )
         try:
-            info = await js.stream_info(STREAM)
+            await js.stream_info(STREAM)
         except nats.js.errors.NotFoundError:
+            # no max_bytes: the server would set them aside, and not start on a small disk; put() counts
             await js.add_stream(config)
-            return
-        if info.config.max_bytes != self.settings.keep:
-            info.config.max_bytes = self.settings.keep
-            await js.update_stream(info.config)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -162,9 +158,9 @@ class Blobs:
             with TemporaryFile(dir=scratch) as file:
                 size = await self._receive(hex, data, file)
                 async with self._room:
-                    held = await self.held(namespace)
+                    held = await self.held()
                     if (namespace, hex) not in held:
-                        self._within(namespace, size, sum(m.size for m in held.values()), quota)
+                        self._within(namespace, hex, size, held, quota)
                     self._uploading.add(hex)
                     try:
                         await self._store(hex, file, size)
@@ -189,10 +185,18 @@ class Blobs:
             )
         return size
 
-    def _within(self, namespace: str, size: int, held: int, quota: float) -> None:
-        if quota and held + size > quota:
+    def _within(self, namespace: str, hex: str, size: int, held: dict[tuple[str, str], Mark], quota: float) -> None:
+        own = sum(m.size for (ns, _), m in held.items() if ns == namespace)
+        total = sum({h: m.size for (_, h), m in held.items() if h != hex}.values())
+        if total + size > self.settings.keep:
             raise Refused(
-                f"namespace {namespace!r} may hold {format_bytes(int(quota))} of blobs, it holds {format_bytes(held)} "
+                f"the hub keeps {format_bytes(self.settings.keep)} of blobs, it has {format_bytes(total)} and this has "
+                f"{format_bytes(size)}",
+                remedy="delete functions that are not used, or raise blobs.keep in hub.json",
+            )
+        if quota and own + size > quota:
+            raise Refused(
+                f"namespace {namespace!r} may hold {format_bytes(int(quota))} of blobs, it holds {format_bytes(own)} "
                 f"and this has {format_bytes(size)}",
                 field="$.spec.quota.blobs",
                 remedy="delete functions that are not used, or ask for a higher quota",
@@ -274,14 +278,15 @@ class Blobs:
             raise EdgewardError(f"{subject} cannot be taken away ({type(e).__name__})") from e
 
 
-async def bounded(pieces: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
-    """Pieces of a body, each within its time: a caller who stalls does not hold an upload's place."""
+async def bounded(pieces: AsyncIterator[bytes], stall: float, whole: float) -> AsyncIterator[bytes]:
+    """Pieces of a body, each and all within their seconds: a caller who stalls does not hold an upload's place."""
+    until = asyncio.get_running_loop().time() + whole
     while True:
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(max(0.0, min(stall, until - asyncio.get_running_loop().time()))):
                 piece = await anext(pieces, None)
         except TimeoutError:
-            raise TooSlow(f"nothing came for {seconds:g} s", remedy="send it again") from None
+            raise TooSlow(f"nothing came for {stall:g} s, or not all in {whole:g} s", remedy="send it again") from None
         if piece is None:
             return
         yield piece
