@@ -7,10 +7,13 @@ import http.client
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import paho.mqtt.client as mqtt
 
 from edgeward.cli.client import _UnixConnection
 
@@ -109,3 +112,94 @@ def test_a_function_answers_at_hub_node_and_gateway_and_outlives_the_agent(
     up.run("delete", "route", "hello")
     up.run("delete", "function", "hello", "--wait")
     up.run("invoke", "hello", code=5)
+
+
+JOBS = """
+def handler(event, context):
+    if event.type == "edgeward.cron":
+        context.publish("out/tick", event.id)
+    elif event.type == "edgeward.event":
+        context.publish("out/event", event.json()["reason"])
+    elif event.data == b"poison":
+        raise ValueError("poison")
+    else:
+        context.state.set("n", str(int(context.state.get("n", b"0")) + 1))
+        context.publish("out/done", event.data)
+"""
+
+
+def test_triggers_go_on_while_the_link_is_cut_and_the_agent_is_dead(lab: Callable[[str], Any]) -> None:
+    system = lab("sites: [{name: plant, nodes: 1, link: lan}]")
+    triggers = [
+        {"mqtt": {"topic": "jobs/#", "retries": 1, "backoff": "50ms"}},
+        {"event": {"reasons": ["LinkDown"]}},
+        {"cron": {"schedule": "* * * * * *"}},
+    ]
+    system.apply(function("jobs", JOBS, triggers=triggers, publish=["out/#"]), "--wait")
+    node = system.context["nodes"][0]
+    got: list[tuple[str, bytes]] = []
+    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+    client.username_pw_set(node["mqtt_user"], node["mqtt_password"])
+    client.on_message = lambda _, __, message: got.append((message.topic, message.payload))
+    subscribed = threading.Event()
+    client.on_subscribe = lambda *_: subscribed.set()
+    parts = urlsplit(node["mqtt_url"])
+    client.connect(str(parts.hostname), parts.port)
+    client.loop_start()
+    client.subscribe("out/#", 1)
+    assert subscribed.wait(60)
+
+    def connected() -> bool:
+        told = system.get("function", "jobs")["status"].get("nodes", {}).get("plant-1", {}).get("triggers", [])
+        return len(told) == 2 and all(t["connected"] for t in told)
+
+    system.wait("the triggers", connected)
+
+    def job(name: str) -> None:
+        client.publish("jobs/a", name.encode(), 1).wait_for_publish(60)
+        system.wait(name, lambda: ("out/done", name.encode()) in got)
+
+    def ticks() -> int:
+        return sum(topic == "out/tick" for topic, _ in got)
+
+    try:
+        job("online")
+        system.run("lab", "cut", "plant", "--data", str(system.data))
+        system.wait("the event of the cut", lambda: ("out/event", b"LinkDown") in got)
+        agent = system.context["nodes"][0]["pids"]["agent"]
+        os.kill(agent, signal.SIGSTOP)
+        try:
+            job("without an agent")
+            client.publish("jobs/a", b"poison", 1).wait_for_publish(60)
+            job("after poison")
+            before = ticks()
+            system.wait("a call by time", lambda: ticks() > before)
+        finally:
+            os.kill(agent, signal.SIGKILL)
+        system.wait("a new agent", lambda: system.context["nodes"][0]["pids"]["agent"] not in (None, agent))
+        job("with a new agent")
+
+        def answers() -> str:
+            with contextlib.suppress(AssertionError):
+                return system.run("--at", "plant-1", "get", "function", "jobs", "-o", "json")
+            return ""
+
+        system.wait("the new agent's answer", answers)
+
+        def letters(*args: str) -> list[dict[str, Any]]:
+            lines = system.run(*args, "functions", "deadletters", "jobs", "-o", "json").splitlines()
+            return [json.loads(line) for line in lines]
+
+        at = ("--at", "plant-1")
+        system.wait("the dead letter", lambda: len(letters(*at)) == 1)
+        (letter,) = letters(*at)
+        assert (letter["data"], letter["tries"], letter["node"]) == ("poison", 2, "plant-1")
+        assert "ValueError" in letter["reason"]
+        system.run(*at, "functions", "deadletters", "jobs", "--replay", code=1)
+        system.run("lab", "heal", "plant", "--data", str(system.data))
+        system.wait("the hub's view", lambda: [x["data"] for x in letters() if "error" not in x] == ["poison"])
+        system.run("functions", "deadletters", "jobs", "--drop")
+        assert letters() == []
+    finally:
+        client.disconnect()
+        client.loop_stop()

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from edgeward.agent.replica import Replica
+from edgeward.core.daemon import local
 from edgeward.core.errors import Unreachable
 from edgeward.core.identity import NodeIdentity
 from edgeward.core.natsserver import NatsServer, NodeSpec
@@ -55,7 +56,24 @@ class Broker:
             mqtt_host=self._bind,
             mqtt_users={MQTT_USER: self.password()},
             closed=self.closed_topics(),
+            plane_password=self._kept("plane_password"),
         )
+
+    def reach(self) -> dict[str, Any] | None:
+        """How the data plane reaches the server, for its configuration: as it is, else as it was last."""
+        if self.server is None or not self.server.ports.get("client"):
+            return msgspec.json.decode(self._replica.meta("plane_broker") or "null", type=dict[str, Any] | None)
+        said = {
+            "url": self.server.url,
+            "password": self._kept("plane_password"),
+            "mqtt_host": local(self._bind),
+            "mqtt_port": self.server.ports["mqtt"],
+            "closed": list(self.closed_topics()),
+        }
+        text = msgspec.json.encode(said).decode()
+        if text != self._replica.meta("plane_broker"):
+            self._replica.set_meta("plane_broker", text)
+        return said
 
     def closed_topics(self) -> tuple[str, ...]:
         """What the broker is to refuse; kept, so that it goes on refusing over a restart of the agent."""
@@ -83,5 +101,7 @@ class Broker:
 
     def password(self) -> str:
         """Of the node's MQTT user; made once and kept."""
-        saved = self._replica.meta("mqtt_password")
-        return saved or self._replica.set_meta("mqtt_password", secrets.token_urlsafe(24))
+        return self._kept("mqtt_password")
+
+    def _kept(self, name: str) -> str:
+        return self._replica.meta(name) or self._replica.set_meta(name, secrets.token_urlsafe(24))

@@ -107,6 +107,7 @@ class Agent:
             link=self.link,
             moved=lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
             spawn=self._spawn,
+            happened=self._happened,
         )
         self.apps = AppsEdge(
             node=self.node,
@@ -140,6 +141,7 @@ class Agent:
             vault=self.vault,
             stock=self.stock,
             history=self.history,
+            broker=self.broker.reach,
         )
         self.plane = Keeper(
             data,
@@ -219,8 +221,9 @@ class Agent:
     async def _messages(self) -> None:
         """nats-server, and everything that speaks through it."""
         spec = self.broker.spec()
-        self.broker.server = nats = NatsServer(self.data / "nats", spec, on_restart=self._say)
+        self.broker.server = nats = NatsServer(self.data / "nats", spec, on_restart=self._moved)
         await nats.start()
+        self.plane.poke()  # the broker may be elsewhere than it was
         self.bus = bus = await Bus.connect(
             nats.url,
             name=f"agent-{self.node}",
@@ -236,7 +239,7 @@ class Agent:
             mqtt=(daemon.local(self.bind), nats.ports["mqtt"], MQTT_USER, self.broker.password()),
             report=self.reports.export_status,
             quota=self.desired.messages,
-            turnstile=Turnstile(bus, self.broker.close_topics, self.broker.closed_topics()),
+            turnstile=Turnstile(bus, self._close_topics, self.broker.closed_topics()),
             event=self.reports.event,
         )
         self._exports = exports
@@ -279,6 +282,27 @@ class Agent:
             raise Unreachable("the hub is not reached", remedy="it is tried again when the link is up")
         answer = await self.bus.request(f"ew.hub.{verb}.{self.node}", data, timeout=timeout)
         return answer.data
+
+    async def _close_topics(self, subjects: tuple[str, ...]) -> None:
+        await self.broker.close_topics(subjects)
+        self.plane.poke()  # what functions publish there is refused as well
+
+    def _moved(self) -> None:
+        """The nats-server was started again."""
+        self._say()
+        self.plane.poke()
+
+    def _happened(self, record: dict[str, Any], about: Key | None) -> None:
+        """An event is also said on the node's bus: functions may be called by it."""
+        if self.bus is not None and self.bus.connected:
+            self._spawn(self._tell_bus(self.bus, record, about))
+
+    async def _tell_bus(self, bus: Bus, record: dict[str, Any], about: Key | None) -> None:
+        kind = about.kind if about is not None else "Node"
+        headers = {"Ew-About": f"{kind}/{about.namespace}/{about.name}"} if about is not None else None
+        subject = f"ew.event.{record['type']}.{kind}.{record['reason']}"
+        with contextlib.suppress(EdgewardError):  # a node whose broker is away calls nothing by events
+            await bus.publish(subject, msgspec.json.encode(record), headers=headers)
 
     def _link_use(self) -> tuple[int | None, dict[str, Any]]:
         nats = self.broker.server

@@ -23,7 +23,8 @@ from edgeward.workloads.edge import AppsEdge
 
 
 class Reports:
-    """``moved``: called when apps may be somewhere else; ``spawn``: owns what runs beside."""
+    """``moved``: called when apps may be somewhere else; ``spawn``: owns what runs beside; ``happened``: gets each
+    event and what it is about (None: the node)."""
 
     def __init__(
         self,
@@ -35,10 +36,11 @@ class Reports:
         link: NodeEdge,
         moved: Callable[[], None],
         spawn: Callable[[Any], None],
+        happened: Callable[[dict[str, Any], Key | None], None] = lambda *_: None,
     ) -> None:
         self._node, self._replica, self._records = node, replica, records
         self._desired, self._link = desired, link
-        self._moved, self._spawn = moved, spawn
+        self._moved, self._spawn, self._happened = moved, spawn, happened
 
     def status(self, key: Key, status: dict[str, Any] | None) -> None:
         self._link.report(key, status)
@@ -65,7 +67,8 @@ class Reports:
     def event(
         self, type: str, reason: str, message: str, namespace: str = "", name: str = "", kind: str = "App"
     ) -> None:
-        resource = str(Key(kind, namespace or "default", name)) if name else f"Node/{self._node}"
+        about = Key(kind, namespace or "default", name) if name else None
+        resource = str(about) if about is not None else f"Node/{self._node}"
         record = {"type": type, "reason": reason, "resource": resource, "message": message, "node": self._node}
 
         async def keep() -> None:
@@ -73,6 +76,7 @@ class Reports:
             self._link.wake_events()
 
         self._spawn(keep())
+        self._happened({**record, "time": clock.timestamp()}, about)
 
 
 def about_node(

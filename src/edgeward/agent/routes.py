@@ -26,16 +26,19 @@ from edgeward.core.errors import NotFound
 from edgeward.core.invocation import MAX_BODY
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key
-from edgeward.core.streaming import flag, json, number, read_body
+from edgeward.core.streaming import NDJSON, flag, json, number, read_body
 from edgeward.functions.edge import read_logs, read_samples
 from edgeward.functions.keeping import EdgeHistory
 from edgeward.functions.relay import (
     INVOKE,
+    LETTERS,
     LONGEST,
     SAMPLES,
     SILENCE,
     answer,
     call_args,
+    letter_args,
+    letters_of,
     log_args,
     pieces_of,
     sample_args,
@@ -102,6 +105,16 @@ class AgentRoutes:
                 needs("invoke", "Function", "object")(self._invoke_route),
                 methods=["POST"],
             ),
+            Route(
+                "/api/v1/namespaces/{ns}/functions/{name}/deadletters",
+                needs("logs", "Function", "object")(self._letters_route),
+                methods=["GET"],
+            ),
+            Route(
+                "/api/v1/namespaces/{ns}/functions/{name}/deadletters",
+                needs("invoke", "Function", "object")(self._letters_done_route),
+                methods=["POST"],
+            ),
             Route("/api/v1/top", declare(self._top_route, Action("own", ("top",), "Node")), methods=["GET"]),
             *self._doors.routes(),
             *record_routes(self._records),
@@ -115,6 +128,7 @@ class AgentRoutes:
             "renew": self._renew,
             "invoke": self._invoke,
             CALL: self._doors.called,
+            "function-deadletters": self._letters,
             "function-logs": lambda args: read_logs(self._data / "functions", args),
             "function-samples": lambda args: read_samples(self._data / "functions", args),
             "function-metrics": self._function_numbers,
@@ -138,6 +152,20 @@ class AgentRoutes:
 
     def _invoke(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
         return pieces_of(self._plane.ask("invoke", timeout=LONGEST + SILENCE, **to_plane(args)))
+
+    @described("Messages that no call of a function answered, on this node, a JSON object a line", media=NDJSON)
+    async def _letters_route(self, request: Request) -> Response:
+        args = letter_args(*self._function_known(request), "list")
+        return StreamingResponse(self._letters(args), media_type=NDJSON)
+
+    @described("Call a function again with its dead letters, or drop them", query=LETTERS, media=NDJSON)
+    async def _letters_done_route(self, request: Request) -> Response:
+        args = letter_args(*self._function_known(request), request.query_params.get("do", "replay"))
+        return StreamingResponse(self._letters(args), media_type=NDJSON)
+
+    def _letters(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
+        args = letter_args(str(args["namespace"]), str(args["name"]), str(args.get("do", "list")))
+        return letters_of(self._plane.ask("functions.deadletters", timeout=LONGEST + SILENCE, **args), self._node)
 
     @described("What a function wrote, on this node", query=FUNCTION_LOGS, media="text/plain")
     async def _function_logs_route(self, request: Request) -> Response:

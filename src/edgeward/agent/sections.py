@@ -6,6 +6,7 @@ here: as ``node.json`` says, else on a port of the agent's own choice, kept unti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ from edgeward.gateway.rules import Listen
 
 
 class PlaneSections:
-    """``given``: the ``gateway`` of ``node.json``."""
+    """``given``: the ``gateway`` of ``node.json``; ``broker``: how the plane reaches the node's nats-server."""
 
     def __init__(
         self,
@@ -44,10 +45,11 @@ class PlaneSections:
         vault: Vault,
         stock: Stock,
         history: EdgeHistory,
+        broker: Callable[[], dict[str, Any] | None],
     ) -> None:
         self._node, self._site, self._bind, self._address = node, site, bind, address
         self._gateway, self._desired, self._replica = given, desired, replica
-        self._history = history
+        self._history, self._broker = history, broker
         values = desired.values
         self._auths = Auths(values, vault)
         self._functions = Sections(partial(values, "Config"), partial(values, "Secret"), vault, stock)
@@ -64,6 +66,8 @@ class PlaneSections:
         declared = self._desired.functions()
         functions = self._functions.section(declared)
         self._history.note(declared, functions["functions"])
+        if (broker := self._broker()) is not None:
+            functions["broker"] = broker
         routes = gateway.section(
             self._node, self._desired.routes(), self._desired.endpoints, self._gateway, self._listens(),
             {f"{f.metadata.namespace}/{f.metadata.name}" for f in declared}, auths=self._auths,

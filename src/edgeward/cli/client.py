@@ -277,12 +277,18 @@ class Api:
         return found if isinstance(found, dict) else {}
 
     def stream(
-        self, path: str, *, query: Mapping[str, str] | None = None, accept: str = "*/*", follow: bool = False
+        self,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        accept: str = "*/*",
+        follow: bool = False,
+        method: str = "GET",
     ) -> Iterator[bytes]:
         """The body as it comes, in chunks. With ``follow`` the server may be silent for as long as it likes."""
         timeout = None if follow else READ_TIMEOUT
         yield from self._chunks(
-            self._send("GET", path, query=query, headers={"Accept": accept}, timeout=timeout, fresh=True)
+            self._send(method, path, query=query, headers={"Accept": accept}, timeout=timeout, fresh=True)
         )
 
     def _chunks(self, response: http.client.HTTPResponse) -> Iterator[bytes]:

@@ -6,9 +6,10 @@ standard error with the function and the limit that was met.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -163,7 +164,51 @@ def blobs(session: Session) -> None:
     print_rows(["DIGEST", "SIZE"], [[b["digest"], format_bytes(int(b["size"]))] for b in held["items"]])
 
 
+def deadletters(
+    session: Session,
+    name: Name,
+    replay: Annotated[bool, typer.Option("--replay", help="Call the function again with each.")] = False,
+    drop: Annotated[bool, typer.Option("--drop", help="Forget them.")] = False,
+    node: Annotated[str, typer.Option("--node", metavar="NODE", help="Only of this node.")] = "",
+) -> None:
+    """Print the messages that no call of a function answered, with the reason; call it again with them, or drop them.
+
+    With -o json one object a line. A letter whose call is answered now is gone; the exit code is 0 when none is left
+    that was to go.
+    """
+    from edgeward.cli.kinds import find_kind
+
+    output = session.output(allowed=("table", "json"))
+    if replay and drop:
+        raise UsageError("--replay or --drop, not both")
+    kind = find_kind("function")
+    function = check_name(name.removeprefix("function/"), "FUNCTION", "")
+    query = {"node": node} if node else {}
+    do = "replay" if replay else "drop" if drop else ""
+    bad = 0
+    with session.api() as api:
+        path = api.path(kind, session.one(kind), function) + "/deadletters"
+        if do:
+            query["do"] = do
+        method = "POST" if do else "GET"
+        for line in api.lines(path, query=query, accept="application/x-ndjson", follow=bool(do), method=method):
+            letter = json.loads(line)
+            bad += "error" in letter or (bool(do) and letter.get("outcome") == "kept")
+            write(line if output == "json" else harmless(_letter(letter)))
+    if bad:
+        raise EdgewardError(f"{bad} were not answered or not reached", resource=f"Function/{function}")
+
+
+def _letter(letter: dict[str, Any]) -> str:
+    """One line of the table."""
+    if "error" in letter:
+        return f"{letter['node']}  {letter['error']}"
+    said = f"{letter['node']}  {letter['at']}  {letter['outcome']}  {letter['subject']}  tried {letter['tries']} times"
+    return f"{said}  {letter['reason']}  {letter['data'][:60]!r}"
+
+
 app.command("logs")(command(logs))
+app.command("deadletters")(command(deadletters))
 app.command("bundle")(command(bundle))
 app.command("metrics")(command(metrics))
 app.command("samples")(command(samples))

@@ -22,6 +22,8 @@ MAX_PAYLOAD = 8 << 20
 HUB_DOMAIN = "hub"
 AGENT_USER = "agent"
 SYSTEM_USER = "system"
+#: The data plane's: for what triggers keep, and for topics.
+PLANE_USER, FUNCTIONS_USER = "plane", "functions"
 _LOOPBACK = "127.0.0.1"
 #: How long the link may take nothing before the server hangs up: longer than a bad link that is there stands still.
 _LINK_WRITE = "2m"
@@ -176,6 +178,8 @@ class NodeSpec:
     mqtt_users: Mapping[str, str] = field(default_factory=dict)
     #: One of ``mqtt_users``: who a client without a user name is; empty: such a client is refused.
     mqtt_anonymous: str = ""
+    #: Password of the data plane's two users; empty: there are none.
+    plane_password: str = ""
     #: Subjects whose publishers are refused: a PUBLISH of QoS 1 gets no PUBACK, what wants no answer is dropped.
     closed: tuple[str, ...] = ()
     #: ``1s``: a power cut may cost the last second; ``always`` costs most of the throughput.
@@ -208,6 +212,8 @@ class NodeSpec:
                 for user, password in sorted(self.mqtt_users.items())
             ),
         ]
+        if self.plane_password:
+            local += _plane_users(self.node, self.plane_password)
         mqtt: dict[str, Any] = {"host": self.mqtt_host, "port": ports["mqtt"]}
         if self.mqtt_anonymous:
             mqtt["no_auth_user"] = self.mqtt_anonymous
@@ -280,6 +286,38 @@ def _device_permissions(node: str) -> dict[str, Any]:
     # leaf as the node; and one that subscribes to `#` would read the answers the agent gets.
     denied = ["ew.>", "_INBOX.>", f"_INBOX_{node}.>", "$JS.>", "$SYS.>", "$KV.>", "$O.>"]
     return {"publish": {"deny": denied}, "subscribe": {"deny": denied}}
+
+
+def _plane_users(node: str, password: str) -> list[dict[str, Any]]:
+    """The data plane's: one for the functions' streams and consumers and nothing else, one that is as a device is."""
+    streams = ("FN_bus", "FN_dead")
+    publish = [
+        f"$JS.API.STREAM.{verb}.{s}" for verb in ("CREATE", "UPDATE", "INFO", "DELETE", "PURGE") for s in streams
+    ]
+    publish += ["$JS.API.STREAM.MSG.DELETE.FN_dead", "$JS.API.DIRECT.GET.FN_dead", "$JS.API.DIRECT.GET.FN_dead.>"]
+    publish += ["$JS.API.INFO", "$JS.API.STREAM.INFO.$MQTT_msgs", "$MQTT.msgs.>", "ew.fn.dead.>"]
+    for stream in ("FN_bus", "$MQTT_msgs"):
+        publish += [f"$JS.ACK.{stream}.>", f"$JS.ACK.*.*.{stream}.>", f"$JS.API.CONSUMER.*.{stream}"]
+        publish += [f"$JS.API.CONSUMER.{verb}.{stream}.>" for verb in ("*", "DURABLE.CREATE", "MSG.NEXT")]
+    devices = _device_permissions(node)
+    denied = {side: {"deny": [*rule["deny"], "$MQTT.>"]} for side, rule in devices.items()}
+    return [
+        {
+            "user": PLANE_USER,
+            "password": password,
+            "allowed_connection_types": ["STANDARD"],
+            "permissions": {
+                "publish": {"allow": publish},
+                "subscribe": {"allow": ["ew.local.plane.>", "ew.local.*"]},
+            },
+        },
+        {
+            "user": FUNCTIONS_USER,
+            "password": password,
+            "allowed_connection_types": ["STANDARD", "MQTT"],
+            "permissions": denied,
+        },
+    ]
 
 
 def _common(name: str, directory: Path, port: int, max_payload: int, ping_interval: int) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from starlette.responses import Response, StreamingResponse
 from edgeward.core.errors import Invalid, TooLarge, TooSlow
 from edgeward.core.resource import MAX_DOCUMENT
 
+#: A JSON object a line.
+NDJSON = "application/x-ndjson"
 #: Seconds that a body may take.
 BODY_TIME = 60.0
 
@@ -107,7 +109,7 @@ async def _lines(items: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
 
 
 def ndjson(items: AsyncIterator[dict[str, Any]]) -> Response:
-    return StreamingResponse(_lines(items), media_type="application/x-ndjson")
+    return StreamingResponse(_lines(items), media_type=NDJSON)
 
 
 async def sifted(items: AsyncIterator[dict[str, Any]], seen: Callable[[dict[str, Any]], bool]) -> AsyncIterator[Any]:

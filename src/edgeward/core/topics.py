@@ -19,10 +19,26 @@ def check_filter(topic: str, field: str) -> None:
             raise Invalid(f"{topic[:60]!r}: # stands alone, as the last level", field=field, remedy="e.g. sensors/#")
         if "+" in level and level != "+":
             raise Invalid(f"{topic[:60]!r}: + stands alone in its level", field=field, remedy="e.g. sensors/+/temp")
-    if levels[0].startswith("$") or levels[0] == "ew":
+    if levels[0].startswith(("$", "_INBOX")) or levels[0] == "ew":
         raise Invalid(f"{topic[:60]!r} is the system's own", field=field, remedy="name topics of devices")
     if topic == "#":
         raise Invalid("# would be everything", field=field, remedy="name a first level, e.g. sensors/#")
+
+
+def check_subject(subject: str, field: str) -> None:
+    """Refuses what is no subject filter of NATS, and subjects that are the system's own."""
+    words = subject.split(".")
+    if not subject or not subject.isprintable() or " " in subject or "" in words:
+        raise Invalid(f"{subject[:60]!r} is no subject", field=field, remedy="words with dots between, no spaces")
+    for n, word in enumerate(words):
+        if (">" in word and (word != ">" or n != len(words) - 1)) or ("*" in word and word != "*"):
+            raise Invalid(
+                f"{subject[:60]!r}: * is a whole word, > the last one", field=field, remedy="e.g. machines.*.state"
+            )
+    if words[0] in ("*", ">", "ew") or words[0].startswith(("$", "_")):
+        raise Invalid(
+            f"{subject[:60]!r} takes what is the system's own", field=field, remedy="name a first word, e.g. machines.>"
+        )
 
 
 def to_subject(topic: str) -> str:
@@ -54,8 +70,10 @@ def filters(topic: str) -> list[str]:
 
 
 def covers(pattern: str, topic: str) -> bool:
-    """Whether the topic filter takes the topic (no wildcards in it)."""
+    """Whether the topic filter takes the topic (no wildcards in it). A wildcard does not take the system's own."""
     levels, wanted = topic.split("/"), pattern.split("/")
+    if wanted[0] in ("+", "#") and (levels[0].startswith(("$", "_INBOX")) or levels[0] == "ew"):
+        return False
     for n, want in enumerate(wanted):
         if want == "#" and n == len(wanted) - 1:
             return len(levels) >= n

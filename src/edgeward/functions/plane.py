@@ -24,9 +24,11 @@ from edgeward.core.invocation import Call, CallFailed, Event, Reply
 from edgeward.functions.clockwork import Clockwork
 from edgeward.functions.dispatcher import Dispatcher
 from edgeward.functions.edge import place
+from edgeward.functions.inlets import Inlets
 from edgeward.functions.measure import with_memory
 from edgeward.functions.relay import Head
 from edgeward.functions.stats import metrics
+from edgeward.functions.triggers import Reach
 from edgeward.functions.versions import Config
 
 if TYPE_CHECKING:
@@ -57,6 +59,13 @@ class Entry(msgspec.Struct, omit_defaults=True):
     generation: int = 0
 
 
+class Prepared(msgspec.Struct):
+    """What was made ready. ``reach``: how the node's broker is reached; None: it is not there yet."""
+
+    entries: list[Entry]
+    reach: Reach | None
+
+
 class Kept(msgspec.Struct, omit_defaults=True):
     """``good.json``. ``verdicts``: by function, the version that was taken back here, and why."""
 
@@ -73,12 +82,14 @@ class FunctionsPart:
             data / "functions",
             node,
             site,
-            report=lambda ns, name, status: voice.report("Function", ns, name, status),
+            report=self._report,
             tell=lambda type, reason, message, ns, name: voice.event(type, reason, message, ns, name, "Function"),
             good=self._good,
             judged=self._judged,
         )
         self._clockwork = Clockwork(data / "functions" / "cron.json", node, self.dispatcher.invoke, self._failed)
+        self._inlets = Inlets(node, data / "functions", self.dispatcher.invoke, self._changed, self._warned)
+        self.dispatcher.asks.publisher = self._inlets.publish
         self._node = node
         self._known: dict[str, Entry] = {}
         self._keep = data / "functions" / "good.json"
@@ -95,6 +106,7 @@ class FunctionsPart:
             "functions.stats": self._stats,
             "functions.numbers": self._numbers,
             "functions.enforced": self._enforced,
+            "functions.deadletters": self._deadletters,
         }
 
     async def invoke(self, call: Call) -> Reply:
@@ -107,23 +119,40 @@ class FunctionsPart:
             "Warning", "TriggerFailed", f"called by its schedule: {error.message}", namespace, name, "Function"
         )
 
+    def _report(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
+        if status is not None:
+            status = self._inlets.adorn(f"{namespace}/{name}", status)
+        self._voice.report("Function", namespace, name, status)
+
+    def _changed(self, key: str) -> None:
+        """Something of its triggers looks otherwise."""
+        status = self.dispatcher.status(key)
+        if status is not None:
+            namespace, _, name = key.partition("/")
+            self._report(namespace, name, status)
+
+    def _warned(self, key: str, reason: str, message: str) -> None:
+        namespace, _, name = key.partition("/")
+        self._voice.event("Warning", reason, message, namespace, name, "Function")
+
     # -- configuration -------------------------------------------------------------------------------------------------
 
-    async def provision(self, section: dict[str, Any]) -> list[Entry] | None:
+    async def provision(self, section: dict[str, Any]) -> Prepared | None:
         """Makes the section ready. Raises ``Invalid``; then nothing has changed."""
         if "functions" not in section:
             return None  # nothing is said: no reason to forget what functions remember
         try:
             entries = msgspec.convert(section["functions"], list[Entry])
+            reach = msgspec.convert(section.get("broker"), Reach | None)
         except msgspec.ValidationError as e:
             raise Invalid(f"the functions are not understood: {e}", field="$.functions") from None
         for entry in entries:
             self._opened(entry)
-        return entries
+        return Prepared(entries, reach)
 
-    def commit(self, prepared: list[Entry] | None) -> None:
+    def commit(self, prepared: Prepared | None) -> None:
         configs, fallbacks, known, held = [], {}, {}, {}
-        for given in prepared or []:
+        for given in prepared.entries if prepared is not None else []:
             entry = given if given.config is not None else self._known.get(given.key)
             if entry is None:
                 namespace, _, name = given.key.partition("/")
@@ -144,7 +173,9 @@ class FunctionsPart:
                     log.warning("%s: the version that ran before cannot be used: %s", entry.key, e)
         self._known = known
         if prepared is not None:
-            self.dispatcher.spawn(self.dispatcher.asks.memory.keep({e.key for e in prepared}))
+            keys = {e.key for e in prepared.entries}
+            self.dispatcher.spawn(self.dispatcher.asks.memory.keep(keys))
+            self._inlets.configure(configs, keys, keys - known.keys(), prepared.reach)
         if (self._kept.keys() | self._verdicts.keys()) - known.keys():
             self._kept = {k: v for k, v in self._kept.items() if k in known}
             self._verdicts = {k: v for k, v in self._verdicts.items() if k in known}
@@ -217,6 +248,7 @@ class FunctionsPart:
             group.create_task(self.dispatcher.run())
             group.create_task(self._write_kept())
             group.create_task(self._clockwork.run())
+            group.create_task(self._inlets.run())
             await self._some.wait()
             try:
                 await self.dispatcher.probe()
@@ -267,7 +299,12 @@ class FunctionsPart:
             await reply.chunks.aclose()  # type: ignore[attr-defined]
 
     async def _stats(self, _: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        yield {"metrics": metrics(self.dispatcher.counters())}
+        yield {"metrics": metrics(self.dispatcher.counters()) | self._inlets.metrics()}
+
+    async def _deadletters(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """``{letter}`` each; ``do``: list, replay or drop."""
+        async for doc in self._inlets.letters(f"{args['namespace']}/{args['name']}", str(args.get("do") or "list")):
+            yield {"letter": doc}
 
     async def _numbers(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         yield await asyncio.to_thread(with_memory, self.dispatcher.numbers(str(args.get("key", ""))))

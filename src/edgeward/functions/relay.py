@@ -106,6 +106,23 @@ def log_args(namespace: str, name: str, request: Request) -> dict[str, Any]:
     }
 
 
+#: What is done with dead letters; the hub's API has ``node`` beside.
+LETTERS: Mapping[str, tuple[Form, str]] = {"do": ("string", "replay: call it again with each; drop: forget them")}
+
+
+def letter_args(namespace: str, name: str, do: str) -> dict[str, Any]:
+    """What is asked about a function's dead letters. Raises ``Invalid``."""
+    if do not in ("list", "replay", "drop"):
+        raise Invalid(f"{do[:40]!r} is nothing that can be done", field="?do", remedy="replay or drop")
+    return {"namespace": namespace, "name": name, "do": do}
+
+
+async def letters_of(docs: AsyncIterator[dict[str, Any]], node: str) -> AsyncIterator[bytes]:
+    """What the plane's verb ``functions.deadletters`` says, one JSON object a line."""
+    async for doc in docs:
+        yield msgspec.json.encode({"node": node, **doc.get("letter", {})}) + b"\n"
+
+
 class Head(msgspec.Struct):
     """The first piece of an answer that travels from a plane to a caller; the body follows in pieces."""
 

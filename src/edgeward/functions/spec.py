@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 from msgspec import Meta
@@ -13,16 +12,15 @@ from msgspec import Meta
 from edgeward.core.blobs import DIGEST
 from edgeward.core.declared import Declared, EnvFrom, Placement
 from edgeward.core.errors import Invalid
-from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
+from edgeward.core.quantity import BYTES_PATTERN, parse_bytes, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import Resource
 from edgeward.core.topics import check_filter
 from edgeward.functions import reach
-from edgeward.functions.cron import Schedule
 from edgeward.functions.sources import RULES
+from edgeward.functions.trigger_spec import Duration, Trigger, check_triggers
 from edgeward.functions.wheels import parse_lock
 
-Duration = Annotated[str, Meta(pattern=DURATION_PATTERN)] | float | int
 Size = Annotated[str, Meta(pattern=BYTES_PATTERN)] | int
 _ENV = re.compile(r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")
 #: Bytes of a function's source and environment: it must fit one object and one message to a worker.
@@ -133,27 +131,6 @@ class Samples(Declared):
     score: Annotated[Score | None, Meta(description="Pairs that the handler offers; left out: all of them")] = None
     perDay: Annotated[Size, Meta(description="Bytes a day (UTC) on each node; more is counted, not kept")] = "1Mi"
     keep: Annotated[Size, Meta(description="Hard cap on each node's disk, oldest half first to go")] = "8Mi"
-
-
-class Cron(Declared):
-    """A call at times of the node's own clock, with and without the link."""
-
-    schedule: Annotated[str, Meta(description="minute hour day month weekday, or six fields with seconds first")]
-    zone: Annotated[str, Meta(description="Time zone, e.g. Europe/Berlin", max_length=64)] = "UTC"
-    jitter: Annotated[Duration, Meta(description="Each node calls later, by a time of its own up to this")] = "0s"
-    missed: Annotated[
-        Literal["skip", "once"], Meta(description="What was due while the node was off: nothing, or one call")
-    ] = "skip"
-    overlap: Annotated[
-        Literal["forbid", "allow"], Meta(description="Whether it is called while the last such call still runs")
-    ] = "forbid"
-    data: Annotated[str, Meta(description="The event's data")] = ""
-
-
-class Trigger(Declared):
-    """What calls the function by itself, on every node that has it."""
-
-    cron: Annotated[Cron | None, Meta(description="At times")] = None
 
 
 class StateSpec(Declared):
@@ -309,26 +286,6 @@ def _check_network(network: str | list[str]) -> None:
             raise Invalid(str(e), field=f"$.spec.limits.network[{n}]", remedy=remedy) from None
 
 
-def _check_triggers(spec: FunctionSpec) -> None:
-    for n, trigger in enumerate(spec.triggers):
-        if trigger.cron is None:
-            raise Invalid("says nothing", field=f"$.spec.triggers[{n}]", remedy="write cron: {schedule: ...}")
-        at = f"$.spec.triggers[{n}].cron"
-        try:
-            Schedule.parse(trigger.cron.schedule)
-        except ValueError as e:
-            raise Invalid(str(e), field=f"{at}.schedule", remedy="e.g. 0 6 * * mon-fri") from None
-        try:
-            ZoneInfo(trigger.cron.zone)
-        except (ValueError, OSError, ZoneInfoNotFoundError):
-            remedy = "e.g. UTC or Europe/Berlin"
-            raise Invalid(f"there is no zone {trigger.cron.zone!r}", field=f"{at}.zone", remedy=remedy) from None
-        try:
-            parse_duration(trigger.cron.jitter)
-        except ValueError as e:
-            raise Invalid(str(e), field=f"{at}.jitter") from None
-
-
 def _check(r: Resource) -> None:
     spec: FunctionSpec = r.spec
     if spec.runtime not in RULES:
@@ -340,7 +297,7 @@ def _check(r: Resource) -> None:
     _check_source(spec)
     _check_numbers(spec)
     _check_network(spec.limits.network)
-    _check_triggers(spec)
+    check_triggers(spec.triggers)
     for n, topic in enumerate(spec.publish):
         check_filter(topic, f"$.spec.publish[{n}]")
     for name in spec.env:

@@ -18,6 +18,13 @@ HELP = {
     "edgeward_function_samples_total": "Samples that were kept.",
     "edgeward_function_samples_dropped_total": "Samples that were not kept for want of room.",
     "edgeward_function_log_dropped_total": "Log lines that were not kept because the disk could not keep up.",
+    "edgeward_function_trigger_answered_total": "Messages that a call by a trigger answered.",
+    "edgeward_function_trigger_failed_total": "Tries of such calls that failed.",
+    "edgeward_function_trigger_dead_total": "Messages that no call answered.",
+    "edgeward_function_trigger_dropped_total": "Messages passed over: over the backlog, or QoS 0 that came too fast.",
+    "edgeward_function_trigger_pending": "Messages that wait at the broker.",
+    "edgeward_function_trigger_connected": "Whether the trigger takes messages now.",
+    "edgeward_function_dead_letters": "Dead letters that are kept.",
 }
 
 

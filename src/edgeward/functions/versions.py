@@ -19,7 +19,9 @@ from edgeward.functions.canary import Plan
 from edgeward.functions.parts import lock_digest
 from edgeward.functions.picks import SamplePlan
 from edgeward.functions.sources import RULES
-from edgeward.functions.spec import Cron, FunctionSpec
+from edgeward.functions.spec import FunctionSpec
+from edgeward.functions.trigger_spec import Cron
+from edgeward.functions.triggers import Taking, takings_of
 
 #: Characters of a digest that are shown and compared; 48 bits are plenty among the versions of one function.
 DIGEST = 12
@@ -97,6 +99,8 @@ class Policy(msgspec.Struct, omit_defaults=True):
     canary: Plan | None = None
     #: None: nothing of its calls is kept.
     samples: SamplePlan | None = None
+    #: Triggers by topic, subject and event.
+    takings: list[Taking] = []
     #: Topic filters that it may publish on, bytes that it may remember.
     publish: list[str] = []
     state: int = 1 << 20
@@ -202,6 +206,7 @@ def config_of(
             crons=[_plan(t.cron) for t in spec.triggers if t.cron is not None],
             canary=_canary(spec),
             samples=_samples(spec),
+            takings=takings_of(spec.triggers),
             publish=list(spec.publish),
             state=parse_bytes(spec.state.bytes),
         ),

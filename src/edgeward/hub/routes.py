@@ -33,9 +33,19 @@ from edgeward.core.registry import kinds
 from edgeward.core.resource import CLUSTER, Key, Resource, from_stored, merge_patch, to_stored
 from edgeward.core.scope import takes
 from edgeward.core.store import Store
-from edgeward.core.streaming import flag, json, ndjson, number, read_body
+from edgeward.core.streaming import NDJSON, flag, json, ndjson, number, read_body
 from edgeward.functions.keeping import CloudHistory
-from edgeward.functions.relay import INVOKE, SAMPLES, SILENCE, answer, call_args, log_args, sample_args
+from edgeward.functions.relay import (
+    INVOKE,
+    LETTERS,
+    SAMPLES,
+    SILENCE,
+    answer,
+    call_args,
+    letter_args,
+    log_args,
+    sample_args,
+)
 from edgeward.functions.relay import LOGS as FUNCTION_LOGS
 from edgeward.nodes.calls import call
 from edgeward.nodes.cloud import NodesCloud
@@ -95,6 +105,16 @@ class HubRoutes:
             Route(
                 f"{base}/namespaces/{{ns}}/functions/{{name}}/invoke",
                 needs("invoke", "Function", "object")(self.invoke),
+                methods=["POST"],
+            ),
+            Route(
+                f"{base}/namespaces/{{ns}}/functions/{{name}}/deadletters",
+                needs("logs", "Function", "object")(self.letters),
+                methods=["GET"],
+            ),
+            Route(
+                f"{base}/namespaces/{{ns}}/functions/{{name}}/deadletters",
+                needs("invoke", "Function", "object")(self.letters_done),
                 methods=["POST"],
             ),
             Route(
@@ -260,6 +280,39 @@ class HubRoutes:
     async def function_versions(self, request: Request) -> Response:
         function = self._store.get(Key("Function", request.path_params["ns"], request.path_params["name"]))
         return json({"items": self._history.of(function.metadata.namespace, function.metadata.name)})
+
+    @described(
+        "Messages that no call of a function answered, on all its nodes, a JSON object a line",
+        query={"node": ("string", "On this node only")},
+        media=NDJSON,
+    )
+    async def letters(self, request: Request) -> Response:
+        return self._letters(request, "list")
+
+    @described(
+        "Call a function again with its dead letters, or drop them",
+        query={"node": ("string", "On this node only"), **LETTERS},
+        media=NDJSON,
+    )
+    async def letters_done(self, request: Request) -> Response:
+        return self._letters(request, request.query_params.get("do", "replay"))
+
+    def _letters(self, request: Request, do: str) -> Response:
+        function = self._store.get(Key("Function", request.path_params["ns"], request.path_params["name"]))
+        nodes = self._placed(function, request.query_params.get("node", ""))
+        args = letter_args(function.metadata.namespace, function.metadata.name, do)
+
+        async def each() -> AsyncGenerator[bytes, None]:
+            for node in nodes:
+                try:
+                    if not self._nodes.is_online(node):
+                        raise Unreachable("is not connected; its dead letters are on it")
+                    async for piece in call(self._nc, node, "function-deadletters", args, timeout=SILENCE):
+                        yield piece
+                except EdgewardError as e:
+                    yield msgspec.json.encode({"node": node, "error": e.message}) + b"\n"
+
+        return StreamingResponse(each(), media_type=NDJSON)
 
     async def _merge(self, nodes: list[str], args: dict[str, Any], verb: str = "logs") -> AsyncGenerator[bytes, None]:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(64)

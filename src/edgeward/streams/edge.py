@@ -16,12 +16,13 @@ import nats.js.errors
 from edgeward.core.bus import Bus
 from edgeward.core.errors import EdgewardError, Unreachable
 from edgeward.core.files import ensure_dir
+from edgeward.core.mqtt import wake_broker
 from edgeward.core.outbox import Outbox
 from edgeward.core.outqueue import QueueSpec
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
 from edgeward.core.topics import filters
-from edgeward.streams.capture import STREAM, Capture, wake_broker
+from edgeward.streams.capture import STREAM, Capture
 from edgeward.streams.pace import Pace
 from edgeward.streams.refusal import closable, is_full
 from edgeward.streams.spec import ExportSpec
