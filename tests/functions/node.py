@@ -94,3 +94,8 @@ class Node:
         file = self.d._functions[f"default/{name}"].log
         assert file
         return file
+
+    def logged(self, name: str) -> str:
+        """The text of its log; empty before the first line."""
+        path = self.log(name).path
+        return path.read_text() if path.exists() else ""

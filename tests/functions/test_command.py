@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from tests.functions.node import Node, function, looped
 from edgeward.core.errors import Invalid
 from edgeward.core.invocation import Call, CallFailed, Event, Http
 from edgeward.functions import programs, stdio
+from edgeward.functions.nursery import Ended
+from edgeward.functions.origins import Programs
 from edgeward.functions.versions import Config
 
 PERL = Path(__file__).with_name("workers") / "worker.pl"
@@ -45,7 +49,7 @@ async def test_a_program_that_speaks_the_protocol_is_a_worker(tmp_path: Path) ->
         error = await node.fails("f")
         assert (error.kind, error.message) == ("error", "the handler raised Died; its log says where")
         assert node.status("f")["instances"] == 1, "one process for all of them"
-        assert any("no test" in line for line in node.log("f").path.read_text().splitlines())
+        assert any("no test" in line for line in node.logged("f").splitlines())
 
 
 @looped
@@ -67,7 +71,7 @@ exit 0
         assert dict(reply.headers)["content-type"].startswith("text/plain")
         with pytest.raises(CallFailed, match=r"ExitStatus\(3\)"):
             await node.d.invoke(Call("default/f", Event("bad", "/test", "test")))
-        await until(lambda: node.log("f").path.read_text().count("a line") == 2, 30)
+        await until(lambda: node.logged("f").count("a line") == 2, 30)
         assert node.status("f")["instances"] == 1
 
 
@@ -123,6 +127,32 @@ async def test_what_cannot_be_started_is_told_and_the_version_before_goes_on(tmp
 
 
 @looped
+async def test_a_worker_that_ends_before_it_is_spoken_to_is_told_too(tmp_path: Path) -> None:
+    class Dead:
+        pid = 0
+
+        def __init__(self) -> None:
+            self.sock, theirs = socket.socketpair()
+            theirs.close()
+            read, write = os.pipe()
+            os.close(write)
+            self.output = os.fdopen(read, "rb", 0)
+            self.ended = asyncio.get_running_loop().create_future()
+            self.ended.set_result(Ended(5, False))
+
+        def kill(self) -> None: ...
+
+    class Origin(Programs):
+        async def worker(self, version: Any, cage: Any, env: Any) -> Any:
+            return Dead()
+
+    async with Node(tmp_path) as node:
+        node.d.origins["command"] = Origin(node.d.nursery)
+        node.d.configure([command("f", "sh")])
+        await until(lambda: "exit status 5" in node.status("f").get("message", ""), 30)
+
+
+@looped
 async def test_a_program_in_its_cage(tmp_path: Path) -> None:
     """Own files and its folder, other programs unless `require: [exec]`, no other file, no socket."""
     code = """#!/bin/sh
@@ -141,7 +171,7 @@ echo x > "$TMPDIR/x" && echo tmp
         ])  # fmt: skip
         assert (await node.call("any")).body == b"no file\nno program\nno writing\ntmp\n", "ls has no right to read /"
         assert (await node.call("own")).body == b"no file\nno program\nno writing\ntmp\n"
-        await until(lambda: "cat: Permission denied" in node.log("own").path.read_text(), 30)
+        await until(lambda: "cat: Permission denied" in node.logged("own"), 30)
         assert "exec" in node.status("own")["enforced"]
         assert [one["what"] for one in node.status("any")["notEnforced"]] == ["exec"]
         assert sorted(p.name for p in (tmp_path / "tmp").iterdir() if p.name.endswith(".code")), "they run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 from tests.core.pair import until
 from tests.functions.node import Node, function, looped
 
-from edgeward.core.invocation import Call, CallFailed, Event, Http
+from edgeward.core.invocation import Call, CallFailed, Event, Http, Sample
+from edgeward.core.resource import decode
 from edgeward.functions import origins, programs, sources
-from edgeward.functions.versions import Config
+from edgeward.functions.shelves import shelves
+from edgeward.functions.versions import Config, Version, config_of
 
 pytestmark = pytest.mark.skipif(
     shutil.which("node") is None, reason="there is no node on this machine (scripts/system-packages.sh installs it)"
@@ -61,7 +64,7 @@ exports.handler = async (event, context) => {
             assert (reply.status, dict(reply.headers).get("content-type"), reply.body) == (status, kind, body), what
         error = await node.fails("cjs", b"other")
         assert (error.kind, error.message) == ("error", "the handler raised TypeError; its log says where")
-        assert "main.cjs:" in node.log("cjs").path.read_text()
+        assert "main.cjs:" in node.logged("cjs")
         http = Http("PUT", "/a", "q", [("x", "1")], "192.0.2.1")
         reply = await node.d.invoke(Call("default/cjs", Event("1", "s", "t", b"http", http=http)))
         assert reply.body == b'{"method":"PUT","path":"/a","query":"q","headers":[["x","1"]],"client":"192.0.2.1"}'
@@ -139,8 +142,8 @@ export function handler(event, context) {
     async with Node(tmp_path) as node:
         node.d.configure([script("f", code)])
         reply = await node.call("f")
-        await until(lambda: "nobody waits" in node.log("f").path.read_text(), 30)
-        text = node.log("f").path.read_text()
+        await until(lambda: "nobody waits" in node.logged("f"), 30)
+        text = node.logged("f")
         assert '"level":"info","message":"while it loads"' in text
         assert "hidden" not in text
         assert '"level":"warning","message":"to the console { a: 1 }","invocation":"' + reply.invocation in text
@@ -148,6 +151,75 @@ export function handler(event, context) {
         assert "[Function" in text and "by hand" in text
         assert text.count('"message":"many"') < 1000 and "more lines were dropped" in text
         assert (await node.call("f")).status == 200, "a promise that fails unseen does not end it"
+
+
+@looped
+async def test_it_asks_its_node_for_what_a_handler_may_ask(tmp_path: Path) -> None:
+    code = """
+export async function handler(event, context) {
+  const { state } = context;
+  const told = [await state.get('n'), await state.get('n', 'none')];
+  const first = await state.set('n', { a: 1 }, 0);
+  told.push(String(await state.get('n')), (await state.entry('n')).revision === first, await state.keys());
+  try { await state.set('n', 'x', first + 7); } catch (error) { told.push(error.name, error.kind); }
+  told.push(await state.delete('n'), await state.delete('n'));
+  await Promise.all(['a', 'b'].map((topic) => context.publish(topic, { topic })));
+  try { await context.publish('c'); } catch (error) { told.push(error.name, error.kind); }
+  told.push(await context.sample(event.data, { label: 'cat' }, { score: 1, tags: { camera: 3 } }));
+  told.push(context.secrets.db.password, event.batch === undefined);
+  setTimeout(() => context.publish('a').catch((error) => console.log(`later: ${error.kind}`)), 50);
+  return told;
+}
+"""
+    sent, samples = [], []
+
+    async def publisher(key: str, topic: str, data: bytes, qos: int, hops: int) -> None:
+        sent.append((topic, data, qos))
+
+    async def sampler(version: Version, call: str, sample: Sample) -> bool:
+        samples.append(sample)
+        return True
+
+    doc = {
+        "apiVersion": "edgeward/v1",
+        "kind": "Function",
+        "metadata": {"name": "f"},
+        "spec": {"runtime": "node", "source": {"inline": code}, "publish": ["a", "b"], "secrets": ["db"]},
+    }
+    async with Node(tmp_path) as node:
+        node.d.asks.publisher, node.d.asks.sampler = publisher, sampler
+        node.d.configure([config_of(decode(doc), {}, {}, [], {"db": {"password": "swordfish"}})])
+        assert json.loads((await node.call("f", b"in")).body) == [
+            None, "none", '{"a":1}', True, ["n"], "Conflict", "conflict", True, False, "Refused", "refused", True,
+            "swordfish", False,
+        ]  # fmt: skip
+        assert sorted(sent) == [("a", b'{"topic":"a"}', 1), ("b", b'{"topic":"b"}', 1)]
+        assert (samples[0].input, samples[0].output, samples[0].score) == (b"in", b'{"label":"cat"}', 1.0)
+        assert samples[0].tags == {"camera": "3"}
+        await until(lambda: "later: refused" in node.logged("f"), 30)
+
+
+@looped
+async def test_an_archive_is_where_it_works(tmp_path: Path) -> None:
+    digest = "ab" * 32
+    async with Node(tmp_path) as node:
+        (folder,) = shelves(node.d.folder, digest, "")
+        (folder / "node_modules/greet").mkdir(parents=True)
+        (folder / "main.js").write_text("const g = require('greet');\nexports.handler = (e) => g(e.text());\n")
+        (folder / "node_modules/greet/index.js").write_text("module.exports = (who) => `hello ${who}`;\n")
+        (folder / "run").write_text("#!/bin/sh\ncat greeting\npwd\n")
+        (folder / "greeting").write_text("hello\n")
+        (folder / "run").chmod(0o755)
+        source = {"archive": {"digest": f"sha256:{digest}"}}
+        node.d.configure([
+            function("js", "", runtime="node", source=source),
+            function("sh", "", runtime="command", source=source, command=["./run"], mode="stdio"),
+        ])  # fmt: skip
+        assert (await node.call("js", b"edge")).body == b"hello edge"
+        if "pids" in (await node.d.probe()).enforced:
+            where = b"/srv" if "tmp" in node.status("sh")["enforced"] else str(folder).encode()
+            assert (await node.call("sh")).body == b"hello\n" + where + b"\n"
+        assert (folder / "greeting").exists(), "it goes with no instance"
 
 
 @looped
@@ -162,7 +234,7 @@ async def test_code_that_does_not_load_says_where(tmp_path: Path) -> None:
         ):
             node.d.configure([script("f", code)])
             await until(lambda why=why: why in node.status("f").get("message", ""), 60)
-        await until(lambda: "main.mjs:1" in node.log("f").path.read_text(), 30)
+        await until(lambda: "main.mjs:1" in node.logged("f"), 30)
 
 
 @looped

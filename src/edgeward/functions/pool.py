@@ -621,7 +621,7 @@ class Pool:
             self.policy.log_level,
             version.secrets,
         )
-        if link.transport is not None:
+        if link.transport is not None and not link.transport.is_closing():  # it may have ended by now
             link.transport.write(frame(init))
         try:
             async with asyncio.timeout(version.startup):

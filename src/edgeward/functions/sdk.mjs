@@ -423,7 +423,8 @@ class Context {
 
   /** Offers an input and what was made of it to those who train the model; whether it is kept. */
   sample(input, output = '', { score = null, tags = {} } = {}) {
-    return ask(29, bytesOf(input), bytesOf(output), score, tags);
+    const words = Object.fromEntries(Object.entries(tags).map(([key, one]) => [key, String(one)]));
+    return ask(29, bytesOf(input), bytesOf(output), score, words);
   }
 }
 
