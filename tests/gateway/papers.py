@@ -55,22 +55,25 @@ class Authority:
     def issue(self, *names: str, common: str = "", begin: Any = BEGIN, end: Any = END) -> tuple[str, str]:
         """``(chain, key)`` in PEM, for servers and clients alike."""
         key = ec.generate_private_key(ec.SECP256R1())
+        cert = self.certify(key.public_key(), *names, common=common, begin=begin, end=end)
+        return pem(cert), key_pem(key).decode()
+
+    def certify(self, key: Any, *names: str, common: str = "", begin: Any = BEGIN, end: Any = END) -> x509.Certificate:
         sans: list[x509.GeneralName] = []
         for name in names:
             try:
                 sans.append(x509.IPAddress(ipaddress.ip_address(name)))
             except ValueError:
                 sans.append(x509.DNSName(name))
-        builder = self._builder(_name(common or (names[0] if names else "x")), key.public_key(), begin, end)
+        builder = self._builder(_name(common or (names[0] if names else "x")), key, begin, end)
         if sans:
             builder = builder.add_extension(x509.SubjectAlternativeName(sans), critical=False)
         usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-        cert = (
+        return (
             builder.add_extension(x509.ExtendedKeyUsage(usage), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
             .sign(self.key, hashes.SHA256())
         )
-        return pem(cert), key_pem(key).decode()
 
 
 def certificate(chain: str, key: str, *hosts: str, source: str = "Secret/x") -> CertConfig:

@@ -10,7 +10,9 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from tests.gateway.acme_authority import AcmeAuthority
 from tests.gateway.papers import Authority
 from tests.gateway.rig import free_port
 
@@ -60,7 +62,7 @@ def attempt(port: int, name: str, ca: str) -> tuple[int, str] | None:
         connection.close()
 
 
-def test_certificates_of_a_secret_and_of_the_platform(systems: Callable[..., Any]) -> None:
+def test_certificates_of_a_secret_the_platform_and_an_authority(systems: Callable[..., Any], tmp_path: Path) -> None:
     system = systems("t", "up")
     ca, port = Authority("shop"), free_port()
     hub_ca = Path(system.context["ca_file"]).read_text()
@@ -106,6 +108,19 @@ def test_certificates_of_a_secret_and_of_the_platform(systems: Callable[..., Any
     os.kill(pids["plane"], signal.SIGKILL)
     system.wait("the next plane", lambda: attempt(port, "plant.example.org", hub_ca))
     kept.close()
+    # an ACME authority finds its proof at the plain port; its certificate is shown at a port of its own
+    plain = urlsplit(system.context["nodes"][0]["gateway_url"]).port or 0
+    authority, acme_port = AcmeAuthority(tmp_path, plain), free_port()
+    try:
+        acme = {"directory": authority.directory, "termsAgreed": True, "ca": {"config": "acme"}}
+        tls = {"certificates": [{"hosts": ["public.example.org"], "acme": acme}], "minVersion": "1.3"}
+        own = {"kind": "Config", "metadata": {"name": "acme"}, "spec": {"data": {"ca.crt": authority.ca}}}
+        public = {"kind": "Listener", "metadata": {"name": "public"}, "spec": {"port": acme_port, "tls": tls}}
+        system.apply([own, public])
+        system.wait("ACME's", lambda: attempt(acme_port, "public.example.org", authority.signer.pem))
+        system.wait("the event", lambda: "CertificateIssued" in system.run("events"))
+    finally:
+        authority.close()
     # no key lies anywhere in plain
     keys = {line for line in first["spec"]["data"]["tls.key"].splitlines() if not line.startswith("---")}
     for path, _, content in system.contents(system.data):

@@ -54,6 +54,7 @@ from edgeward.core.vault import Vault
 from edgeward.functions.keeping import EdgeHistory
 from edgeward.functions.stats import HELP as FUNCTION_HELP
 from edgeward.functions.stock import Stock
+from edgeward.gateway.orders import Orders
 from edgeward.nodes.calls import CallServer
 from edgeward.nodes.door import Door
 from edgeward.nodes.edge import NodeEdge
@@ -129,6 +130,13 @@ class Agent:
             lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
             kept=self.history.specs,
         )
+        self.orders = Orders(
+            data / "acme",
+            self.vault,
+            publish=self._publish,
+            changed=lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
+            event=self.reports.event,
+        )
         self.sections = PlaneSections(
             self.node,
             self.site,
@@ -136,6 +144,7 @@ class Agent:
             address=self.address,
             given=dict(config.get("gateway") or {}),
             identity=self.identity,
+            orders=self.orders,
             desired=self.desired,
             replica=self.replica,
             vault=self.vault,
@@ -186,7 +195,7 @@ class Agent:
                 self.api_socket.chmod(0o600)
                 os.umask(old_umask)
                 works = [self.apps.run, self.plane.run, self.changes.run]
-                works += [self._messages, self._token_uses, self._anchor, self.stock.run]
+                works += [self._messages, self._token_uses, self._anchor, self.stock.run, self.orders.run]
                 if (listener := self.listener) is not None:
                     open_api = self._api(self._bearer)
                     works.append(lambda: listener.run(open_api))
@@ -362,6 +371,10 @@ class Agent:
             mqtt_user=MQTT_USER,
             mqtt_password=self.broker.password(),
         )
+
+    async def _publish(self, proofs: dict[str, str]) -> None:
+        """What ACME authorities shall find at this node's gateway."""
+        await self.plane.one("gateway.challenge", proofs=proofs)
 
     # -- what the rooms say ----------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from edgeward.gateway import edge as gateway
 from edgeward.gateway.auth_edge import Auths
 from edgeward.gateway.bounds import bounds
 from edgeward.gateway.certificates import Listeners
+from edgeward.gateway.orders import Orders
 from edgeward.gateway.rules import Listen
 
 
@@ -40,6 +41,7 @@ class PlaneSections:
         address: str,
         given: dict[str, Any],
         identity: NodeIdentity,
+        orders: Orders,
         desired: Desired,
         replica: Replica,
         vault: Vault,
@@ -59,6 +61,7 @@ class PlaneSections:
             vault,
             allowed=bounds(given.get("allow")),
             own=lambda: identity.tls_file.read_text() if identity.tls_file.exists() else "",
+            orders=orders,
         )
 
     def all(self) -> dict[str, Any]:
