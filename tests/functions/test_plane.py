@@ -230,11 +230,23 @@ def handler(event, context):
         await until(all_there, 20)
         assert [line.split()[-2:] for line in await lines(level="error", tail=2)] == [["loud", "1"], ["loud", "2"]]
         assert [line.split()[-2:] for line in await lines(grep="quiet 1")] == [["quiet", "1"]]
+        assert [line.split()[-2:] for line in await lines(regex="^(loud|quiet) [12]$", tail=3)] == [
+            ["loud", "1"], ["quiet", "2"], ["loud", "2"],
+        ]  # fmt: skip
+        assert await lines(regex="^never$") == []
         mine = await lines(invocation=heads[1]["invocation"], json=True)
         assert [json.loads(line)["message"] for line in mine] == ["quiet 1", "loud 1"]
         assert len(await lines(since="1h")) == 6
         assert not wanted(since="9999")(Line("2026-11-25T00:00:00.000Z", "info", "m"))
-        for bad in ({"level": "shout"}, {"since": "soon"}, {"grep": "x" * 201}, {"name": "../f"}, {"name": "other"}):
+        for bad in (
+            {"level": "shout"},
+            {"since": "soon"},
+            {"grep": "x" * 201},
+            {"regex": "("},
+            {"regex": "x" * 201},
+            {"name": "../f"},
+            {"name": "other"},
+        ):
             with pytest.raises(EdgewardError):
                 await lines(**bad)
         following = read_logs(tmp_path / "functions", {"namespace": "default", "name": "f", "follow": True, "tail": 1})
@@ -244,6 +256,15 @@ def handler(event, context):
         async with asyncio.timeout(20):
             assert b"quiet new" in await coming
         await following.aclose()  # type: ignore[attr-defined]
+        sifted = read_logs(
+            tmp_path / "functions", {"namespace": "default", "name": "f", "follow": True, "tail": 1, "regex": "^loud"}
+        )
+        assert b"loud" in await anext(sifted)
+        coming = asyncio.ensure_future(anext(sifted))
+        await invoke(part, "f", b"newest")
+        async with asyncio.timeout(20):
+            assert (await coming).splitlines()[0].endswith(b"loud newest")
+        await sifted.aclose()  # type: ignore[attr-defined]
 
 
 def test_arguments_from_outside_are_bounded() -> None:

@@ -94,6 +94,9 @@ def logs(
         str, typer.Option("--level", metavar="LEVEL", help="debug, info, warning or error, and above.")
     ] = "",
     grep: Annotated[str, typer.Option("--grep", metavar="TEXT", help="Only lines with this text.")] = "",
+    regex: Annotated[
+        str, typer.Option("--regex", metavar="EXPRESSION", help="Only lines with this (Python's) in them.")
+    ] = "",
     invocation: Annotated[str, typer.Option("--invocation", metavar="ID", help="Only of this call.")] = "",
     node: Annotated[str, typer.Option("--node", metavar="NODE", help="Only of this node.")] = "",
 ) -> None:
@@ -103,7 +106,7 @@ def logs(
     output = session.output(allowed=("table", "json"))
     kind = find_kind("function")
     function = check_name(name.removeprefix("function/"), "FUNCTION", "")
-    query = {"node": node, "level": level, "grep": grep, "invocation": invocation}
+    query = {"node": node, "level": level, "grep": grep, "regex": regex, "invocation": invocation}
     if tail:
         query["tail"] = count(tail, "--tail")
     if since:

@@ -21,6 +21,7 @@ from edgeward.core.quantity import parse_duration
 from edgeward.core.resource import Resource, check_name
 from edgeward.functions import logs
 from edgeward.functions.samples import samples_path, wanted_lines
+from edgeward.functions.sieve import check as check_regex
 from edgeward.functions.stock import Missing
 from edgeward.functions.versions import config_of
 
@@ -150,8 +151,9 @@ def read_logs(folder: Path, args: dict[str, Any]) -> AsyncIterator[bytes]:
         text=str(args.get("grep", "")),
         invocation=str(args.get("invocation", "")),
     )
-    tail = int(args.get("tail", 200))
+    tail, regex = int(args.get("tail", 200)), str(args.get("regex", ""))
+    check_regex(regex)
     pieces: AsyncIterator[bytes] = logs.read(
-        file, wanted, tail, follow=bool(args.get("follow")), as_json=bool(args.get("json"))
+        file, wanted, tail, follow=bool(args.get("follow")), as_json=bool(args.get("json")), regex=regex
     )
     return pieces

@@ -16,12 +16,15 @@ from typing import Any
 import msgspec
 
 from edgeward.core.errors import Invalid
+from edgeward.functions.sieve import BATCH, Sieve
 
 #: Bytes that wait to be written; more are dropped and counted.
 _BUFFER = 1 << 20
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 #: Seconds between two looks at a log that is followed.
 _LOOK = 0.2
+#: Lines that an expression is held against at most, the newest.
+_MOST = 1_000_000
 _encode = msgspec.json.Encoder().encode
 
 
@@ -150,7 +153,7 @@ def log_path(folder: Path, namespace: str, name: str) -> Path:
 def wanted(*, level: str = "", since: str = "", text: str = "", invocation: str = "") -> Callable[[Line], bool]:
     """What a reader asked for; ``since`` is a timestamp. Raises ``Invalid``.
 
-    ``text`` is plain text: a regular expression of a caller could keep the node busy for ever.
+    ``text`` is plain text: regular expressions are for a process of their own (``sieve.py``).
     """
     if level and level not in LEVELS:
         raise Invalid(f"{level[:20]!r} is no level", field="?level", remedy=", ".join(LEVELS))
@@ -176,8 +179,14 @@ def text_of(line: Line) -> str:
     return f"{line.time} {line.level.upper():<7} {line.version}{where} {line.message}{fields}\n"
 
 
-async def read(file: LogFile, is_wanted: Callable[[Line], bool], tail: int, *, follow: bool, as_json: bool) -> Any:
-    """The last ``tail`` lines that are wanted, then what comes, as bytes; another process writes the file."""
+async def read(
+    file: LogFile, is_wanted: Callable[[Line], bool], tail: int, *, follow: bool, as_json: bool, regex: str = ""
+) -> Any:
+    """The last ``tail`` lines that are wanted, then what comes, as bytes; another process writes the file.
+
+    ``regex``: of them only those with this expression in their message; one that takes too long ends it with a line
+    that says so.
+    """
 
     def shown(lines: list[Line]) -> bytes:
         if as_json:
@@ -185,10 +194,31 @@ async def read(file: LogFile, is_wanted: Callable[[Line], bool], tail: int, *, f
         return "".join(map(text_of, lines)).encode("utf-8", "replace")
 
     at = file.end()
-    if found := await asyncio.to_thread(file.lines, is_wanted, tail):
-        yield shown(found)
-    while follow:
-        await asyncio.sleep(_LOOK)  # the period of looking at a growing file
-        lines, at = file.read(at)
-        if found := [line for line in lines if is_wanted(line)]:
-            yield shown(found)
+    async with contextlib.AsyncExitStack() as stack:
+        sieve = await stack.enter_async_context(Sieve(regex)) if regex else None
+        try:
+            found = await asyncio.to_thread(file.lines, is_wanted, _MOST if sieve else tail)
+            if found := await _sifted(sieve, found, tail):
+                yield shown(found)
+            while follow:
+                await asyncio.sleep(_LOOK)  # the period of looking at a growing file
+                lines, at = file.read(at)
+                found = [line for line in lines if is_wanted(line)]
+                if found := await _sifted(sieve, found, len(found)):
+                    yield shown(found)
+        except Invalid as e:
+            yield f"edgeward: {e}\n".encode()
+
+
+async def _sifted(sieve: Sieve | None, lines: list[Line], tail: int) -> list[Line]:
+    """The last ``tail`` of the lines that the sieve lets through; it looks at no more than it must."""
+    if sieve is None:
+        return lines
+    found: list[Line] = []
+    for end in range(len(lines), 0, -BATCH):
+        batch = lines[max(0, end - BATCH) : end]
+        kept = await sieve.matches([line.message for line in batch])
+        found = [line for line, is_kept in zip(batch, kept, strict=True) if is_kept] + found
+        if len(found) >= tail:
+            break
+    return found[-tail:] if tail else []

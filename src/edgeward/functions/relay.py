@@ -38,6 +38,7 @@ LOGS: Mapping[str, tuple[Form, str]] = {
     "since": ("string", "Only what is younger, e.g. 10m"),
     "level": ("string", "debug, info, warning or error: of this weight, or more"),
     "grep": ("string", "Only lines with this text"),
+    "regex": ("string", "Only lines with this regular expression (Python's) in their message"),
     "invocation": ("string", "Only of this call"),
     "json": ("boolean", "One JSON object a line"),
     **FOLLOW,
@@ -102,7 +103,9 @@ def log_args(namespace: str, name: str, request: Request) -> dict[str, Any]:
         "tail": number(request, "tail", 200, high=100_000),
         "follow": flag(request, "follow"),
         "json": flag(request, "json"),
-        **{word: request.query_params.get(word, "")[:256] for word in ("since", "level", "grep", "invocation")},
+        **{
+            word: request.query_params.get(word, "")[:256] for word in ("since", "level", "grep", "regex", "invocation")
+        },
     }
 
 
