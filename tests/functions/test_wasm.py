@@ -242,7 +242,7 @@ async def test_what_cannot_be_loaded_says_why_and_the_old_version_stays(tmp_path
             ]
         )
         for name, why in (
-            ("hang", "did not load within 0.3 s"),
+            ("hang", "not ready within 0.3 s"),
             ("import", "unknown import: `env::gone`"),
             ("files", "incompatible import type"),
             ("text", "cannot be compiled"),

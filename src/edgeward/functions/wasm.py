@@ -90,7 +90,8 @@ class Wasm:
     async def worker(self, version: Version, cage: Cage, env: dict[str, str]) -> Child:
         code = await self._code(version)
         try:
-            load = Load(False, code.size, version.memory, {k: v for k, v in env.items() if k in version.env})
+            own = {k: v for k, v in env.items() if k in version.env}
+            load = Load(False, code.size, version.memory, own)
             return await self._loaded(load, [code.fd], version.memory + _BESIDE, version.cpu)
         finally:
             os.close(code.fd)
@@ -172,7 +173,7 @@ class Wasm:
                 found = cache.held(name) or await asyncio.to_thread(cache.find, name)
                 if found is None:
                     source = await asyncio.to_thread(_source, self._folder, version)
-                    found = await asyncio.to_thread(cache.keep, name, await self._compile(name, source))
+                    found = await asyncio.to_thread(cache.keep, name, await self._compile(name, source, version))
                 return found
         finally:
             if not turn.locked():
@@ -182,13 +183,15 @@ class Wasm:
         """Under what its machine code is kept; found out once for each version."""
         at = (version.key, version.digest)
         if at not in self._names:
-            text = version.code or "".join(version.files.values())
+            source = version.code or "".join(version.files.values())
+            # with what an instance was made with when it was tried
+            text = f"{version.handler}\0{version.memory}\0{source}"
             self._names[at] = cache.name(hashlib.sha256(text.encode()).hexdigest())
             while len(self._names) > _NAMES:
                 self._names.popitem(last=False)
         return self._names[at]
 
-    async def _compile(self, name: str, source: bytes) -> bytes:
+    async def _compile(self, name: str, source: bytes, version: Version) -> bytes:
         if name in self._bad:
             raise EdgewardError(self._bad[name])
         with contextlib.ExitStack() as stack:
@@ -196,15 +199,17 @@ class Wasm:
             stack.callback(os.close, given.fd)
             out = os.memfd_create("edgeward-wasm", os.MFD_CLOEXEC)
             stack.callback(os.close, out)
-            child = await self._loaded(Load(True, given.size), [given.fd, out], _MEMORY, None)
+            load = Load(True, given.size, version.memory, handler=version.handler, startup=version.startup)
+            child = await self._loaded(load, [given.fd, out], _MEMORY, None)
             stack.callback(child.kill)
             told = await self._told(child)
             if not told.error and 0 < told.size <= MAX_CODE:
                 return await asyncio.to_thread(os.pread, out, told.size, 0)
-        why = f"cannot be compiled: {told.error or 'there is too much machine code'}"
-        self._bad[name] = why
-        while len(self._bad) > _BAD:
-            self._bad.popitem(last=False)
+        why = (told.error or "there is too much machine code").strip()
+        if told.final:
+            self._bad[name] = why
+            while len(self._bad) > _BAD:
+                self._bad.popitem(last=False)
         raise EdgewardError(why)
 
     async def _told(self, child: Child) -> Compiled:

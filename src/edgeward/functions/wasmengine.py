@@ -152,11 +152,9 @@ class Machine:
         """Moves the epoch on: each guest that runs looks whether its deadline has come."""
         _increment(self.at)
 
-    def compile(self, source: bytes) -> bytes:
-        """Machine code of WebAssembly or its text. Raises ``WasmtimeError``, ``UnicodeDecodeError``."""
-        module = wasmtime.Module(self.engine, source if source[:4] == b"\0asm" else source.decode())
-        self.linker.instantiate_pre(module)  # all that it imports is there
-        return bytes(module.serialize())
+    def compile(self, source: bytes) -> wasmtime.Module:
+        """Of WebAssembly or its text. Raises ``WasmtimeError``, ``UnicodeDecodeError``."""
+        return wasmtime.Module(self.engine, source if source[:4] == b"\0asm" else source.decode())
 
     def warm(self, host: wasi.Host) -> None:
         """Runs something once: what a first run touches of memory is then this process's own, and the next is fast."""

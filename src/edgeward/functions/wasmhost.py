@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 import wasmtime
@@ -102,38 +102,58 @@ class Worker:
         self._alarm = Alarm(self._machine)
         with contextlib.suppress(RuntimeError):  # it may start no thread: then the node ends the process at a deadline
             self._alarm.start()
-        self._machine.warm(self)
+        self._warm()
         load, fds = self._first()
         try:
             # private: the file is sealed, and ctypes wants to be able to write
             with mmap.mmap(fds[0], load.size, flags=mmap.MAP_PRIVATE) as given:
                 if load.compile:
-                    self._compile(given[:], fds[1])
+                    self.send(self._compile(given[:], fds[1], load))
                     return
                 self._own = load.env
-                program = self._start(given, load.memory)
+                program = self._start(given, load)
         finally:
             for fd in fds:
                 with contextlib.suppress(OSError):
                     os.close(fd)
         self._serve(program)
 
-    def _compile(self, source: bytes, out: int) -> None:
+    def _warm(self) -> None:
+        """Does once what a start and a call do, before anybody waits for it: memory that a fork shares is copied when
+        it is first written to, and that is most of what they take."""
+        self._machine.warm(self)
+        event = wire.Event("", "", "", http=wire.Http())
+        for message in (wire.Init("", "", "", "", "", ""), wire.Invoke("", 0.0, event)):
+            for data in wire.Frames().feed(wire.frame(message)):
+                wire.decode_to_worker(data)
+        wire.frame(wire.Result("", b"x", 200, _typed([], b"x")))
+
+    def _compile(self, source: bytes, out: int, load: Load) -> Compiled:
+        """Machine code into ``out``, when an instance could be made of it."""
         try:
-            code = self._machine.compile(source)
+            module = self._machine.compile(source)
+            program = Program(self._machine, module, load.handler, load.memory)
+            deadline = time.monotonic() + load.startup
+            self._alarm.set(deadline)  # its start function runs here, and may not end
+            program.run(wasi.System(self, [], dict, b"", 0), deadline, only_make=True)
+            code = bytes(module.serialize())
             os.ftruncate(out, len(code))
             at = 0
             while at < len(code):
                 at += os.pwrite(out, code[at : at + (1 << 20)], at)
         except UnicodeDecodeError:
-            self.send(Compiled(0, "it is neither WebAssembly nor its text"))
+            return Compiled(0, "it is neither WebAssembly nor its text")
         except (wasmtime.WasmtimeError, OSError, MemoryError) as e:
-            self.send(Compiled(0, str(e)[:MAX_LINE]))
-        else:
-            self.send(Compiled(len(code)))
+            return Compiled(0, f"it cannot be compiled: {e}"[:MAX_LINE])
+        except Failed as e:
+            late = e.kind == "timeout"
+            why = f"it was not ready within {load.startup:g} s" if late else f"no instance can be made: {e.message}"
+            return Compiled(0, why[:MAX_LINE], not late)
+        return Compiled(len(code))
 
-    def _start(self, code: mmap.mmap, memory: int) -> Program:
-        """Loads the code; says ``Ready`` when an instance could be made, else ``Broken`` and ends."""
+    def _start(self, code: mmap.mmap, load: Load) -> Program:
+        """Loads the code; says ``Ready``, or ``Broken`` and ends. That an instance can be made was tried when it was
+        compiled."""
         try:
             module: wasmtime.Module | wasmtime.WasmtimeError = self._machine.load(code)
         except wasmtime.WasmtimeError as e:
@@ -148,20 +168,13 @@ class Worker:
         try:
             if isinstance(module, wasmtime.WasmtimeError):
                 raise module
-            program = Program(self._machine, module, init.handler, memory)
-            system = wasi.System(self, self._args, self._variables(wire.Event("", "", ""), 0.0), b"", 0)
-            # its start function runs here: where it does not end, the node ends the process
-            program.run(system, float("inf"), only_make=True)
+            program = Program(self._machine, module, init.handler, load.memory)
         except wasmtime.WasmtimeError as e:
-            self._broken(str(e), str(e))
-        except Failed as e:
-            self._broken(f"no instance can be made: {e.message}", e.trace)
+            why = str(e)
+            self.send(wire.Broken(why.split("\n")[0][:MAX_LINE], why[:MAX_LINE]))
+            raise ConnectionResetError from None
         self.send(wire.Ready(1, SDK))
         return program
-
-    def _broken(self, why: str, trace: str) -> NoReturn:
-        self.send(wire.Broken(why.split("\n")[0][:MAX_LINE], trace[:MAX_LINE]))
-        raise ConnectionResetError
 
     def _serve(self, program: Program) -> None:
         while True:
@@ -229,7 +242,7 @@ class Worker:
         return os.urandom(size)
 
     def log(self, level: int, text: str) -> None:
-        if level < self._level:
+        if level < self._level or not self._call:
             return
         self._lines += 1
         if self._lines > MAX_LINES:

@@ -12,13 +12,16 @@ class Load(msgspec.Struct, array_like=True):
     """To a new process, before ``Init``, with descriptors: what it is to load.
 
     To serve: machine code of ``size`` bytes in the first. To compile: source in the first, room for machine code in
-    the second. ``memory``: bytes of a guest's memory; ``env``: its environment.
+    the second, and what tells whether an instance can be made of it (``handler``, ``startup`` in seconds).
+    ``memory``: bytes of a guest's memory; ``env``: its environment.
     """
 
     compile: bool
     size: int
     memory: int = 0
     env: dict[str, str] = {}
+    handler: str = ""
+    startup: float = 0.0
 
 
 class Compiled(msgspec.Struct, array_like=True, tag=64):
@@ -26,3 +29,5 @@ class Compiled(msgspec.Struct, array_like=True, tag=64):
 
     size: int = 0
     error: str = ""
+    #: The same source would have the same error.
+    final: bool = True
