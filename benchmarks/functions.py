@@ -29,6 +29,17 @@ from edgeward.functions.dispatcher import Dispatcher
 from edgeward.functions.versions import Config, config_of
 
 HELLO = 'def handler(event, context):\n    return {"hello": event.data.decode(), "version": context.version}\n'
+#: The same in WebAssembly: reads the event, answers with it.
+WASM = """(module
+  (import "wasi_snapshot_preview1" "fd_read" (func $read (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 1) (data (i32.const 1024) "hello ")
+  (func (export "_start")
+    (i32.store (i32.const 0) (i32.const 1030)) (i32.store (i32.const 4) (i32.const 4096))
+    (drop (call $read (i32.const 0) (i32.const 0) (i32.const 1) (i32.const 8)))
+    (i32.store (i32.const 0) (i32.const 1024))
+    (i32.store (i32.const 4) (i32.add (i32.const 6) (i32.load (i32.const 8))))
+    (drop (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8)))))"""
 EVENT = Event("1", "/bench", "bench", b"edge")
 #: Reads frames, answers each with a frame: what a worker does at the least.
 ECHO = """
@@ -146,10 +157,29 @@ async def _warm() -> list[Row]:
     ]  # fmt: skip
 
 
-async def _cold() -> list[Row]:
+async def _wasm() -> list[Row]:
+    async with dispatcher() as d:
+        d.configure([config("hello", HELLO, scale={"max": 2}), config("wasm", WASM, runtime="wasm", scale={"max": 2})])
+        work, beside = lambda: call(d, "wasm"), lambda: call(d, "hello")
+        for one in (work, beside):
+            await in_flight(one, 2000)
+        p50, rate, python_p50, python_rate = 1e9, 0.0, 1e9, 0.0
+        for _ in range(3):
+            p50, rate = min(p50, await one_by_one(work, 2000)), max(rate, await in_flight(work, 8000))
+            python_p50 = min(python_p50, await one_by_one(beside, 2000))
+            python_rate = max(python_rate, await in_flight(beside, 8000))
+    return [
+        row("warm wasm function, an instance for each call, p50 of 2000, best of 3", p50, "us", 150,
+            base=("a python function, which has one for all", python_p50)),
+        row("wasm function, an instance for each call, 64 in flight, best of 3", rate, "calls/s", 5_000, less=False,
+            base=("a python function, 64 in flight", python_rate)),
+    ]  # fmt: skip
+
+
+async def _cold(what: str, bar: float, code: str, **spec: Any) -> list[Row]:
     took, bare = [], []
     async with dispatcher() as d:
-        d.configure([config("cold", HELLO, scale={"idle": "1ms"})])
+        d.configure([config("cold", code, scale={"idle": "1ms"}, **spec)])
         await call(d, "cold")
         for _ in range(50):
             await until(lambda: not (d.status("default/cold") or {}).get("instances"))
@@ -161,7 +191,11 @@ async def _cold() -> list[Row]:
             subprocess.run([PYTHON, "-c", "pass"], check=True)
             bare.append((time.perf_counter() - began) * 1e3)
     base = ("a bare interpreter's start and end", percentile(bare, 50))
-    return [row("cold start of a sandboxed python function, p50 of 50", percentile(took, 50), "ms", 30, base=base)]
+    return [row(f"cold start of a sandboxed {what} function, p50 of 50", percentile(took, 50), "ms", bar, base=base)]
+
+
+async def _colds() -> list[Row]:
+    return await _cold("python", 30, HELLO) + await _cold("wasm", 1, WASM, runtime="wasm")
 
 
 def _pss(pids: list[int]) -> float:
@@ -253,6 +287,6 @@ async def _update(n: int = 10_000) -> list[Row]:
 
 def functions() -> list[Row]:
     rows: list[Row] = []
-    for work in (_warm, _cold, _idle, _loop, _update):
+    for work in (_warm, _wasm, _colds, _idle, _loop, _update):
         rows += uvloop.run(work())
     return rows

@@ -48,7 +48,7 @@ _NAMES, _SOURCE = 512, 64 << 20
 #: Workers that wait fully caged; processes and threads, and open files, of one.
 _SPARES, _PIDS, _FILES = 2, 8, 64
 #: Seconds after a start until what can wait is done.
-_PAUSE = 0.03
+_PAUSE = 0.005
 #: Their user numbers, beyond those of functions (``versions.py``).
 _USERS, _USER_SPAN = 2_010_000_000, 100_000_000
 #: Seconds until it is known how a process ended.
