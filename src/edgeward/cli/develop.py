@@ -76,7 +76,8 @@ def new(
 ) -> None:
     """Write a new function: manifest, code, and events that test it.
 
-    Templates: http (answers requests), node (the same in JavaScript), cron (called at times).
+    Templates: http (answers requests), node (the same in JavaScript), cron (called at times), mqtt (called by
+    messages).
     """
     check_name(name, "NAME", "")
     if template not in _templates():
