@@ -21,7 +21,10 @@ PLAIN = {"tiny.py": "VALUE = 1\n"}
 
 def _make(lock: str, wheels: Path, tmp_path: Path, arch: str = "x86_64") -> tuple[bytes, list[str]]:
     source = Source(find_links=str(wheels))
-    return asyncio.run(make(lock, target_of("3.11", arch, 28), source, tmp_path))
+    (tmp_path / "made").mkdir(exist_ok=True)
+    names = asyncio.run(make(lock, target_of("3.11", arch, 28), source, tmp_path / "made" / "bundle"))
+    assert [p.name for p in (tmp_path / "made").iterdir()] == ["bundle"], "nothing is left beside it"
+    return (tmp_path / "made" / "bundle").read_bytes(), names
 
 
 def test_the_same_wheels_are_the_same_bundle(tmp_path: Path) -> None:
@@ -33,7 +36,6 @@ def test_the_same_wheels_are_the_same_bundle(tmp_path: Path) -> None:
         held = {e.name: tar.extractfile(e).read() for e in tar}  # type: ignore[union-attr]
     assert held == {n: (tmp_path / "w" / n).read_bytes() for n in names}, "as they were"
     assert _make(lock, tmp_path / "w", tmp_path)[0] == data
-    assert [p.name for p in tmp_path.iterdir()] == ["w"], "nothing is left"
 
 
 def test_what_cannot_be_had_is_named(tmp_path: Path) -> None:

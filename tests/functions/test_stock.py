@@ -137,7 +137,8 @@ async def test_an_archive_that_is_none_is_named_and_its_neighbour_is_not_harmed(
 @looped
 async def test_packages_are_waited_for_and_what_is_wrong_with_them_is_told(tmp_path: Path) -> None:
     lock = wheel(tmp_path / "w", "tiny", {"tiny.py": "VALUE = 7\n"})
-    bundle, _ = await make(lock, target_of("", "", 28), Source(find_links=str(tmp_path / "w")), tmp_path)
+    await make(lock, target_of("", "", 28), Source(find_links=str(tmp_path / "w")), tmp_path / "bundle")
+    bundle = (tmp_path / "bundle").read_bytes()
     hub = Hub()
 
     def said(stock: Stock) -> Missing:
@@ -189,7 +190,8 @@ async def test_what_nothing_refers_to_goes_oldest_first(tmp_path: Path) -> None:
 @looped
 async def test_a_function_runs_from_its_folder_and_its_packages_inside_the_cage(tmp_path: Path) -> None:
     lock = wheel(tmp_path / "w", "tiny", {"tiny.py": "VALUE = 7\n", "typer/__init__.py": "MINE = 1\n"})
-    bundle, _ = await make(lock, target_of("", "", 28), Source(find_links=str(tmp_path / "w")), tmp_path)
+    await make(lock, target_of("", "", 28), Source(find_links=str(tmp_path / "w")), tmp_path / "bundle")
+    bundle = (tmp_path / "bundle").read_bytes()
     main = (
         "import tiny, typer, pathlib\nHERE = pathlib.Path(__file__).parent\n"
         "def handler(event, context):\n"

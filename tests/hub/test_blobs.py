@@ -191,6 +191,7 @@ def test_the_bundle_of_a_declared_lock_file_is_made_once(tmp_path: Path) -> None
             # made already, by whomever: the same for every node that it fits
             (tmp_path / "w" / "tiny-1.0-py3-none-any.whl").unlink()
             assert (await _bundled(f, "plant-2", lock)).digest == told.digest
+            assert len(await blobs.held("default")) == 1
             await f.store.put(function("plant", dependencies={"lock": other}))
             told = await _bundled(f, "plant-1", other)
             assert told.state == "failed" and "native 1.0 has no wheel for Python 3.11" in told.message

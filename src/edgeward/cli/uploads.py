@@ -67,6 +67,7 @@ def target_of(python: str, arch: str, glibc: int) -> Target:
 def bundle_all(
     session: Session, files: Sequence[str], *, python: str, arch: str, glibc: int, index: str, find_links: str
 ) -> None:
+    from edgeward.functions.archive import digest_of
     from edgeward.functions.bundling import Source, make
     from edgeward.functions.parts import lock_digest
 
@@ -81,9 +82,8 @@ def bundle_all(
         for d in found:
             lock, namespace = d.resource.spec.dependencies.lock, d.namespace or "default"
             source = Source(index, find_links and str(Path(find_links).absolute()))
-            data, wheels = asyncio.run(make(lock, target, source, Path(scratch)))
-            from edgeward.functions.archive import digest_of
-
+            wheels = asyncio.run(make(lock, target, source, Path(scratch) / "bundle"))
+            data = (Path(scratch) / "bundle").read_bytes()
             digest = digest_of(data)
             upload(api, None, namespace, [(digest, data)])
             path = f"/api/v1/namespaces/{namespace}/bundles/{PREFIX}{lock_digest(lock)}"

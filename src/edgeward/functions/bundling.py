@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import io
 import os
 import re
 import resource
@@ -71,16 +70,19 @@ def command(target: Target, source: Source, lock: Path, into: Path) -> list[str]
     return [*words, *source.options()]
 
 
-async def make(lock: str, target: Target, source: Source, scratch: Path) -> tuple[bytes, list[str]]:
-    """The bundle and the names of its wheels. Raises ``EdgewardError`` with what is missing and what to do."""
+async def make(lock: str, target: Target, source: Source, to: Path) -> list[str]:
+    """Writes the bundle to the file ``to``; the names of its wheels. Beside it there must be room for as much again.
+
+    Raises ``EdgewardError`` with what is missing and what to do.
+    """
     pins = wanted(parse_lock(lock), target.environment)
-    with tempfile.TemporaryDirectory(prefix=".bundle-", dir=scratch) as folder:
+    with tempfile.TemporaryDirectory(prefix=".bundle-", dir=to.parent) as folder:
         into, file = Path(folder) / "wheels", Path(folder) / "lock.txt"
         into.mkdir()
         file.write_text("".join(f"{p.line()}\n" for p in pins))
         if pins:
             await _run(command(target, source, file, into), into, target)
-        return await asyncio.to_thread(collect, into, pins, target)
+        return await asyncio.to_thread(collect, into, pins, target, to)
 
 
 async def _run(words: Sequence[str], into: Path, target: Target) -> None:
@@ -148,7 +150,7 @@ def failure(text: str, target: Target) -> EdgewardError:
     return Unreachable(f"the packages cannot be fetched: {why}", remedy=f"does the hub reach a registry? {elsewhere}")
 
 
-def collect(folder: Path, pins: Sequence[Pin], target: Target) -> tuple[bytes, list[str]]:
+def collect(folder: Path, pins: Sequence[Pin], target: Target, to: Path) -> list[str]:
     """The wheels of a folder as a bundle: the same wheels are the same bytes. Raises ``Invalid``, ``TooLarge``."""
     files = sorted(p for p in folder.iterdir() if p.suffix == ".whl" and p.is_file())
     if sum(p.stat().st_size for p in files) > LARGEST:
@@ -156,18 +158,18 @@ def collect(folder: Path, pins: Sequence[Pin], target: Target) -> tuple[bytes, l
     import tarfile  # half a megabyte that a hub without packages does not need
 
     known = frozenset().union(*(p.hashes for p in pins)) if pins else frozenset()
-    made = io.BytesIO()
     names = []
-    with tarfile.open(fileobj=made, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    with tarfile.open(to, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for path in files:
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() not in known:
-                continue
-            entry = tarfile.TarInfo(path.name)
-            entry.size, entry.mode = len(data), 0o644
-            tar.addfile(entry, io.BytesIO(data))
+            with path.open("rb") as data:
+                if hashlib.file_digest(data, "sha256").hexdigest() not in known:
+                    continue
+                data.seek(0)
+                entry = tarfile.TarInfo(path.name)
+                entry.size, entry.mode = path.stat().st_size, 0o644
+                tar.addfile(entry, data)
             names.append(path.name)
     why = lacking(pins, names, tags_of(target), where(target))
     if why:
         raise Invalid(why, remedy="lock a version that has one, or lock for this kind of node")
-    return made.getvalue(), names
+    return names

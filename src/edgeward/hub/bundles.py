@@ -12,6 +12,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import msgspec
@@ -159,14 +160,18 @@ class Bundles:
 
     async def _make(self, job: Job, text: str, target: Target) -> None:
         namespace, lock, _ = job
-        data, wheels = await make(text, target, self._source, self._scratch)
-        hex = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+        if await self.fitting(namespace, lock, text, target) is not None:
+            return  # made meanwhile, for a node that differs in what does not matter
+        with NamedTemporaryFile(dir=self._scratch) as file:
+            wheels = await make(text, target, self._source, Path(file.name))
+            hex = await asyncio.to_thread(lambda: hashlib.file_digest(file, "sha256").hexdigest())
+            file.seek(0)
 
-        async def pieces() -> AsyncIterator[bytes]:
-            for at in range(0, len(data), 1 << 20):
-                yield data[at : at + (1 << 20)]
+            async def pieces() -> AsyncIterator[bytes]:
+                while piece := file.read(1 << 18):
+                    yield piece
 
-        await self._blobs.put(namespace, hex, pieces(), self._scratch, clock.now(), quota=self.quota(namespace))
+            await self._blobs.put(namespace, hex, pieces(), self._scratch, clock.now(), quota=self.quota(namespace))
         await self._blobs.add_bundle(namespace, lock, hex, wheels)
         log.info("bundle sha256:%s of %d packages made for %s", hex, len(wheels), where(target))
 

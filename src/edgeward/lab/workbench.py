@@ -198,8 +198,7 @@ class Workbench:
                 target = packages_folder(self._folder, lock_digest(lock))
                 if not target.is_dir():
                     here = msgspec.convert(await stock.run_unpack("target"), Target)
-                    data, _ = await make(lock, here, Source(), Path(scratch))
-                    file.write_bytes(data)
+                    await make(lock, here, Source(), file)
                     await stock.place(PACKAGES, file, target, lock)
 
     def status(self, key: str) -> dict[str, Any]:
