@@ -116,10 +116,12 @@ def ask(folder: Path, verb: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def plane(folder: Path, target: int, files: Path | None = None) -> Iterator[tuple[int, int]]:
+def plane(folder: Path, target: int, files: Path | None = None, engine: str = "embedded") -> Iterator[tuple[int, int]]:
     """The node's data plane alone: ``(pid, port)``."""
     (port,) = free_ports(1)
-    (folder / "plane.json").write_text(json.dumps(plane_config(port, target, files=files)))
+    config = plane_config(port, target, files=files)
+    config["gateway"]["engine"] = engine
+    (folder / "plane.json").write_text(json.dumps(config))
     with running([PYTHON, "-m", "edgeward.agent.plane", "--data", str(folder)], port) as process:
         yield process.pid, port
 
@@ -164,7 +166,7 @@ def gateway() -> list[Row]:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ew-gw-")))
         (target,) = free_ports(1)
         stack.enter_context(running([PYTHON, "-m", "benchmarks.gateway_peers", "target", str(target)], target))
-        for name in ("plane", "nginx"):
+        for name in ("plane", "nginx", "engine"):
             (root / name).mkdir()
         site(root / "site")
         mine = stack.enter_context(plane(root / "plane", target, root / "site"))
@@ -177,6 +179,7 @@ def gateway() -> list[Row]:
         bare = stack.enter_context(nginx(root / "nginx", target, root / "site"))
         if bare is not None:
             peers["bare nginx"] = bare
+            peers["engine nginx"] = stack.enter_context(plane(root / "engine", target, root / "site", "nginx"))
         found: dict[tuple[str, str], list[float]] = {}
         p50: dict[str, list[float]] = {}
         for what, paths in (("cached", CACHED), ("proxied", PROXIED)):
@@ -199,6 +202,10 @@ def gateway() -> list[Row]:
         if "bare nginx" in others:
             made.baseline = "; ".join(filter(None, [made.baseline, f"bare nginx: {others['bare nginx']:.3g} 1/s"]))
         rows.append(made)
+        if "engine nginx" in others:
+            what_for = f"{what} answer by the engine nginx with its plane, part of bare nginx"
+            part = others["engine nginx"] / others["bare nginx"]
+            rows.append(row(what_for, part, "", 0.9, less=False, base=("bare nginx", 1.0)))
     name = "FastAPI on uvicorn, in its own process"
     what = "function answer by the gateway, requests per CPU second of plane and workers"
     rows.append(row(what, through, "1/s", 8_000, less=False, base=(name, beside[0]) if beside else None))

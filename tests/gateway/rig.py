@@ -96,7 +96,8 @@ def free_port() -> int:
 class Rig:
     """A Gate in a loop of its own. ``do`` runs a coroutine there, ``call`` a function."""
 
-    def __init__(self, folder: Path, node: str = "n1") -> None:
+    def __init__(self, folder: Path, node: str = "n1", engine: str = "embedded") -> None:
+        self.engine = engine
         self.node = node
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # as the plane has it
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
@@ -110,6 +111,8 @@ class Rig:
         self.routes: list[RouteConfig] = []
         self.listeners: list[ListenerConfig] = []
         self.targets: list[Target] = []
+        #: Sockets that are kept open to the end.
+        self.held: list[socket.socket] = []
         self.apply()
 
     async def _make(self) -> Gate:
@@ -127,13 +130,17 @@ class Rig:
 
         return self.do(run())
 
-    def apply(self, **more: Any) -> None:
-        listen = (Listen("127.0.0.1", self.port),)
-        config = GatewayConfig(self.node, listen, tuple(self.routes), listeners=tuple(self.listeners), **more)
+    def apply(self, listen: tuple[str, int] | None = None, **more: Any) -> None:
+        """``listen``: there as well."""
+        more = {"engine": self.engine, **more}
+        listens = (Listen("127.0.0.1", self.port), *([Listen(*listen)] if listen else []))
+        config = GatewayConfig(self.node, listens, tuple(self.routes), listeners=tuple(self.listeners), **more)
         section = msgspec.json.decode(msgspec.json.encode(config))
 
         async def take() -> None:
             self.gate.commit(await self.gate.provision(section))
+            if self.gate.front is not None:
+                await self.gate.front.settled()
 
         self.do(take())
 
@@ -161,6 +168,8 @@ class Rig:
                     task.cancel()
 
         self.do(end())
+        for s in self.held:
+            s.close()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(PATIENCE)
         self.loop.close()
@@ -207,6 +216,7 @@ class Client:
         headers: dict[str, str] = {}
         for line in filter(None, lines[1:]):
             name, _, value = line.partition(": ")
+            name = name.lower()
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         body = b""
         if method == "HEAD" or status in (101, 204, 304) or status < 200:

@@ -119,6 +119,7 @@ def test_the_places_beside_this_site() -> None:
         config = rules.decode(section("n", routes, endpoints, {}, [], around=around))
         return {c.key[-1]: ([p.name for p in c.first], [p.name for p in c.then], c.lacking) for c in config.routes}
 
+    assert rules.decode(section("n", [], endpoints, {"engine": "nginx"}, [])).engine == "nginx"
     assert made(near, "cloud") == {
         "a": ([], ["x", "y", cloud], ""), "b": ([cloud], ["x", "y"], ""),
         "c": ([], [], "Service/web falls back to the cloud, and this Route does not say where it is"),

@@ -83,6 +83,8 @@ def lines(got: dict[str, Any]) -> list[str]:
         out.append(f"target    {got['target']}")
         for e in got["endpoints"]:
             out.append(f"endpoint  {e['address']}{'  here' if e['here'] else ''}  circuit {e['circuit']}")
+        if got.get("engine"):
+            out.append(f"engine    {got['engine']}")
         for p in got.get("places", []):
             name = f"{p['place']} {p.get('name', '')}".rstrip()
             out.append(f"place     {name}" + (f": {p['why']}" if p["why"] else ""))

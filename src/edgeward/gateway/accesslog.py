@@ -49,7 +49,10 @@ class AccessLog:
             return
         lines, self._lines = self._lines, []
         encode = self._encoder.encode
-        data = b"".join([encode(self._doc(line)) + b"\n" for line in lines])
+        self.write(b"".join([encode(self._doc(line)) + b"\n" for line in lines]))
+
+    def write(self, data: bytes) -> None:
+        """Lines as they are to stand there."""
         try:
             if self._size + len(data) > FILE_BYTES and self._size:
                 self.path.replace(self.path.with_name(self.path.name + ".1"))
@@ -58,7 +61,7 @@ class AccessLog:
                 out.write(data)
             self._size += len(data)
         except OSError as e:
-            self.dropped += len(lines)
+            self.dropped += data.count(b"\n")
             log.warning("the access log cannot be written: %s", e)
 
     @staticmethod

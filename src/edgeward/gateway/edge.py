@@ -218,6 +218,7 @@ def section(
         routes=tuple(made),
         memory=parse_bytes(settings.get("memory", "32Mi")),
         access_log=settings.get("accessLog", "all"),
+        engine=settings.get("engine", "embedded"),
     )
     plain: dict[str, Any] = msgspec.to_builtins(config)
     return plain

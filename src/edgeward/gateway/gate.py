@@ -14,7 +14,7 @@ import logging
 from collections.abc import AsyncIterator, Coroutine, Hashable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from edgeward.core import clock
 from edgeward.core.errors import EdgewardError, Invalid
@@ -42,6 +42,10 @@ from edgeward.gateway.squeeze import INLINE, Budget, eligible, press, pressed, t
 from edgeward.gateway.stats import metrics
 from edgeward.gateway.tls import Unseal
 from edgeward.gateway.upstream import Pool
+
+if TYPE_CHECKING:
+    from edgeward.gateway.engine import Planned
+    from edgeward.gateway.front import Front
 
 log = logging.getLogger("edgeward.gateway")
 
@@ -97,6 +101,8 @@ class Prepared(NamedTuple):
     table: Table[Rule]
     #: Listeners that are new, already bound; they accept when the configuration is taken.
     opened: dict[Listen, asyncio.Server]
+    #: For the engine before the plane, when there is one.
+    planned: Planned | None = None
 
 
 class Gate:
@@ -141,6 +147,9 @@ class Gate:
         self._busy = asyncio.Event()
         self._drained = asyncio.Event()
         self._said: set[str] = set()
+        #: The engine that listens in place of this process.
+        self.front: Front | None = None
+        self._engine_missing = False
         self.verbs = {
             "gateway.explain": self._explain,
             "gateway.purge": self._purge,
@@ -157,9 +166,10 @@ class Gate:
             config, self.table, self.guards.of(config.routes, self.table),
             sites(config.routes, {r.key: r.site for r in self.table.rules if r.site is not None}, self.data),
         )  # fmt: skip
+        planned = await self._planned(config, table)
         opened: dict[Listen, asyncio.Server] = {}
         try:
-            for listen in config.listen:
+            for listen in () if planned is not None else config.listen:
                 if listen not in self._servers and listen not in opened:
                     opened[listen] = await self.loop.create_server(
                         lambda: Door(self), listen.host, listen.port, backlog=1024, start_serving=False
@@ -173,14 +183,51 @@ class Gate:
                 field="$.gateway.listen",
                 remedy="name another address in node.json: gateway: {listen: ADDRESS:PORT}",
             ) from None
-        return Prepared(config, table, opened)
+        return Prepared(config, table, opened, planned)
+
+    async def _planned(self, config: GatewayConfig, table: Table[Rule]) -> Planned | None:
+        """What an engine before the plane is to do, and that engine at work; None: the plane listens itself."""
+        if config.engine == "embedded":
+            if self.front is not None:
+                await self.front.stop()  # its ports are wanted now
+                self.front = None
+            return None
+        from edgeward.gateway.engine import binary  # what a plane that listens itself does not need
+        from edgeward.gateway.front import Front
+
+        if binary() is None:
+            if not self._engine_missing:
+                self._engine_missing = True
+                text = "there is no nginx on this machine: the gateway serves by itself (node.json: gateway.engine)"
+                self.voice.event("Warning", "EngineMissing", text, "", "", "Node")
+            return None
+        if self.front is None:
+            self.front = Front(self)
+        held = tuple(self._servers)
+        try:
+            return await self.front.plan(config, table, self._give_up_ports)
+        except EdgewardError:
+            for listen in held:
+                if listen not in self._servers:  # the engine does not start: we listen on
+                    self._servers[listen] = await self.loop.create_server(
+                        lambda: Door(self), listen.host, listen.port, backlog=1024
+                    )
+            raise
+
+    async def _give_up_ports(self) -> None:
+        """The engine listens in our place from now on."""
+        servers, self._servers = self._servers, {}
+        for server in servers.values():
+            server.close()
+        await asyncio.sleep(0)  # they are closed by the loop
 
     def commit(self, prepared: Prepared) -> None:
         """From here on requests go by the new rules."""
         config = prepared.config
         self._forget_heads()
-        gone = [s for listen, s in self._servers.items() if listen not in config.listen]
-        self._servers = {k: s for k, s in self._servers.items() if k in config.listen} | prepared.opened
+        listens = () if prepared.planned is not None else config.listen
+        gone = [s for listen, s in self._servers.items() if listen not in listens]
+        self._servers = {k: s for k, s in self._servers.items() if k in listens} | prepared.opened
         for server in gone:
             server.close()  # its open connections stay
         for server in prepared.opened.values():
@@ -188,6 +235,8 @@ class Gate:
         self.config, self.table = config, prepared.table
         self.openings.commit(config.listeners)
         self.shelf.limit = config.memory
+        if self.front is not None and prepared.planned is not None:
+            self.front.commit(prepared.planned)
         self._report()
 
     def _report(self) -> None:
@@ -256,6 +305,8 @@ class Gate:
             server.close()
         self._servers.clear()
         self.openings.close()
+        if self.front is not None:
+            self.front.close()
         for door in tuple(self.doors):
             door.drop()
         for task in tuple(self._tasks):
@@ -269,6 +320,9 @@ class Gate:
         for server in self._servers.values():
             server.close()
         self.openings.close()
+        if self.front is not None:
+            await self.front.stop()
+            self.front = None
         self._drained = asyncio.Event()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
@@ -477,7 +531,10 @@ class Gate:
     # -- verbs of the control socket ---------------------------------------------------------------------------------
 
     async def _explain(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        yield explain(self.table, self.shelf, args, self.loop.time(), clock.now())
+        doc = explain(self.table, self.shelf, args, self.loop.time(), clock.now())
+        if self.front is not None and "route" in doc:
+            doc["engine"] = self.front.explain(next(r for r in self.table.rules if r.key == doc["route"]))
+        yield doc
 
     async def _purge(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         yield {"purged": self.shelf.purge(**purge_args(args))}
@@ -491,10 +548,9 @@ class Gate:
         yield {"proofs": len(self.challenges)}
 
     async def _stats(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        yield {
-            "metrics": metrics(self.table, self.shelf, self.pool, self.refusals, len(self.doors), self.access.dropped)
-            | {"edgeward_gateway_compress_refused_total": float(self.presses.refused)}
-        }
+        values = metrics(self.table, self.shelf, self.pool, self.refusals, len(self.doors), self.access.dropped)
+        values["edgeward_gateway_compress_refused_total"] = float(self.presses.refused)
+        yield {"metrics": values | (self.front.numbers() if self.front is not None else {})}
 
     @property
     def addresses(self) -> list[str]:

@@ -32,11 +32,16 @@ SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 #: Between gateways: the Route that another site's gateway asks for, which answers from its own site or says no, and
 #: whether its target may have seen the request; and (to clients as well) which place answered.
 FALLBACK, REFUSED, PLACE = "edgeward-fallback", "edgeward-refused", "edgeward-place"
+#: From an engine before the plane: whose request it is, by which scheme, for which host as it was understood, and what
+#: became of it where the engine asked the target by itself (status, and the time to connect).
+FRONT_CLIENT, FRONT_SCHEME = "edgeward-front-client", "edgeward-front-scheme"
+FRONT_HOST, FRONT_TRIED = "edgeward-front-host", "edgeward-front-tried"
 UNTOUCHED, UNANSWERED = "untouched", "unanswered"
 #: RFC 9110, section 7.6.1: of this connection only.
 HOP = frozenset(
     {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",
-     "proxy-authorization", "proxy-authenticate", "http2-settings", FALLBACK, REFUSED, PLACE}
+     "proxy-authorization", "proxy-authenticate", "http2-settings", FALLBACK, REFUSED, PLACE, FRONT_CLIENT,
+     FRONT_SCHEME, FRONT_HOST, FRONT_TRIED}
 )  # fmt: skip
 #: What a ``Connection`` field may name. To name an end-to-end field is to have it taken away on the way: refused.
 _NOMINABLE = frozenset({"close", "keep-alive", "upgrade", "te", "trailer", "http2-settings", "proxy-connection", ""})

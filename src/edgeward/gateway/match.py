@@ -127,6 +127,11 @@ class Table(Generic[R]):
             raise NotAllowed(sorted(others))
         raise Bad(404, "no route matches")
 
+    def ordered(self, host: str, path: str) -> Iterable[R]:
+        """The rules for a host and a path, in the order in which they are looked at, whatever else they ask for."""
+        for found in self._candidates(host):
+            yield from self._paths(found, path)
+
     def _candidates(self, name: str) -> Iterable[_Host[R]]:
         named = self._hosts.get(name) if name else None
         if named is not None:

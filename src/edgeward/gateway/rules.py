@@ -105,6 +105,8 @@ class GatewayConfig(msgspec.Struct, frozen=True):
     access_log: Literal["all", "errors", "off"] = "all"
     #: The declared ones.
     listeners: tuple[ListenerConfig, ...] = ()
+    #: Who listens: the plane itself, or nginx before it.
+    engine: Literal["embedded", "nginx"] = "embedded"
 
 
 class Counters:
@@ -121,6 +123,15 @@ class Counters:
         self.cache: dict[str, int] = {}
         #: Answers by the kind of place that gave them, where there are several.
         self.places: dict[str, int] = {}
+
+    def counted(self, status: int, seconds: float, size: int, cache: str, times: int) -> None:
+        """So many alike, by the engine before the plane."""
+        self.statuses[status] = self.statuses.get(status, 0) + times
+        self.buckets[bisect_left(BUCKETS, seconds)] += times
+        self.seconds += seconds * times
+        self.bytes += size * times
+        if cache:
+            self.cache[cache] = self.cache.get(cache, 0) + times
 
     def count(self, status: int, seconds: float, size: int, cache: str) -> None:
         self.statuses[status] = self.statuses.get(status, 0) + 1

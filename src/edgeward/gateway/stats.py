@@ -26,6 +26,9 @@ HELP = {
     "edgeward_gateway_upstream_opened_total": "Connections opened to targets.",
     "edgeward_gateway_upstream_reused_total": "Requests that went by a connection that was open.",
     "edgeward_gateway_compress_refused_total": "Answers that went out as they are: compression had its share of time.",
+    "edgeward_gateway_engine_starts_total": "Starts of the engine before the plane.",
+    "edgeward_gateway_engine_reloads_total": "Configurations given to the engine after its first.",
+    "edgeward_gateway_engine_refused_total": "Configurations that the engine did not take.",
     "edgeward_gateway_log_dropped_total": "Lines that the access log did not keep.",
 }
 
