@@ -154,9 +154,10 @@ def test_nodes_get_blobs_of_the_namespaces_whose_functions_they_have(tmp_path: P
             ask = BlobAsk("default", f"sha256:{HEX}", 600_000, 1000)
             part = await f.ask("plant-1", "blob", ask, BlobPart)
             assert (part.size, part.data) == (len(DATA), DATA[600_000 : 600_000 + len(part.data)]) and part.data
-            assert "has no function of namespace" in (await f.ask("shop-1", "blob", ask, BlobPart)).error
+            refused = await f.ask("shop-1", "blob", ask, BlobPart)
+            assert "has no function of namespace" in refused.error and refused.again
             assert (await f.ask("plant-1", "blob", BlobAsk("default", "../x"), BlobPart)).error
-            assert (await f.ask("plant-1", "blob", BlobAsk("default", f"sha256:{'0' * 64}"), BlobPart)).error
+            assert (await f.ask("plant-1", "blob", BlobAsk("default", f"sha256:{'0' * 64}"), BlobPart)).again is False
             assert (await f.ask("plant-1", "blob", b"no message", BlobPart)).error
             bundles.revoked_here.add("plant-1")
             assert "revoked" in (await f.ask("plant-1", "blob", ask, BlobPart)).error

@@ -49,11 +49,15 @@ class BlobAsk(msgspec.Struct, omit_defaults=True):
 
 
 class BlobPart(msgspec.Struct, omit_defaults=True):
-    """Hub to node: the blob's size and the bytes; fewer than asked for, but some, unless it ends there."""
+    """Hub to node: the blob's size and the bytes; fewer than asked for, but some, unless it ends there.
+
+    ``again``: the error is of the moment, not of the blob.
+    """
 
     size: int = 0
     data: bytes = b""
     error: str = ""
+    again: bool = False
 
 
 class Target(msgspec.Struct, omit_defaults=True):
@@ -77,12 +81,11 @@ State = Literal["ready", "making", "failed", "unknown"]
 
 
 class BundleTold(msgspec.Struct, omit_defaults=True):
-    """Hub to node. ``unknown``: no function that the node has is declared with that lock file at the hub."""
+    """Hub to node. ``unknown``: the hub does not know of such a function of the node's, or cannot look just now."""
 
     state: State = "unknown"
     digest: str = ""
     message: str = ""
-    error: str = ""
 
 
 class Pace:

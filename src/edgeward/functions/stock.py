@@ -223,7 +223,7 @@ class Stock:
                 return str(told.digest)
             if told.state != "making":
                 error = Unreachable if told.state == "unknown" else Refused
-                raise error(told.error or told.message or "the hub does not have it")
+                raise error(told.message or "the hub does not have it")
             self._say(want, Missing("Pending", told.message))
             await asyncio.sleep(_ASK_AGAIN)  # the period of asking
 
@@ -238,7 +238,7 @@ class Stock:
                 part = _decoded(await self._ask("blob", ask, _ANSWER), BlobPart)
                 pace.took(clock.monotonic() - began)
                 if part.error:
-                    raise Refused(part.error)
+                    raise (Unreachable if part.again else Refused)(part.error)
                 self._check_room(part.size, at)
                 at += len(part.data)
                 out.write(part.data)

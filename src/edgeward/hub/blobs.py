@@ -23,7 +23,7 @@ import nats.js.errors
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 
 from edgeward.core.blobs import LARGEST, PIECE
-from edgeward.core.bus import Bus
+from edgeward.core.bus import Bus, cancellable
 from edgeward.core.errors import EdgewardError, Invalid, NotFound, Refused, TooLarge, TooSlow, Unreachable
 from edgeward.core.jsread import read_batch
 from edgeward.core.quantity import format_bytes, parse_bytes, parse_duration
@@ -107,15 +107,28 @@ class Blobs:
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
+    async def _last(self, subject: str) -> bytes | None:
+        """The last message of a subject. A replica that is behind may not have it: the leader has the last word."""
+        found = await self._bus.last_message(STREAM, subject)
+        if found is not None:
+            return found.data
+        try:
+            got = await cancellable(self._bus.jetstream(timeout=10.0).get_last_msg(STREAM, subject))
+        except nats.js.errors.NotFoundError:
+            return None
+        except (nats.errors.Error, TimeoutError) as e:
+            raise Unreachable(f"the hub's store does not answer ({type(e).__name__})", remedy="try again") from e
+        return got.data or b""
+
     async def size(self, namespace: str, hex: str) -> int:
         """Bytes of a blob that the namespace holds. Raises ``NotFound``."""
-        meta = await self._bus.last_message(STREAM, f"ew.blob.{hex}.meta")
-        mark = await self._bus.last_message(STREAM, f"ew.blob.{hex}.ns.{namespace}") if meta else None
+        meta = await self._last(f"ew.blob.{hex}.meta")
+        mark = await self._last(f"ew.blob.{hex}.ns.{namespace}") if meta else None
         if meta is None or mark is None:
             raise NotFound(
                 f"namespace {namespace!r} holds no blob sha256:{hex}", remedy="upload it: apply the folder again"
             )
-        return msgspec.msgpack.decode(meta.data, type=Meta).size
+        return msgspec.msgpack.decode(meta, type=Meta).size
 
     async def read(self, namespace: str, hex: str, offset: int, most: int) -> tuple[int, bytes]:
         """The blob's size, and some bytes from ``offset`` on; b"" at its end. Raises ``NotFound``."""
@@ -123,10 +136,10 @@ class Blobs:
         if not 0 <= offset < size:
             return size, b""
         number, start = divmod(offset, PIECE)
-        piece = await self._bus.last_message(STREAM, f"ew.blob.{hex}.p.{number}")
+        piece = await self._last(f"ew.blob.{hex}.p.{number}")
         if piece is None:
             raise NotFound(f"the blob sha256:{hex} is damaged at the hub", remedy="upload it again")
-        return size, piece.data[start : start + max(1, min(most, PIECE))]
+        return size, piece[start : start + max(1, min(most, PIECE))]
 
     async def held(self, namespace: str = "*") -> dict[tuple[str, str], Mark]:
         """(namespace, hex) to mark."""
@@ -203,7 +216,7 @@ class Blobs:
             )
 
     async def _store(self, hex: str, file: IO[bytes], size: int) -> None:
-        if await self._bus.last_message(STREAM, f"ew.blob.{hex}.meta") is not None:
+        if await self._last(f"ew.blob.{hex}.meta") is not None:
             return
         file.seek(0)
         number = 0

@@ -21,7 +21,7 @@ from nats.aio.msg import Msg
 from edgeward.core import clock
 from edgeward.core.blobs import BlobAsk, BlobPart, BundleAsk, BundleTold, Target, hex_of
 from edgeward.core.bus import Bus
-from edgeward.core.errors import EdgewardError, Refused
+from edgeward.core.errors import EdgewardError, Refused, Unreachable
 from edgeward.core.kinds import quota_of
 from edgeward.core.resource import CLUSTER, Key, check_name
 from edgeward.core.scope import takes
@@ -93,7 +93,8 @@ class Bundles:
             size, data = await self._blobs.read(ask.namespace, hex_of(ask.digest), ask.offset, ask.most)
             part = BlobPart(size, data)
         except (EdgewardError, msgspec.DecodeError) as e:
-            part = BlobPart(error=str(e))
+            # what one process of the hub does not know yet, another one may
+            part = BlobPart(error=str(e), again=isinstance(e, Unreachable | Refused))
         return msgspec.msgpack.encode(part)
 
     async def _bundle(self, msg: Msg) -> bytes:
@@ -102,7 +103,7 @@ class Bundles:
             self._allowed(msg.subject.rsplit(".", 1)[1], ask.namespace)
             told = await self._told(ask)
         except (EdgewardError, msgspec.DecodeError) as e:
-            told = BundleTold("failed", error=str(e))
+            told = BundleTold("unknown" if isinstance(e, Unreachable | Refused) else "failed", message=str(e))
         return msgspec.msgpack.encode(told)
 
     def _parts(self) -> Parts:
