@@ -125,6 +125,18 @@ async def test_a_plane_that_starts_with_a_bad_version_goes_back_to_the_one_that_
         assert again["version"] == head["version"]
         assert json.loads(body)["hello"] == "a"
         await until(lambda: (voice.statuses.get("default/f") or {}).get("phase") == "Degraded", 20)
+    # one that loads and then fails its calls goes back to it as well, and stays away over the next start
+    failing = sections.section([resource("f", "def handler(e, c):\n    raise ValueError")])
+    for _ in range(2):
+        async with running(tmp_path) as (part, voice):
+            await take(part, failing)
+            for _ in range(5):
+                await invoke(part, "f", b"a")
+            await until(lambda: "takenBack" in (voice.statuses.get("default/f") or {}), 20)
+            assert (await invoke(part, "f", b"a"))[0]["version"] == head["version"]
+    async with running(tmp_path) as (part, voice):
+        await take(part, bad)
+        await until(lambda: (voice.statuses.get("default/f") or {}).get("phase") == "Degraded", 20)
         await take(part, {"functions": []})
         assert voice.statuses["default/f"] is None
         await until(lambda: json.loads((tmp_path / "functions/good.json").read_text()) == {}, 20)

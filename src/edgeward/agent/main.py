@@ -51,6 +51,7 @@ from edgeward.core.resources import Resources
 from edgeward.core.scope import check_local
 from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
+from edgeward.functions.beside import Beside
 from edgeward.functions.keeping import EdgeHistory
 from edgeward.functions.stats import HELP as FUNCTION_HELP
 from edgeward.functions.stock import Stock
@@ -150,6 +151,12 @@ class Agent:
             vault=self.vault,
             stock=self.stock,
             history=self.history,
+            beside=Beside(
+                self.history,
+                self._ask_hub,
+                self._spawn,
+                lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
+            ),
             broker=self.broker.reach,
         )
         self.plane = Keeper(

@@ -18,6 +18,7 @@ from edgeward.core.errors import EdgewardError
 from edgeward.core.identity import NodeIdentity
 from edgeward.core.natsserver import free_port
 from edgeward.core.vault import Vault
+from edgeward.functions.beside import Beside
 from edgeward.functions.edge import Sections
 from edgeward.functions.keeping import EdgeHistory
 from edgeward.functions.stock import Stock
@@ -47,6 +48,7 @@ class PlaneSections:
         vault: Vault,
         stock: Stock,
         history: EdgeHistory,
+        beside: Beside,
         broker: Callable[[], dict[str, Any] | None],
     ) -> None:
         self._node, self._site, self._bind, self._address = node, site, bind, address
@@ -54,7 +56,7 @@ class PlaneSections:
         self._history, self._broker = history, broker
         values = desired.values
         self._auths = Auths(values, vault)
-        self._functions = Sections(partial(values, "Config"), partial(values, "Secret"), vault, stock)
+        self._functions = Sections(partial(values, "Config"), partial(values, "Secret"), vault, stock, beside.of)
         self._listeners = Listeners(
             partial(values, "Config"),
             partial(values, "Secret"),

@@ -53,18 +53,40 @@ class Shelf(Protocol):
 class Sections:
     """Makes the plane's section ``functions``: the same bytes as long as nothing changed."""
 
-    def __init__(self, config: Lookup, secret: Lookup, vault: Seals, shelf: Shelf | None = None) -> None:
-        """Without ``shelf``: functions that are a text only."""
+    def __init__(
+        self,
+        config: Lookup,
+        secret: Lookup,
+        vault: Seals,
+        shelf: Shelf | None = None,
+        beside: Callable[[Resource], tuple[bool, Resource | None]] | None = None,
+    ) -> None:
+        """Without ``shelf``: functions that are a text only. ``beside``: what a canary is tried beside, and whether it
+        has to be waited for (``beside.py``)."""
         self._config, self._secret, self._vault, self._shelf = config, secret, vault, shelf
+        self._beside = beside
         self._sealed: dict[tuple[str, str], str] = {}
 
     def section(self, functions: Sequence[Resource]) -> dict[str, Any]:
-        entries = [self._entry(f) for f in sorted(functions, key=lambda r: (r.metadata.namespace, r.metadata.name))]
+        entries = [self._whole(f) for f in sorted(functions, key=lambda r: (r.metadata.namespace, r.metadata.name))]
         if self._shelf is not None:
             self._shelf.settle()
-        kept = {(e["key"], e.get("digest", "")) for e in entries}
+        kept = {(e["key"], e.get("digest", "")) for e in [*entries, *(e["before"] for e in entries if "before" in e)]}
         self._sealed = {k: v for k, v in self._sealed.items() if k in kept}
         return {"functions": entries}
+
+    def _whole(self, function: Resource) -> dict[str, Any]:
+        """The entry, and that of the version which a canary is tried beside."""
+        entry = self._entry(function)
+        if self._beside is None:
+            return entry
+        waits, old = self._beside(function)
+        if "config" not in entry or not (waits or old):
+            return entry
+        before = self._entry(old) if old is not None else {"waiting": "asks the hub what it is to be tried beside"}
+        if "config" not in before:
+            return {**before, "key": entry["key"]}
+        return entry if before["digest"] == entry["digest"] else {**entry, "before": before}
 
     def _entry(self, function: Resource) -> dict[str, Any]:
         ns = function.metadata.namespace

@@ -92,6 +92,27 @@ def told_by(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[int, str]]:
     return found
 
 
+def back_of(known: Sequence[Past], spec: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The code that last had all calls, of what is kept but ``spec`` itself; None where there is none."""
+    past = _back(known, spec)
+    return past.spec if past is not None else None
+
+
+def _back(known: Sequence[Past], spec: Mapping[str, Any]) -> Past | None:
+    code = code_of(spec)
+    past = max((p for p in known if p.spec != code), key=lambda p: p.stood, default=None)
+    return past if past is not None and past.stood else None
+
+
+def back_is(known: Sequence[Past], spec: Mapping[str, Any], digest: str) -> list[Past]:
+    """With the digest of :func:`back_of`'s, when it is known."""
+    past = _back(known, spec)
+    if past is None or not digest or digest in past.digests:
+        return list(known)
+    named = msgspec.structs.replace(past, digests=[*past.digests, digest][-_DIGESTS:])
+    return [named if p is past else p for p in known]
+
+
 def before(items: list[dict[str, Any]], to: str, name: str) -> dict[str, Any]:
     """The version to go back to, of those that the API gives: the one with the digest ``to`` (its first digits), else
     the newest before the present that had all calls. Raises ``NotFound``."""

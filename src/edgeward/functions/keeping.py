@@ -15,16 +15,34 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+from nats.aio.msg import Msg
 
 from edgeward.core import clock
+from edgeward.core.bus import Bus
 from edgeward.core.errors import EdgewardError
 from edgeward.core.files import ensure_dir, read_json, write_atomic
 from edgeward.core.reconcile import Loop
-from edgeward.core.resource import Key, Resource
+from edgeward.core.resource import CLUSTER, Key, Resource
+from edgeward.core.scope import takes
 from edgeward.core.store import Subscription
-from edgeward.functions.history import Past, declared, reported, told_by
+from edgeward.functions.history import Past, back_is, back_of, declared, reported, told_by
 
 log = logging.getLogger("edgeward.functions")
+
+
+#: The verb by which a node asks for the code that a canary is tried beside.
+BESIDE = "beside"
+
+
+class BesideAsk(msgspec.Struct):
+    namespace: str
+    name: str
+
+
+class BesideTold(msgspec.Struct):
+    """``spec``: the code; None: there was no version before."""
+
+    spec: dict[str, Any] | None = None
 
 
 class Facts(Protocol):
@@ -73,6 +91,22 @@ class CloudHistory:
         for name, data in self._store.facts("versions.").items():
             for past in _known(data):
                 yield name.partition(".")[0], past.spec
+
+    async def open(self, bus: Bus) -> None:
+        """Answers nodes."""
+        await bus.serve(f"ew.hub.{BESIDE}.*", self._beside, node_token=3, queue="hub")
+
+    async def _beside(self, msg: Msg) -> bytes:
+        """Of functions that the node has; of others it is told nothing."""
+        told = BesideTold()
+        with contextlib.suppress(msgspec.MsgspecError):
+            ask = msgspec.msgpack.decode(msg.data, type=BesideAsk)
+            node = self._store.find(Key("Node", CLUSTER, msg.subject.rsplit(".", 1)[1]))
+            function = self._store.find(Key("Function", ask.namespace, ask.name))
+            if node is not None and function is not None and takes(function, node):
+                known = _known(self._store.fact(self._fact(ask.namespace, ask.name)))
+                told.spec = back_of(known, _spec(function))
+        return msgspec.msgpack.encode(told)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -133,26 +167,42 @@ class EdgeHistory:
             for past in self._read(file.parent.name, file.stem):
                 yield file.parent.name, past.spec
 
+    def back(self, namespace: str, name: str, function: Resource) -> dict[str, Any] | None:
+        """The code of the version that had all calls before what is declared now."""
+        return back_of(self._read(namespace, name), _spec(function))
+
+    def adopt(self, namespace: str, name: str, code: dict[str, Any]) -> None:
+        """A version that had all calls elsewhere, before this node had the function. Raises ``EdgewardError``."""
+        known = self._read(namespace, name)
+        if all(p.spec != code for p in known):
+            # older than what is declared here, and newer than nothing
+            self._write(namespace, name, [Past(code, 0, 0, clock.timestamp(), stood=1), *known])
+
+    def _write(self, namespace: str, name: str, kept: list[Past]) -> None:
+        file = self._file(namespace, name)
+        ensure_dir(file.parent)
+        write_atomic(file, msgspec.json.encode(kept))
+
     def note(self, functions: Sequence[Resource], entries: Iterable[Mapping[str, Any]]) -> None:
         """``entries``: what the plane is told of them, with the digest. A disk that is full costs the note only."""
-        digests = {str(e["key"]): str(e.get("digest", "")) for e in entries}
+        digests = {
+            str(e["key"]): (str(e.get("digest", "")), str(e.get("before", {}).get("digest", ""))) for e in entries
+        }
         there = set()
         for function in functions:
             meta = function.metadata
             at = (meta.namespace, meta.name)
             there.add(at)
-            digest = digests.get(f"{meta.namespace}/{meta.name}", "")
-            state = (meta.generation, meta.resourceVersion, digest)
+            digest, beside = digests.get(f"{meta.namespace}/{meta.name}", ("", ""))
+            state = (meta.generation, meta.resourceVersion, digest + beside)
             if self._noted.get(at) == state:
                 continue
             known = self._read(*at)
             kept = declared(known, _spec(function), meta.generation, clock.timestamp())
-            kept = reported(kept, [(meta.generation, digest)])
+            kept = back_is(reported(kept, [(meta.generation, digest)]), _spec(function), beside)
             try:
                 if kept != known:
-                    file = self._file(*at)
-                    ensure_dir(file.parent)
-                    write_atomic(file, msgspec.json.encode(kept))
+                    self._write(*at, kept)
                 self._noted[at] = state
             except OSError as e:
                 log.error("the versions of %s/%s cannot be kept: %s", *at, e)

@@ -57,6 +57,8 @@ class Entry(msgspec.Struct, omit_defaults=True):
     waiting: str = ""
     phase: str = "Pending"
     generation: int = 0
+    #: What a canary is tried beside, for a node that did not have it.
+    before: Entry | None = None
 
 
 class Prepared(msgspec.Struct):
@@ -148,6 +150,8 @@ class FunctionsPart:
             raise Invalid(f"the functions are not understood: {e}", field="$.functions") from None
         for entry in entries:
             self._opened(entry)
+            if entry.before is not None:
+                self._opened(entry.before)
         return Prepared(entries, reach)
 
     def commit(self, prepared: Prepared | None) -> None:
@@ -165,7 +169,7 @@ class FunctionsPart:
                 held[entry.key] = (given.phase, given.waiting)
             known[entry.key] = entry
             configs.append(self._opened(entry))
-            kept = self._kept.get(entry.key)
+            kept = self._kept.get(entry.key) or entry.before
             if kept is not None and kept.digest != entry.digest:
                 try:
                     fallbacks[entry.key] = self._opened(kept).version
@@ -216,7 +220,7 @@ class FunctionsPart:
             if entry is not None and entry.digest == digest:
                 if kept is not None:
                     self._former[key] = kept
-                self._kept[key] = entry
+                self._kept[key] = msgspec.structs.replace(entry, before=None)
                 self._unwritten.set()
                 return
 

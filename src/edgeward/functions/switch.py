@@ -324,7 +324,10 @@ class Function:
     def _switch(self, pool: Pool) -> None:
         """From here on the new version answers all calls."""
         old, self.current, self.coming, self.canary = self.current, pool, None, None
-        self.former, self.switched, self.bad_in_row = (old.version if old else None), self._home.now(), 0
+        # a process that has just started has no old one running: what ran well before it is the way back
+        back = old.version if old is not None else self.fallback
+        self.former = back if back is not None and back.digest != pool.version.digest else None
+        self.switched, self.bad_in_row = self._home.now(), 0
         self.bad.pop(pool.version.digest, None)
         if old is not None:
             self._let_go(old, pool)

@@ -180,6 +180,7 @@ class Hub:
         self.blobs = Blobs(self.bus, self.blob_settings, replicas=replicas)
         await self._patiently(self.blobs.open)
         history = CloudHistory(self.store)
+        await history.open(self.bus)
         self.bundles = Bundles(
             self.store,
             self.bus,
