@@ -277,6 +277,51 @@ async def test_an_update_under_load_loses_no_call(tmp_path: Path) -> None:
         assert seen == {b"0", b"1", b"2", b"3"}
 
 
+@looped
+async def test_instances_count_together_in_what_the_node_keeps(tmp_path: Path) -> None:
+    key = "(i32.const 1024) (i32.const 1) (i32.const 2048) (i32.const 1)"
+    # none is 0; one more, unless another was faster; then answers with it
+    count = (
+        f"(loop $l (i32.store8 (i32.const 2048) (i32.const 64)) (drop (call $get {key})) "
+        "(i32.store8 (i32.const 2048) (i32.add (i32.const 1) (i32.load8_u (i32.const 2048)))) "
+        f"(br_if $l (i32.eq (call $set {key} (call $revision)) (i32.const -3)))) {say(1, 1, 2048)}"
+    )
+    rest = (
+        "(drop (call $put (i32.const 4096) (call $keys (i32.const 0) (i32.const 0) (i32.const 4096) (i32.const 9)))) "
+        "(if (i32.ne (call $delete (i32.const 1024) (i32.const 1) (i64.const -1)) (i32.const 1)) (then unreachable)) "
+        "(if (i32.ne (call $delete (i32.const 1024) (i32.const 1) (i64.const -1)) (i32.const 0)) (then unreachable)) "
+        f"(if (i32.ne (call $get {key}) (i32.const -1)) (then unreachable)) "
+        "(if (i32.ne (call $set (i32.const 1024) (i32.const 1) (i32.const 0) (i32.const 262145) (i64.const -1)) "
+        "(i32.const -4)) (then unreachable))"
+    )
+    async with Node(tmp_path) as node:
+        node.d.configure([wasm("f", module(count, data="n"))])
+        first = await asyncio.gather(*(node.call("f") for _ in range(12)))
+        assert sorted(r.body for r in first) == [bytes([65 + n]) for n in range(12)]
+        later = wasm("f", module(rest, data="n", pages="8"))
+        node.d.configure([later])
+        await until(lambda: node.status("f").get("version") == later.version.digest, 60)
+        assert (await node.call("f")).body == b"n"
+
+
+@looped
+async def test_a_guest_has_its_secrets_and_publishes_only_what_is_declared(tmp_path: Path) -> None:
+    asks = (
+        "(drop (call $put (i32.const 4096) (call $secret (i32.const 1024) (i32.const 2) (i32.const 1026) (i32.const 3) "
+        "(i32.const 4096) (i32.const 32)))) "
+        "(if (i32.ne (call $secret (i32.const 1024) (i32.const 2) (i32.const 1024) (i32.const 2) (i32.const 0) "
+        "(i32.const 0)) (i32.const -1)) (then unreachable)) "
+        "(if (i32.ne (call $publish (i32.const 1024) (i32.const 2) (i32.const 0) (i32.const 1) (i32.const 1)) "
+        "(i32.const -2)) (then unreachable)) "
+        "(drop (call $sample (i32.const 0) (i32.const 1) (i32.const 0) (i32.const 1) (f64.const nan)))"
+    )
+    config = wasm("f", module(asks, data="dbkey"))
+    config.version.secrets = {"db": {"key": "s3cret"}}
+    async with Node(tmp_path) as node:
+        node.d.configure([config])
+        assert (await node.call("f")).body == b"s3cret"
+
+
 def _code(folder: Path) -> list[Path]:
     return sorted((folder / "wasm").iterdir())
 

@@ -18,6 +18,14 @@ _IMPORTS = {
     "env": '(import "edgeward" "env" (func $env (param i32 i32 i32 i32) (result i32)))',
     "put": '(import "edgeward" "write" (func $put (param i32 i32) (result i32)))',
     "take": '(import "edgeward" "read" (func $take (param i32 i32) (result i32)))',
+    "get": '(import "edgeward" "state_get" (func $get (param i32 i32 i32 i32) (result i32)))',
+    "set": '(import "edgeward" "state_set" (func $set (param i32 i32 i32 i32 i64) (result i32)))',
+    "delete": '(import "edgeward" "state_delete" (func $delete (param i32 i32 i64) (result i32)))',
+    "keys": '(import "edgeward" "state_keys" (func $keys (param i32 i32 i32 i32) (result i32)))',
+    "revision": '(import "edgeward" "revision" (func $revision (result i64)))',
+    "publish": '(import "edgeward" "publish" (func $publish (param i32 i32 i32 i32 i32) (result i32)))',
+    "secret": '(import "edgeward" "secret" (func $secret (param i32 i32 i32 i32 i32 i32) (result i32)))',
+    "sample": '(import "edgeward" "sample" (func $sample (param i32 i32 i32 i32 f64) (result i32)))',
     "log": '(import "edgeward" "log" (func $log (param i32 i32 i32) (result i32)))',
 }
 

@@ -105,7 +105,7 @@ def _check_wasm(spec: FunctionSpec) -> None:
     if not _EXPORT.fullmatch(spec.handler):
         remedy = "write the name of an exported function"
         raise Invalid(f"{spec.handler[:80]!r} names no export", field="$.spec.handler", remedy=remedy)
-    if spec.limits.network == "all":
+    if spec.limits.network != "none":
         remedy = "leave it out, or write it in another runtime"
         raise Invalid("a wasm function has no network", field="$.spec.limits.network", remedy=remedy)
     if not source.files:

@@ -22,7 +22,7 @@ from typing import Any
 import wasmtime
 from wasmtime import _ffi as ffi
 
-from edgeward.functions import wasi
+from edgeward.functions import wasi, wasmasks
 
 #: Bytes of stack that a guest may use, of the 8 MiB that its thread has; elements of its tables.
 _STACK, _TABLE = 512 * 1024, 1 << 20
@@ -63,9 +63,13 @@ def _engine() -> wasmtime.Engine:
     return wasmtime.Engine(config)
 
 
-def _type(parameters: str, gives: bool) -> wasmtime.FuncType:
-    kinds = {"i": wasmtime.ValType.i32, "I": wasmtime.ValType.i64}
-    return wasmtime.FuncType([kinds[p]() for p in parameters], [wasmtime.ValType.i32()] if gives else [])
+_KINDS = {"i": wasmtime.ValType.i32, "I": wasmtime.ValType.i64, "d": wasmtime.ValType.f64}
+#: How values lie in wasmtime's array, 16 bytes each.
+_LAYOUT = {"i": "I12x", "I": "q8x", "d": "d8x"}
+
+
+def _type(parameters: str, gives: str) -> wasmtime.FuncType:
+    return wasmtime.FuncType([_KINDS[p]() for p in parameters], [_KINDS[g]() for g in gives])
 
 
 class Guest:
@@ -141,9 +145,11 @@ class Machine:
         self.linker = wasmtime.Linker(self.engine)
         self.guest = Guest()
         self._kept: list[Any] = []  # ctypes does not keep what C may call
-        for module, table in (("wasi_snapshot_preview1", wasi.PREVIEW1), ("edgeward", wasi.EDGEWARD)):
-            for name, parameters in table.items():
-                self._define(module, name, parameters)
+        for name, parameters in wasi.PREVIEW1.items():
+            self._define("wasi_snapshot_preview1", name, parameters, "" if name == "proc_exit" else "i")
+        for name, kinds in (wasi.EDGEWARD | wasmasks.ASKS).items():
+            parameters, _, gives = kinds.partition(">")
+            self._define("edgeward", name, parameters, gives or "i")
         self.on_epoch = _EPOCH(self._epoch)
         self.at: int = ctypes.cast(self.engine.ptr(), c_void_p).value or 0
         self._sample = bytes(wasmtime.Module(self.engine, _SAMPLE).serialize())
@@ -176,10 +182,10 @@ class Machine:
             raise wasmtime.WasmtimeError._from_ptr(error)
         return wasmtime.Module._from_ptr(found)
 
-    def _define(self, module: str, name: str, parameters: str) -> None:
+    def _define(self, module: str, name: str, parameters: str, gives: str) -> None:
         method = name if module != "edgeward" else f"edgeward_{name}"
-        callback = _CALLBACK(_gate(self.guest, method, parameters))
-        kind = _type(parameters, name != "proc_exit")  # it must be there until it was read
+        callback = _CALLBACK(_gate(self.guest, method, parameters, gives))
+        kind = _type(parameters, gives)  # it must be there until it was read
         self._kept.append(callback)
         error = ffi.wasmtime_linker_define_func_unchecked(
             self.linker.ptr(),
@@ -205,13 +211,13 @@ class Machine:
         return int(_error_new(b"over its deadline"))
 
 
-def _gate(guest: Guest, method: str, parameters: str) -> Callable[[int, int, int, int], int]:
+def _gate(guest: Guest, method: str, parameters: str, gives: str) -> Callable[[int, int, int, int], int]:
     """What wasmtime calls for one host function: numbers out of its array, one number back into it."""
-    layout = struct.Struct("<" + "".join("I12x" if p == "i" else "Q8x" for p in parameters))
-    work = getattr(wasi.System, method, None)
+    layout = struct.Struct("<" + "".join(_LAYOUT[p] for p in parameters))
+    work = getattr(wasmasks.Asking, method, None)
     missing = wasi.absent(method)
     size, unpack = layout.size, layout.unpack
-    at, result = ctypes.string_at, c_int32.from_address
+    at, result = ctypes.string_at, (ctypes.c_int64 if gives == "I" else c_int32).from_address
 
     def gate(_: int, caller: int, values: int, count: int) -> int:
         try:

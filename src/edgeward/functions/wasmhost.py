@@ -25,6 +25,7 @@ from edgeward.core import invocation as wire
 from edgeward.functions import wasi
 from edgeward.functions.sdk import MAX_LINE, MAX_LINES
 from edgeward.functions.stdio import environment
+from edgeward.functions.wasmasks import Asking
 from edgeward.functions.wasmengine import Failed, Machine, Program
 from edgeward.functions.wasmwire import Compiled, Load
 
@@ -67,7 +68,7 @@ class Worker:
         self._frames = wire.Frames()
         self._waiting: list[bytes] = []
         self._call = ""
-        self._lines = self._dropped = 0
+        self._lines = self._dropped = self._asks = 0
         self._level = logging.INFO
         self._init: wire.Init
         self._args: list[bytes] = []
@@ -135,7 +136,7 @@ class Worker:
             program = Program(self._machine, module, load.handler, load.memory)
             deadline = time.monotonic() + load.startup
             self._alarm.set(deadline)  # its start function runs here, and may not end
-            program.run(wasi.System(self, [], dict, b"", 0), deadline, only_make=True)
+            program.run(Asking(self, [], dict, b"", wire.MAX_BODY, {}), deadline, only_make=True)
             code = bytes(module.serialize())
             os.ftruncate(out, len(code))
             at = 0
@@ -187,9 +188,10 @@ class Worker:
 
     def _variables(self, event: wire.Event, left: float) -> Callable[[], dict[str, str]]:
         init, call = self._init, self._call
-        where = {"EDGEWARD_NAMESPACE": init.namespace, "EDGEWARD_NODE": init.node, "EDGEWARD_SITE": init.site}
+        where = {"EDGEWARD_NODE": init.node, "EDGEWARD_SITE": init.site}
         # what comes from outside changes nothing that was declared
-        return lambda: {**environment(init.name, init.version, call, left, event), **where, **self._own}
+        name = f"{init.namespace}/{init.name}"
+        return lambda: {**environment(name, init.version, call, left, event), **where, **self._own}
 
     # -- a call ----------------------------------------------------------------------------------------------------
 
@@ -198,7 +200,8 @@ class Worker:
         event = call.event
         # a little before the node would end the whole process
         deadline = time.monotonic() + call.left - min(0.005, call.left / 10)
-        system = wasi.System(self, self._args, self._variables(event, call.left), event.data, self._init.max_body)
+        env = self._variables(event, call.left)
+        system = Asking(self, self._args, env, event.data, self._init.max_body, self._init.secrets)
         self._alarm.set(deadline)
         try:
             program.run(system, deadline)
@@ -238,6 +241,28 @@ class Worker:
         if nanoseconds / 1e9 > left:
             raise wasi.Late("over its deadline")
 
+    def ask(self, make: Callable[[str, int], wire.Ask]) -> wire.Answer:
+        self._asks += 1
+        if not self._call:
+            return wire.Answer(self._asks, None, ("refused", "there is no call"))
+        self.send(make(self._call, self._asks))
+        try:
+            while True:
+                left = self._machine.guest.deadline - time.monotonic()
+                if left <= 0:
+                    raise wasi.Late("over its deadline")
+                self._sock.settimeout(left)
+                data = self._receive()
+                if data is None:
+                    raise ConnectionResetError
+                answer = wire.decode_to_worker(data)
+                if isinstance(answer, wire.Answer) and answer.ask == self._asks:
+                    return answer
+        except TimeoutError:
+            raise wasi.Late("over its deadline") from None
+        finally:
+            self._sock.settimeout(None)
+
     def random(self, size: int) -> bytes:
         return os.urandom(size)
 
@@ -251,6 +276,8 @@ class Worker:
         self.send(wire.Log(self._call, level, time.time(), text))
 
     def piece(self, status: int, headers: list[tuple[str, str]], data: bytes, first: bool) -> None:
+        if not self._call:
+            return
         if first:
             self.send(wire.Head(self._call, status, _typed(headers, data)))
         self._chunks(self._call, data)
