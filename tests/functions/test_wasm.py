@@ -21,6 +21,8 @@ from edgeward.core.errors import Invalid
 from edgeward.core.invocation import Call, CallFailed, Event, Http
 from edgeward.functions import wasm as origin
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "05-wasm"
+
 
 def _variable(name: str) -> str:
     """Answers with a variable's value."""
@@ -74,6 +76,22 @@ async def test_a_binary_module_and_an_archive_are_the_same_program(tmp_path: Pat
         node.d.configure([function("bin", "", runtime="wasm", source={"files": {"main.wasm": text}}), packed])
         assert (await node.call("bin", b"a")).body == b"a"
         assert (await node.call("packed", b"b")).body == b"b"
+
+
+@looped
+async def test_a_program_in_c_runs_as_its_compiler_made_it(tmp_path: Path) -> None:
+    made = (EXAMPLE / "build" / "main.wasm").read_bytes()
+    text = base64.b64encode(made).decode()
+    source = {"files": {"main.wasm": text}}
+    async with Node(tmp_path) as node:
+        node.d.configure([function("words", "", runtime="wasm", source=source, env={"GREETING": "hi"})])
+        reply = await node.call("words", b"the quick\n brown fox")
+        assert msgspec.json.decode(reply.body) == {"greeting": "hi", "words": 4, "bytes": 20}
+        assert reply.headers == [("content-type", "application/json")]
+        assert (await node.call("words")).status == 400
+        assert msgspec.json.decode((await node.call("words", b"a " * 1_000_000)).body)["words"] == 1_000_000
+        assert (await _logged(node, "words", "counted 4"))["level"] == "info"
+        assert "there are files" not in node.log("words").path.read_text()
 
 
 @looped
@@ -246,7 +264,7 @@ async def test_what_cannot_be_loaded_says_why_and_the_old_version_stays(tmp_path
             ("import", "unknown import: `env::gone`"),
             ("files", "incompatible import type"),
             ("text", "cannot be compiled"),
-            ("large", "memory"),
+            ("large", "limits.memory is 16777216 bytes"),
         ):
             await _told(node, name, why)
         await node.phase("kept", "Running")

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import paho.mqtt.client as mqtt
+from tests.scenarios.conftest import ROOT
 
 from edgeward.cli.client import _UnixConnection
 
@@ -75,6 +76,12 @@ def test_a_function_answers_at_hub_node_and_gateway_and_outlives_the_agent(
     up.run("function", "new", "mine", "--dir", str(folder))
     up.run("function", "deploy", str(folder))
     assert json.loads(up.run("invoke", "mine", "-d", '{"name": "it"}'))["hello"] == "it"
+
+    # a program in C, compiled to WebAssembly
+    up.run("apply", "-f", str(ROOT / "examples" / "05-wasm"), "--wait")
+    words = {"greeting": "hello", "words": 3, "bytes": 14}
+    assert json.loads(up.run("invoke", "words", "-d", "one two  three")) == words
+    up.wait("the route", lambda: post(f"{url}/words", b"one two  three") == (200, words))
 
     # what fails names the function and the limit, by exit code, by problem document, and in the log
     secret = {"apiVersion": "edgeward/v1", "kind": "Secret", "metadata": {"name": "db"}}

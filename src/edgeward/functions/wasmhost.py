@@ -149,6 +149,8 @@ class Worker:
         except Failed as e:
             late = e.kind == "timeout"
             why = f"it was not ready within {load.startup:g} s" if late else f"no instance can be made: {e.message}"
+            if e.kind == "memory":
+                why += f"; limits.memory is {load.memory} bytes"
             return Compiled(0, why[:MAX_LINE], not late)
         return Compiled(len(code))
 
