@@ -131,5 +131,5 @@ def test_the_places_beside_this_site() -> None:
     assert made(near, "nearest")["c"] == ([], ["x", "y"], "")
     assert made(near[:1], "fail")["f"][2].startswith("keys and tokens go to no other site without TLS")
     config = rules.decode(section("n", routes[:1], endpoints, {}, [], around=Around(near[:1]))).routes[0]
-    assert config.then[0] == PlaceConfig("site", "x", Endpoint("192.0.2.1", 81))
+    assert config.then[0] == PlaceConfig("site", "x", Endpoint("192.0.2.1", 81, ours=True))
     assert config.then[1] == PlaceConfig("cloud", cloud, Endpoint("c.example", 443, True), "c.example")

@@ -453,7 +453,9 @@ def test_one_that_does_not_take_it_in_earnest_goes_on_by_the_old(nginx: Rig) -> 
     assert engine.refused == 1 and engine._config.read_text() == written
     assert [r for r, _ in nginx.heard.events] == ["EngineRefused"]
     assert ask(nginx, "/").body == b"ok"
+    engine._apply_time = PATIENCE
     nginx.route("/after/", target.port)
+    assert engine.refused == 1 and '"/after/"' in engine._config.read_text()
     assert ask(nginx, "/after/1").body == b"ok"
 
 

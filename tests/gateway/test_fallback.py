@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.gateway.rig import Answer, Client, Rig, Target, plain
+from tests.gateway.papers import Authority, certificate, listener
+from tests.gateway.rig import Answer, Client, Rig, Target, free_port, plain
 from tests.gateway.test_admission import jwt, token
 
 from edgeward.core.invocation import Call, CallFailed, Reply
@@ -211,6 +212,28 @@ def test_nobody_is_asked_for_another(sites: Sites) -> None:
     assert (told.status, told.headers[REFUSED]) == (503, UNTOUCHED)
     wrong = sites.ask("/r", f"{FALLBACK}: default/other")
     assert (wrong.status, wrong.headers[REFUSED]) == (421, UNTOUCHED)
+
+
+def test_gateways_ask_each_other_by_tls_and_trust_the_hub(sites: Sites) -> None:
+    ca, other = Authority(), Authority("others")
+    target = sites.there.target(plain(b"berlin"))
+    port = free_port()
+    sites.there.route("/r", target.port, key=KEY)
+    place = PlaceConfig("site", "berlin", Endpoint("127.0.0.1", port, True, ours=True))
+    sites.here.route("/r", key=KEY, then=(place, sites.far()), failures=0)
+    file = sites.here.folder / "identity" / "ca.crt"
+    file.parent.mkdir()
+    for authority, hosts, answers in (
+        (other, ("127.0.0.1", "shop.example"), b"cloud"),  # nobody we know
+        (ca, ("127.0.0.1", "shop.example"), b"berlin"),
+        (ca, ("127.0.0.1",), b"cloud"),  # not for this host: a connection for one is no door to another
+        (ca, ("127.0.0.2", "shop.example"), b"cloud"),  # not the one that was to be asked
+    ):
+        file.write_text(ca.pem)
+        sites.there.listeners = [listener(port, certificate(*authority.issue(*hosts)))]
+        sites.there.apply()
+        assert sites.ask(method="POST", body=b"x", host="shop.example").body == answers, hosts
+    assert target.bodies == [b"x"]
 
 
 def test_an_endpoint_that_is_down_is_left_alone(sites: Sites) -> None:

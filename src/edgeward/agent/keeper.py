@@ -38,6 +38,7 @@ _INHERIT = (
     "HOME",
     "TMPDIR",
     "PATH",
+    "EDGEWARD_NGINX",
     "PYTHONPATH",
     "VIRTUAL_ENV",
     "EDGEWARD_LOG",

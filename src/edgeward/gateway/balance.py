@@ -19,6 +19,8 @@ class Endpoint(msgspec.Struct, frozen=True):
     tls: bool = False
     #: On this very node.
     here: bool = False
+    #: Another site's gateway: by TLS it may show a certificate of our hub's.
+    ours: bool = False
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

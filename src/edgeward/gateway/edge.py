@@ -113,6 +113,7 @@ def _neighbour(said: Mapping[str, Any]) -> PlaceConfig | None:
         endpoint, _ = _upstream(str(said.get("url", "")))
     except Invalid:
         return None
+    endpoint = msgspec.structs.replace(endpoint, ours=True)
     return PlaceConfig("site", name, endpoint) if isinstance(name, str) and name else None
 
 

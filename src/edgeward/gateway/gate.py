@@ -114,7 +114,7 @@ class Gate:
         self.voice, self.invoker = voice, invoker
         self.config = GatewayConfig()
         self.table: Table[Rule] = Table([])
-        self.pool = Pool()
+        self.pool = Pool(log_file.parent / "identity" / "ca.crt")
         self.shelf = Shelf(self.config.memory)
         self.access = AccessLog(log_file)
         self.data = log_file.parent

@@ -8,7 +8,9 @@ client gets another one's answer. Reading stops while the user's own side is ful
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
+from pathlib import Path
 from typing import Protocol, cast
 
 from edgeward.gateway.balance import Endpoint
@@ -208,9 +210,11 @@ class Connection(asyncio.Protocol):
 class Pool:
     """Idle connections by endpoint, and the opening of new ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, ca_file: Path) -> None:
+        """``ca_file``: the hub's authority, when it is there."""
         self._idle: dict[Endpoint, list[Connection]] = {}
-        self._tls: ssl.SSLContext | None = None
+        self._ca_file = ca_file
+        self._tls: dict[bool, tuple[int, ssl.SSLContext]] = {}
         self.opened = 0
         self.reused = 0
 
@@ -239,12 +243,27 @@ class Pool:
         if kept and connection in kept:
             kept.remove(connection)
 
+    def _trusting(self, *, ours: bool) -> ssl.SSLContext:
+        """What a target's certificate is held against: the machine's authorities; for gateways the hub's as well, as
+        it is now."""
+        stamp = 0
+        if ours:
+            with contextlib.suppress(OSError):
+                stamp = self._ca_file.stat().st_mtime_ns
+        known = self._tls.get(ours)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        context = ssl.create_default_context()
+        if stamp:
+            with contextlib.suppress(OSError, ssl.SSLError):
+                context.load_verify_locations(self._ca_file)
+        self._tls[ours] = stamp, context
+        return context
+
     async def open(self, endpoint: Endpoint, timeout: float) -> Connection:
         """Raises ``OSError`` or ``TimeoutError``."""
         loop = asyncio.get_running_loop()
-        tls = None
-        if endpoint.tls:
-            self._tls = tls = self._tls or ssl.create_default_context()
+        tls = self._trusting(ours=endpoint.ours) if endpoint.tls else None
         async with asyncio.timeout(timeout):
             _, connection = await loop.create_connection(
                 lambda: Connection(self, endpoint),
