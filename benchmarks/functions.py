@@ -17,15 +17,19 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import paho.mqtt.client as mqtt
 import uvloop
 
 from benchmarks.common import PYTHON, Row, percentile, row
 from edgeward.core import kinds as _kinds  # noqa: F401
 from edgeward.core.invocation import Call, CallFailed, Event, Frames, frame
+from edgeward.core.natsserver import NatsServer, NodeSpec
 from edgeward.core.proc import usage
 from edgeward.core.resource import decode
 from edgeward.functions import spec as _spec  # noqa: F401
 from edgeward.functions.dispatcher import Dispatcher
+from edgeward.functions.intake import Intake
+from edgeward.functions.triggers import Reach
 from edgeward.functions.versions import Config, config_of
 
 HELLO = 'def handler(event, context):\n    return {"hello": event.data.decode(), "version": context.version}\n'
@@ -285,8 +289,90 @@ async def _update(n: int = 10_000) -> list[Row]:
     return [row(f"calls of {n} answered during 5 updates", kept, "%", 100, less=False, base=("without updates", calm))]
 
 
+async def _triggered(n: int = 5000) -> list[Row]:
+    """Messages that wait at the node's broker: called one by one, beside a subscriber that only takes them."""
+    with tempfile.TemporaryDirectory(prefix="edgeward-bench-") as name:
+        folder = Path(name)
+        server = NatsServer(folder / "nats", NodeSpec("bench", mqtt_users={"edge": "pw"}, plane_password="pw"))
+        await server.start()
+        try:
+            rates = [await _drained(folder, server, n) for _ in range(3)]
+        finally:
+            await server.stop()
+    return [
+        row("MQTT QoS 1 messages answered by a function, 16 at once, best of 3", max(r for r, _ in rates), "calls/s",
+            2000, less=False, base=("paho subscriber of a persistent session", max(b for _, b in rates))),
+    ]  # fmt: skip
+
+
+async def _drained(folder: Path, server: NatsServer, n: int) -> tuple[float, float]:
+    ports = server.ports
+    key, spec = "default/f", {"triggers": [{"mqtt": {"topic": "bench", "concurrency": 16}}], "scale": {"max": 2}}
+    made = config("f", "def handler(e, c): ...", **spec)
+    reach = Reach(server.url, "pw", "127.0.0.1", ports["mqtt"])
+    taken = asyncio.Event()
+    count = 0
+
+    def arrived(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == n:
+            loop.call_soon_threadsafe(taken.set)
+
+    def device(id: str) -> mqtt.Client:
+        client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=id, clean_session=False)
+        client.username_pw_set("edge", "pw")
+        client.max_inflight_messages_set(500)
+        client.on_message = arrived
+        client.connect("127.0.0.1", ports["mqtt"])
+        client.loop_start()
+        return client
+
+    loop = asyncio.get_running_loop()
+    async with dispatcher() as d:
+        d.configure([made])
+        await call(d, "f")
+        intake = Intake("bench", folder / "listening", d.invoke)
+        task = asyncio.create_task(intake.run())
+        wanted = {key: made.policy.takings}
+        intake.configure(wanted, {key}, reach)
+        await until(lambda: all(t["connected"] for t in intake.status(key)))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        subscriber = device("sub")
+        subscriber.subscribe("bench", 1)
+        sender = device("send")
+        for info in [sender.publish("bench", b"x" * 100, 1) for _ in range(n)][-1:]:
+            await asyncio.to_thread(info.wait_for_publish, 60)
+        await asyncio.wait_for(taken.wait(), 60)  # it was there: this was no measure
+        subscriber.disconnect()
+        subscriber.loop_stop()
+        count = 0
+        taken.clear()
+        for info in [sender.publish("bench", b"x" * 100, 1) for _ in range(n)][-1:]:
+            await asyncio.to_thread(info.wait_for_publish, 60)
+        sender.disconnect()
+        sender.loop_stop()
+        before = d.counters()[key]["calls"]
+        intake = Intake("bench", folder / "listening", d.invoke)
+        task = asyncio.create_task(intake.run())
+        began = time.perf_counter()
+        intake.configure(wanted, {key}, reach)
+        await until(lambda: d.counters()[key]["calls"] >= before + 2 * n)
+        rate = 2 * n / (time.perf_counter() - began)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        began = time.perf_counter()
+        subscriber = device("sub")
+        await asyncio.wait_for(taken.wait(), 60)
+        plain = n / (time.perf_counter() - began)
+        subscriber.disconnect()
+        subscriber.loop_stop()
+    return rate, plain
+
+
 def functions() -> list[Row]:
     rows: list[Row] = []
-    for work in (_warm, _wasm, _colds, _idle, _loop, _update):
+    for work in (_warm, _wasm, _colds, _idle, _loop, _update, _triggered):
         rows += uvloop.run(work())
     return rows

@@ -76,7 +76,8 @@ class Inlets:
     def metrics(self) -> dict[str, float]:
         values: dict[str, float] = {}
         for key, name, listener in self._intake.counters() if self._intake is not None else []:
-            labels = f'{{function="{key}",trigger="{name}"}}'
+            quoted = name.replace("\\", r"\\").replace('"', r"\"")
+            labels = f'{{function="{key}",trigger="{quoted}"}}'
             for word, value in (
                 ("answered_total", listener.done),
                 ("failed_total", listener.failed),

@@ -275,8 +275,9 @@ class Intake:
         js = self._bus.jetstream()
         for name, (listener, _) in tuple(self._running.items()):
             if listener.taking.durable:
+                given = listener.given
                 info = await js.consumer_info(listener.stream, name)
-                over = listener.looked(int(info.num_pending or 0))
+                over = listener.looked(int(info.num_pending or 0), given)
                 if over:
                     bound = listener.taking.backlog
                     self._event(

@@ -81,6 +81,8 @@ class Listener:
         self._timer: asyncio.TimerHandle | None = None
         self.connected = False
         self.problem = ""
+        #: Messages that the consumer gave out.
+        self.given = 0
         #: At the broker, as it last said. To be passed over, because the backlog is full.
         self.pending = self._skip = 0
         self.done = self.failed = self.dead = self.dropped = 0
@@ -151,6 +153,7 @@ class Listener:
             self._told(msg.headers or {})
             return
         self._credit = max(0, self._credit - 1)
+        self.given += 1
         item = item_of(msg.subject, msg.data, msg.reply, msg.headers)
         item.since = self._loop.time()
         if self.taking.kind == "event" and (msg.headers or {}).get(ABOUT_HEADER) == f"Function/{self.key}":
@@ -318,10 +321,13 @@ class Listener:
 
     # -- what it is told of itself -----------------------------------------------------------------------------------
 
-    def looked(self, pending: int) -> int:
-        """The broker said how much waits. What is over the bound is passed over, oldest first; how much that is."""
+    def looked(self, pending: int, given: int) -> int:
+        """The broker said how much waits. What is over the bound is passed over, oldest first; how much that is.
+
+        ``given``: what :attr:`given` was when it was asked: what came meanwhile does not wait any more.
+        """
         self.pending = pending
-        over = max(0, pending - self.taking.backlog)
+        over = max(0, pending - self.taking.backlog - (self.given - given))
         fresh = max(0, over - self._skip)
         self._skip = over
         if fresh:
