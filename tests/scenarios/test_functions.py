@@ -18,6 +18,7 @@ from tests.scenarios.conftest import ROOT
 
 from edgeward.cli.client import _UnixConnection
 
+ALARMS = Path(__file__).parents[2] / "examples" / "04-alarms"
 HELLO = """\
 apiVersion: edgeward/v1
 kind: Function
@@ -158,11 +159,11 @@ def test_triggers_go_on_while_the_link_is_cut_and_the_agent_is_dead(lab: Callabl
     client.subscribe("out/#", 1)
     assert subscribed.wait(60)
 
-    def connected() -> bool:
-        told = system.get("function", "jobs")["status"].get("nodes", {}).get("plant-1", {}).get("triggers", [])
-        return len(told) == 2 and all(t["connected"] for t in told)
+    def connected(name: str, number: int) -> bool:
+        told = system.get("function", name)["status"].get("nodes", {}).get("plant-1", {}).get("triggers", [])
+        return len(told) == number and all(t["connected"] for t in told)
 
-    system.wait("the triggers", connected)
+    system.wait("the triggers", lambda: connected("jobs", 2))
 
     def job(name: str) -> None:
         client.publish("jobs/a", name.encode(), 1).wait_for_publish(60)
@@ -173,6 +174,17 @@ def test_triggers_go_on_while_the_link_is_cut_and_the_agent_is_dead(lab: Callabl
 
     try:
         job("online")
+        # examples/04-alarms: said when it changes
+        system.run("apply", "-f", str(ALARMS), "--wait")
+        system.wait("its trigger", lambda: connected("alarm", 1))
+        for celsius in (b"20", b"91", b"92", b"30"):
+            client.publish("machines/press/temperature", celsius, 1).wait_for_publish(60)
+
+        def alarms() -> list[str]:
+            lines = system.run("stream", "read", "alarms", "--from", "0", "-o", "json").splitlines()
+            return [json.loads(line)["payload"]["state"] for line in lines]
+
+        system.wait("the alarms", lambda: alarms()[:1] == ["hot"] and "well" in alarms())
         system.run("lab", "cut", "plant", "--data", str(system.data))
         system.wait("the event of the cut", lambda: ("out/event", b"LinkDown") in got)
         agent = system.context["nodes"][0]["pids"]["agent"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from edgeward.core import invocation as wire
 from edgeward.core.errors import EdgewardError
@@ -20,6 +21,8 @@ from edgeward.functions.versions import Policy, Version
 
 #: (function's key, topic, data, qos, hops): done when the broker has it. Raises ``EdgewardError``.
 Publisher = Callable[[str, str, bytes, int, int], Awaitable[None]]
+#: What is still to be done for an answer.
+Work = Callable[[], Awaitable[wire.Answer]]
 #: (version, the call's id, what is offered): whether it is kept.
 Sampler = Callable[[Version, str, wire.Sample], Awaitable[bool]]
 
@@ -72,23 +75,21 @@ class Asks:
         self.publisher: Publisher | None = None
         self.sampler: Sampler | None = None
 
-    def answer(
-        self, version: Version, policy: Policy, call: str, event: Event, ask: wire.Ask
-    ) -> wire.Answer | Awaitable[wire.Answer]:
+    def answer(self, version: Version, policy: Policy, call: str, event: Event, ask: wire.Ask) -> wire.Answer | Work:
         """What the ask of this call comes to."""
         if isinstance(ask, wire.Publish):
             why = _may_publish(ask, version, policy, event)
-            return why or self._done(ask, self._publish(version, ask, hops_of(event) + 1))
+            return why or self._later(ask, partial(self._publish, version, ask, hops_of(event) + 1))
         if isinstance(ask, wire.Sample):
             size = len(ask.input) + len(ask.output)
             if size > version.body or len(ask.tags) > 16 or any(len(k) + len(v) > 512 for k, v in ask.tags.items()):
                 return refusal(ask, "too-large", f"a sample may have {version.body} bytes and 16 short tags")
-            return self._done(ask, self._sample(version, call, ask))
+            return self._later(ask, partial(self._sample, version, call, ask))
         return self._state(version, policy, ask)
 
     def _state(
         self, version: Version, policy: Policy, ask: wire.StateGet | wire.StateSet | wire.StateDelete | wire.StateKeys
-    ) -> wire.Answer | Awaitable[wire.Answer]:
+    ) -> wire.Answer | Work:
         key = version.key
         try:
             if isinstance(ask, wire.StateKeys):
@@ -100,17 +101,20 @@ class Asks:
         except EdgewardError as e:
             return refusal(ask, word(e), e.message)
         if isinstance(ask, wire.StateDelete):
-            return self._done(ask, self.memory.delete(key, ask.key, ask.revision))
+            return self._later(ask, partial(self.memory.delete, key, ask.key, ask.revision))
         if len(ask.value) > MAX_VALUE:
             return refusal(ask, "too-large", f"a value may have {MAX_VALUE} bytes, this one has {len(ask.value)}")
-        return self._done(ask, self.memory.set(key, ask.key, ask.value, ask.revision, policy.state))
+        return self._later(ask, partial(self.memory.set, key, ask.key, ask.value, ask.revision, policy.state))
 
     @staticmethod
-    async def _done(ask: wire.Ask, work: Awaitable[object]) -> wire.Answer:
-        try:
-            return wire.Answer(ask.ask, await work)
-        except EdgewardError as e:
-            return refusal(ask, word(e), e.message)
+    def _later(ask: wire.Ask, work: Callable[[], Awaitable[object]]) -> Work:
+        async def done() -> wire.Answer:
+            try:
+                return wire.Answer(ask.ask, await work())
+            except EdgewardError as e:
+                return refusal(ask, word(e), e.message)
+
+        return done
 
     async def _publish(self, version: Version, ask: wire.Publish, hops: int) -> None:
         if self.publisher is None:

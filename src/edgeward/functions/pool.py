@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from edgeward.core.errors import EdgewardError
 from edgeward.core.invocation import Call, CallFailed, Event, FailKind, Reply, frame
 from edgeward.core.proc import ending
 from edgeward.functions import scale
-from edgeward.functions.asks import Asks, Tally, refusal
+from edgeward.functions.asks import Asks, Tally, Work, refusal
 from edgeward.functions.guard import Guard
 from edgeward.functions.origins import Origin, Worker
 from edgeward.functions.output import Output
@@ -280,9 +280,9 @@ class Link(asyncio.Protocol):
                 tally.open_bytes += size
                 pool.host.spawn(self._answered(answer, size))
 
-    async def _answered(self, answer: Awaitable[wire.Answer], size: int) -> None:
+    async def _answered(self, work: Work, size: int) -> None:
         try:
-            self._tell(await answer)
+            self._tell(await work())
         finally:
             self._tally.open -= 1
             self._tally.open_bytes -= size
