@@ -2,8 +2,9 @@
 
 ``python -m edgeward.functions.unpack archive FILE TARGET`` or ``... bundle FILE TARGET LOCK``; ``... target`` says what
 packages this Python can run. One JSON document on standard output: what was made, or a problem. The agent starts it
-(``stock.py``) with bounds on memory, time and files, so an archive that is made to harm can end this process only. It
-makes ``TARGET`` at once or not at all, read-only, its modules compiled (which does not run them).
+(``stock.py``). Before it looks at what came it gives away what it does not need: it can write beside ``TARGET`` only,
+has no socket, starts no program, and has bounds on memory, time and files; an archive that is made to harm can end this
+process and no more. It makes ``TARGET`` at once or not at all, read-only, its modules compiled (which runs nothing).
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import py_compile
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,11 @@ import msgspec
 
 from edgeward.core.blobs import Target
 from edgeward.core.errors import EdgewardError, Invalid
-from edgeward.functions import archive
+from edgeward.functions import archive, sandbox
 from edgeward.functions.wheels import lacking, parse_lock, tags_of, wanted, wheel_of, where
 
 #: Memory and processor time of this process.
-_MEMORY, _CPU = 1 << 30, 120
+_MEMORY, _CPU = 1 << 30, 300
 #: Seconds for the compiler; code that it does not bear is compiled when it is loaded, or not at all.
 _COMPILE = 120.0
 _BOUNDS = archive.Bounds(files=50_000, bytes=2 << 30)
@@ -56,9 +58,8 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wheels(file: Path, root: Path, lock: str, scratch: Path) -> None:
+def _wheels(file: Path, root: Path, lock: str, scratch: Path, me: Target) -> None:
     """Unpacks the bundle's wheels, each held against the lock file, as an installer would lay them out (PEP 427)."""
-    me = here()
     pins = wanted(parse_lock(lock), me.environment)
     tags, known = tags_of(me), {h: p for p in pins for h in p.hashes}
     names: list[str] = []
@@ -106,20 +107,27 @@ def _sync(folder: Path) -> None:
 
 
 def _compile(folder: Path, shown: Path) -> None:
-    words = [sys.executable, "-m", "compileall", "-q", "-q", "--invalidation-mode=unchecked-hash"]
-    words += [f"-s{folder}", f"-p{shown}", str(folder)]
-    with contextlib.suppress(subprocess.SubprocessError, OSError):
-        subprocess.run(words, timeout=_COMPILE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    until = time.monotonic() + _COMPILE
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    for path in sorted(folder.rglob("*.py")):
+        if time.monotonic() > until:
+            return
+        with contextlib.suppress(py_compile.PyCompileError, OSError, ValueError, RecursionError, MemoryError):
+            name = str(shown / path.relative_to(folder))
+            py_compile.compile(str(path), dfile=name, doraise=True, invalidation_mode=mode)
 
 
-def unpack(kind: str, file: Path, target: Path, lock: str = "") -> dict[str, Any]:
-    """Makes ``target``; ``{files, bytes}``. Raises ``EdgewardError``; then it is not there."""
+def unpack(file: Path, target: Path, lock: str = "", me: Target | None = None) -> dict[str, Any]:
+    """Makes ``target``; ``{files, bytes}``. ``me``: what wheels are for; without it ``file`` is an archive.
+
+    Raises ``EdgewardError``; then it is not there.
+    """
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=target.parent) as scratch:
         root = Path(scratch) / "root"
         root.mkdir()
         try:
-            if kind == "bundle":
-                _wheels(file, root, lock, Path(scratch))
+            if me is not None:
+                _wheels(file, root, lock, Path(scratch), me)
             else:
                 archive.unpack(file, root)
         except archive.DAMAGED as e:
@@ -155,7 +163,9 @@ def main() -> int:
                 with contextlib.suppress(OSError, ValueError):
                     resource.setrlimit(what, (bound, bound))
             lock = Path(words[3]).read_text() if len(words) > 3 else ""
-            said = unpack(words[0], Path(words[1]), Path(words[2]), lock)
+            me = here() if words[0] == "bundle" else None
+            sandbox.shut_in(str(Path(words[2]).parent), [words[1]])
+            said = unpack(Path(words[1]), Path(words[2]), lock, me)
     except EdgewardError as e:
         said = {"error": e.problem()}
     except MemoryError:
