@@ -46,7 +46,7 @@ def test_examples_are_valid() -> None:
     for folder in folders:
         manifests = read_files([folder])
         for manifest in manifests:
-            packed(manifest)
+            packed(manifest, pack=False)  # some folders are what a compiler makes
         assert [decode_manifest(m) for m in manifests]
 
 
