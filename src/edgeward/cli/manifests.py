@@ -6,6 +6,7 @@ a change behind. Reading and validation themselves are `core/manifest.py`.
 
 from __future__ import annotations
 
+import base64
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from edgeward.cli.session import Session, UsageError
 from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.manifest import Manifest, decode_manifest, read_files
 from edgeward.core.registry import Kind
-from edgeward.core.resource import Key, Resource
+from edgeward.core.resource import MAX_DOCUMENT, Key, Resource
 
 #: What others refer to comes first. A kind that is not named here comes behind those that are.
 ORDER = (
@@ -87,27 +88,34 @@ def read_declared(session: Session, files: Sequence[str], *, pack: bool = True) 
 
 
 def packed(manifest: Manifest, pack: bool = True) -> tuple[tuple[str, bytes], ...]:
-    """Turns ``source: {folder: PATH}`` of a Function into an archive by digest; the path is from where the file is."""
+    """Turns ``source: {folder: PATH}`` of a Function into an archive by digest, and ``{file: PATH}`` into its text.
+
+    Paths are from where the manifest is.
+    """
     doc = manifest.doc
     spec = doc.get("spec") if isinstance(doc, dict) and doc.get("kind") == "Function" else None
     source = spec.get("source") if isinstance(spec, dict) else None
-    if not isinstance(source, dict) or "folder" not in source:
+    way = next((w for w in ("folder", "file") if isinstance(source, dict) and w in source), "")
+    if not isinstance(spec, dict) or not isinstance(source, dict) or not way:
         return ()
-    at: dict[str, Any] = {"file": manifest.file, "line": manifest.line_of("$.spec.source.folder")}
-    given = source.pop("folder")
+    at: dict[str, Any] = {"file": manifest.file, "line": manifest.line_of(f"$.spec.source.{way}")}
+    given = source.pop(way)
     if not isinstance(given, str) or not given or source:
         raise Invalid(
             "give the code in one way",
             field="$.spec.source",
-            remedy="folder: and the path of one, nothing beside",
+            remedy=f"{way}: and the path of one, nothing beside",
             **at,
         )
     if not pack:
         source["archive"] = {"digest": f"sha256:{'0' * 64}"}
         return ()
+    base = Path(manifest.file).parent if Path(manifest.file).is_file() else Path()
+    if way == "file":
+        source |= _one_file(base / given, str(spec.get("runtime")), at)
+        return ()
     from edgeward.functions import archive
 
-    base = Path(manifest.file).parent if Path(manifest.file).is_file() else Path()
     try:
         data, digest = archive.pack(base / given, Path(manifest.file))
     except EdgewardError as e:
@@ -119,6 +127,29 @@ def packed(manifest: Manifest, pack: bool = True) -> tuple[tuple[str, bytes], ..
         raise Invalid(f"{e.filename}: {e.strerror}", field="$.spec.source.folder", **at) from None
     source["archive"] = {"digest": digest}
     return ((digest, data),)
+
+
+def _one_file(path: Path, runtime: str, at: dict[str, Any]) -> dict[str, Any]:
+    """A source that is one file: named as its runtime looks for it."""
+    field = "$.spec.source.file"
+    try:
+        with path.open("rb") as f:
+            data = f.read(MAX_DOCUMENT + 1)
+    except OSError as e:
+        raise Invalid(f"{path}: {e.strerror}", field=field, **at) from None
+    if len(data) > MAX_DOCUMENT:
+        raise Invalid(
+            f"{path} has more than {MAX_DOCUMENT} bytes", field=field, remedy="put it into a folder: folder: PATH", **at
+        )
+    if runtime == "wasm" and data[:4] == b"\0asm":
+        return {"files": {"main.wasm": base64.b64encode(data).decode()}}
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise Invalid(f"{path} is no text", field=field, remedy="put it into a folder: folder: PATH", **at) from None
+    if runtime == "node" and path.suffix in (".mjs", ".cjs", ".js"):
+        return {"files": {f"main{path.suffix}": text}}
+    return {"inline": text}
 
 
 def _place(manifest: Manifest, session: Session) -> None:

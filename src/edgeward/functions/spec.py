@@ -45,7 +45,8 @@ class Dependencies(Declared):
 
 
 class Source(Declared):
-    """The code: one of the three. In a file for the command line also `folder: PATH`, which it packs and uploads."""
+    """The code: one of the three. In a file for the command line also `folder: PATH`, which it packs and uploads, and
+    `file: PATH`, which it puts in."""
 
     inline: Annotated[
         str,
