@@ -28,6 +28,8 @@ CONNECTIONS = 32
 CACHED = [f"/cached/{n}" for n in range(64)]
 FILES = [f"/files/{n}.txt" for n in range(64)]
 LARGE = "/files/large.bin"
+#: More than the memory of the second plane takes: each is read from its disk.
+ON_DISK = [f"/cached/{n}" for n in range(256)]
 PROXIED = [f"/proxied/{n}" for n in range(64)]
 
 
@@ -116,11 +118,13 @@ def ask(folder: Path, verb: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def plane(folder: Path, target: int, files: Path | None = None, engine: str = "embedded") -> Iterator[tuple[int, int]]:
+def plane(
+    folder: Path, target: int, files: Path | None = None, engine: str = "embedded", *, memory: int = 0, disk: int = 0
+) -> Iterator[tuple[int, int]]:
     """The node's data plane alone: ``(pid, port)``."""
     (port,) = free_ports(1)
     config = plane_config(port, target, files=files)
-    config["gateway"]["engine"] = engine
+    config["gateway"] |= {"engine": engine, "memory": memory or 32 * 1024**2, "disk": disk}
     (folder / "plane.json").write_text(json.dumps(config))
     with running([PYTHON, "-m", "edgeward.agent.plane", "--data", str(folder)], port) as process:
         yield process.pid, port
@@ -190,6 +194,17 @@ def gateway() -> list[Row]:
                     found.setdefault((what, name), []).append(rate)
                     if name == "edgeward":
                         p50.setdefault(what, []).append(got["p50"])
+        pairs = {"edgeward": mine} | ({"bare nginx": bare} if bare is not None else {})
+        (root / "small").mkdir()
+        small = stack.enter_context(plane(root / "small", target, memory=64 * 1024, disk=64 * 1024**2))
+        for what, paths, who in (("files", FILES, pairs), ("disk", ON_DISK, {**pairs, "edgeward": small})):
+            for _ in range(ROUNDS):
+                for name, (pid, at) in who.items():
+                    load(at, paths, 0.5)
+                    found.setdefault((what, name), []).append(per_cpu(pid, at, paths)[0])
+        for _ in range(ROUNDS):
+            for name, (pid, at) in pairs.items():
+                found.setdefault(("large", name), []).append(pull(pid, at))
         through, own, beside = function(peers.get("FastAPI on uvicorn"))
         changed, kept, calm = changes(root / "plane", mine, target)
     rows = []
@@ -206,6 +221,14 @@ def gateway() -> list[Row]:
             what_for = f"{what} answer by the engine nginx with its plane, part of bare nginx"
             part = others["engine nginx"] / others["bare nginx"]
             rows.append(row(what_for, part, "", 0.9, less=False, base=("bare nginx", 1.0)))
+    for what, bar, unit, words in (
+        ("files", 15_000.0, "1/s", "small file by the gateway, requests per CPU second"),
+        ("disk", 5_000.0, "1/s", "cached answer from the gateway's disk, requests per CPU second"),
+        ("large", 1_000.0, "MB/s", "large file by the gateway, MB per CPU second"),
+    ):
+        values = {n: statistics.median(v) for (w, n), v in found.items() if w == what}
+        base = ("bare nginx", values["bare nginx"]) if "bare nginx" in values else None
+        rows.append(row(words, values["edgeward"], unit, bar, less=False, base=base))
     name = "FastAPI on uvicorn, in its own process"
     what = "function answer by the gateway, requests per CPU second of plane and workers"
     rows.append(row(what, through, "1/s", 8_000, less=False, base=(name, beside[0]) if beside else None))

@@ -96,9 +96,10 @@ def free_port() -> int:
 class Rig:
     """A Gate in a loop of its own. ``do`` runs a coroutine there, ``call`` a function."""
 
-    def __init__(self, folder: Path, node: str = "n1", engine: str = "embedded") -> None:
+    def __init__(self, folder: Path, node: str = "n1", engine: str = "embedded", **more: Any) -> None:
+        """``more``: of ``GatewayConfig``, also for what :meth:`apply` is not told otherwise."""
         self.engine = engine
-        self.node = node
+        self.node, self.more = node, more
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # as the plane has it
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
@@ -132,7 +133,7 @@ class Rig:
 
     def apply(self, listen: tuple[str, int] | None = None, **more: Any) -> None:
         """``listen``: there as well."""
-        more = {"engine": self.engine, **more}
+        more = {"engine": self.engine, **self.more, **more}
         listens = (Listen("127.0.0.1", self.port), *([Listen(*listen)] if listen else []))
         config = GatewayConfig(self.node, listens, tuple(self.routes), listeners=tuple(self.listeners), **more)
         section = msgspec.json.decode(msgspec.json.encode(config))

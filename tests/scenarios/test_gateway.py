@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import http.client
 import http.server
 import json
@@ -75,12 +77,15 @@ class Door:
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self._at = (str(parts.hostname), int(parts.port or 80))
-        self._connection = http.client.HTTPConnection(*self._at, timeout=60)
+        self.connection = http.client.HTTPConnection(*self._at, timeout=60)
 
     def get(self, path: str, body: bytes | None = None) -> tuple[int, bytes, http.client.HTTPMessage]:
-        self._connection.request("GET" if body is None else "POST", path, body)
-        got = self._connection.getresponse()
+        self.connection.request("GET" if body is None else "POST", path, body)
+        got = self.connection.getresponse()
         return got.status, got.read(), got.headers
+
+    def close(self) -> None:
+        self.connection.close()
 
 
 def test_the_example_answers_with_its_origin_gone(systems: Callable[..., Any]) -> None:
@@ -99,6 +104,56 @@ def test_the_example_answers_with_its_origin_gone(systems: Callable[..., Any]) -
     stale = system.wait("what is stale", lambda: (got := door.get("/news/today"))[0] == 200 and got)
     assert stale[1] == b"news of /news/today\n"
     system.wait("the word for it", lambda: "stale-if-error" in door.get("/news/today")[2]["cache-status"])
+
+
+def test_a_cached_site_survives_its_cloud_and_a_power_cut(systems: Callable[..., Any]) -> None:
+    system = systems("e", "up")
+    system.run("apply", "-f", str(ROOT / "examples" / "05-cached-site"), "--wait")
+    url = system.context["nodes"][0]["gateway_url"]
+    key = {"X-Api-Key": "staff-0123456789abcdef"}
+    film = bytes(range(256)) * 80 * 1024
+
+    def ask(path: str, **headers: str) -> tuple[int, bytes, http.client.HTTPMessage]:
+        with contextlib.closing(Door(url)) as door:
+            door.connection.request("GET", path, headers={k.replace("_", "-"): v for k, v in headers.items()})
+            got = door.connection.getresponse()
+            return got.status, got.read(), got.headers
+
+    page = system.wait("the site", lambda: (got := ask("/"))[0] == 200 and got)[1]
+    assert gzip.decompress(ask("/", Accept_Encoding="gzip")[1]) == page
+    assert ask("/media/film")[1] == film
+    system.wait("the keys", lambda: ask("/staff/plan", **key)[0] == 200)
+    staff = ask("/staff/plan", **key)[1]
+    assert ask("/contact/")[1] == b"<h1>How to reach us</h1>\n"
+    node = next((system.data / "nodes").iterdir())
+    assert b"staff-0123456789abcdef" not in (node / "plane.json").read_bytes()
+    system.wait("all on the disk", lambda: sum(1 for _ in (node / "cache").glob("*/*.e")) >= 3)
+
+    app = system.get("app", "cloud")
+    system.apply({"kind": "App", "metadata": {"name": "cloud"}, "spec": {**app["spec"], "replicas": 0}})
+    system.wait("the cloud's end", lambda: ask("/other")[0] in (502, 503))
+    old = system.context["nodes"][0]["pids"]["plane"]
+    os.kill(old, signal.SIGKILL)  # the memory is gone
+    system.wait("another plane", lambda: system.context["nodes"][0]["pids"]["plane"] not in (None, old))
+
+    def up() -> bool:
+        try:
+            return ask("/")[0] == 200
+        except OSError:
+            return False
+
+    system.wait("the site without its cloud", up)
+    got = ask("/")
+    assert (got[1], "stale-if-error" in got[2]["cache-status"] or "hit" in got[2]["cache-status"]) == (page, True)
+    assert ask("/media/film")[1] == film
+    part = ask("/media/film", Range="bytes=1000000-1000099")
+    assert (part[0], part[1]) == (206, film[1_000_000:1_000_100])
+    assert ask("/staff/plan")[0] == 401
+    assert ask("/staff/plan", **key)[1] == staff
+    assert ask("/contact/")[0] == 200
+    name = system.context["nodes"][0]["name"]
+    system.run("gateway", "purge", "--prefix", "/media/", "--node", name)
+    assert ask("/media/film")[0] in (502, 503)
 
 
 def test_a_gateway_through_changes_and_kills(systems: Callable[..., Any], news: int) -> None:

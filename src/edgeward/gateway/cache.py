@@ -11,9 +11,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import formatdate, mktime_tz, parsedate_tz
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from edgeward.gateway.http1 import SAFE, Headers, Request, Response, is_claim
+
+if TYPE_CHECKING:
+    from edgeward.gateway.entry import Blob
 
 #: RFC 9110, section 15.1: may be kept without being told so.
 _HEURISTIC = frozenset({200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501})
@@ -118,6 +121,8 @@ class Stored:
     renewing: bool = False
     #: It may be given compressed (``squeeze.py``), and what that is; None: not made yet.
     squeezable: bool = False
+    #: A large body lies on the disk (``disk.py``), and ``body`` is empty.
+    blob: Blob | None = None
     zipped: Stored | None = None
     #: Which route's target it came from (``rules.Rule.owner``).
     owner: str = ""
@@ -129,7 +134,13 @@ class Stored:
         return self.fresh_for - self.age(now)
 
     @property
+    def length(self) -> int:
+        """Of the body."""
+        return len(self.body) if self.blob is None else self.blob.length
+
+    @property
     def size(self) -> int:
+        """Bytes of memory."""
         zipped = 0 if self.zipped is None else self.zipped.size
         return len(self.body) + sum(len(n) + len(v) + 64 for n, v in self.headers) + 512 + zipped
 
@@ -225,7 +236,7 @@ def refreshed(old: Stored, response: Response, headers: Headers, asked: float, g
         0.0 if "no-cache" in control else lifetime(fields, old.status, control),
         0.0 if unsafe else (old.stale_if_error if error is None else error),
         0.0 if unsafe else (old.stale_while_revalidate if renew is None else renew),
-        old.tags, hits=old.hits, owner=old.owner,
+        old.tags, hits=old.hits, owner=old.owner, blob=old.blob,
     )  # fmt: skip
 
 
@@ -342,7 +353,7 @@ def part_of(request: Request, stored: Stored) -> tuple[int, int] | Literal["unsa
     match = _RANGE.fullmatch(asked)
     if match is None or (match[1] is None and match[2] is None):
         return None
-    size = len(stored.body)
+    size = stored.length
     if match[1] is None:
         n = int(match[2])
         return (max(0, size - n), size) if n and size else "unsatisfiable"

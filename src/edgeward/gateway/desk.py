@@ -16,12 +16,14 @@ from edgeward.gateway.answers import problem_parts
 from edgeward.gateway.auth import Denied, Guard
 from edgeward.gateway.cache import Stored, choose, http_date
 from edgeward.gateway.cors import CorsConfig, is_preflight, preflight, with_cors
+from edgeward.gateway.exchange import StoredExchange
+from edgeward.gateway.files import NotCached
 from edgeward.gateway.http1 import FALLBACK, REFUSED, UNTOUCHED, Bad, Headers, Request
 from edgeward.gateway.match import NotAllowed
 from edgeward.gateway.peer import Peer
 from edgeward.gateway.rules import Rule
 from edgeward.gateway.serving import from_store
-from edgeward.gateway.shelf import key_of
+from edgeward.gateway.shelf import Key, key_of
 from edgeward.gateway.site import Kept, Site, answer_of
 
 if TYPE_CHECKING:
@@ -257,11 +259,24 @@ class Desk:
 
     # -- what is in the memory -----------------------------------------------------------------------------------------
 
-    def _from_memory(self, request: Request, rule: Rule, waited: bool = False) -> None:
-        """Answers from the store, or asks the target."""
+    def _from_memory(
+        self, request: Request, rule: Rule, waited: bool = False, *, looked: bool = False, found: Stored | None = None
+    ) -> None:
+        """Answers from the store, or asks the target. ``looked``: also on the disk, where this was ``found``."""
         gate = self.gate
         key = key_of(request)
         stored, others = gate.shelf.find(key, request, rule.owner)
+        if stored is None and gate.disk is not None:
+            stored = found
+            if not looked and (mark := gate.disk.find(key, request, rule.owner)) is not None:
+                try:
+                    stored = gate.disk.load_now(mark)
+                except NotCached:
+                    self.waiting = True
+                    gate.disk.load(mark, lambda found: self._loaded(request, rule, key, found))
+                    return
+                if stored is not None:
+                    gate.shelf.put(key, stored)
         now = clock.now()
         given = stored
         if stored is not None and rule.compress is not None:
@@ -271,6 +286,7 @@ class Desk:
             and request.plain
             and given.ttl(now) > 0.0
             and len(given.body) < WHOLE
+            and given.blob is None
             and rule.cors is None
         ):
             self.give(given, now)
@@ -282,6 +298,9 @@ class Desk:
             if way == "renew" and not stored.renewing:
                 stored.renewing = True
                 gate.renew(request, rule, self.client, key, stored)
+            if given.blob is not None:
+                self._start(request, rule, StoredExchange(gate, self, request, rule, self.client, given, way))
+                return
             status, fields, body = from_store(request, given, now, cors=rule.cors)
             self.respond(request, status, fields, body, stored.reason if status == stored.status else "")
             gate.hit(self.client, request, rule, stored, status, len(body), way)
@@ -306,6 +325,15 @@ class Desk:
         else:
             exchange = gate.exchange(self, request, rule, self.client, fwd=choice.fwd)
         self._start(request, rule, exchange)
+
+    def _loaded(self, request: Request, rule: Rule, key: Key, found: Stored | None) -> None:
+        """What lay on the disk is here."""
+        if found is not None and self.gate.shelf.find(key, request, rule.owner)[0] is None:
+            self.gate.shelf.put(key, found)
+        if self.waiting and self.open:
+            self.waiting = False
+            self._from_memory(request, rule, looked=True, found=found)
+            self.went_on()
 
     def _waited(self, request: Request, rule: Rule) -> None:
         if self.waiting and self.open:

@@ -137,6 +137,7 @@ def route_config(
             parse_bytes(spec.cache.object),
             parse_duration(spec.cache.staleIfError),
             parse_duration(spec.cache.staleWhileRevalidate),
+            spec.cache.disk,
         )
     return RouteConfig(
         key=f"{namespace}/{route.metadata.name}",
@@ -213,11 +214,14 @@ def section(
             msgspec.structs.replace(c, missing=True) if c.to == "function" and c.function not in functions else c
             for c in made
         ]
+    given = settings.get("cache")
+    sizes: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
     config = GatewayConfig(
         node=node,
         listen=tuple(listen),
         routes=tuple(made),
-        memory=parse_bytes(settings.get("memory", "32Mi")),
+        memory=parse_bytes(sizes.get("memory", settings.get("memory", "32Mi"))),
+        disk=parse_bytes(sizes.get("disk", "256Mi")),
         access_log=settings.get("accessLog", "all"),
         engine=settings.get("engine", "embedded"),
     )

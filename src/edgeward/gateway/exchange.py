@@ -20,6 +20,7 @@ from edgeward.gateway.answers import problem_parts
 from edgeward.gateway.balance import Endpoint, may_repeat
 from edgeward.gateway.cache import Stored
 from edgeward.gateway.cors import with_cors
+from edgeward.gateway.entry import Damaged
 from edgeward.gateway.http1 import (
     CHUNKED,
     FALLBACK,
@@ -33,18 +34,22 @@ from edgeward.gateway.http1 import (
     write_request,
 )
 from edgeward.gateway.rules import Place, Rule
-from edgeward.gateway.serving import forwarded, from_store, said_place
-from edgeward.gateway.shelf import NAME, Key
+from edgeward.gateway.serving import asked_of, forwarded, said_place
+from edgeward.gateway.shelf import NAME, Key, key_of
 from edgeward.gateway.upstream import Connection
 
 if TYPE_CHECKING:
     from edgeward.gateway.desk import Desk
+    from edgeward.gateway.disk import Spool
+    from edgeward.gateway.entry import Blob
     from edgeward.gateway.gate import Gate
 
 #: Bytes of a request's body that are kept to send it again; the client waits while no connection is open beyond it.
 REPLAY = 64 * 1024
 #: Bytes of bodies that requests in progress have in memory, all together: events of functions, answers to be kept.
 HELD = 64 * 1024**2
+#: A larger answer goes to the disk, not into the memory.
+OBJECT = 16 * 1024**2
 _NO_BODY = frozenset({204, 304})
 _FAILED = frozenset({500, 502, 503, 504})
 Waiter = Callable[[bool], None]
@@ -91,6 +96,9 @@ class Exchange:
         self._chunked = False
         self._storing: list[bytes] | None = None
         self._stored_size = self._held = 0
+        self._spool: Spool | None = None
+        #: A stored answer is on its way from the disk.
+        self._streams = False
         self._client_full = False
         self._response: Response | None = None
         self._swallow = False
@@ -278,11 +286,28 @@ class Exchange:
         most = self.rule.cache.object if self.rule.cache is not None else 0
         why = cache.why_not_stored(self.request, response)
         main = self.place is self.rule.places[0]  # what stands in for it is not kept
-        if main and not why and response.length <= most and response.length >= CHUNKED:
-            self._storing = []
-            self.cache_word = "stored"
-        else:
-            self._release(False)
+        if main and not why and CHUNKED <= response.length <= most:
+            if response.length <= self._memory_most():
+                self._storing = []
+                self.cache_word = "stored"
+                return
+            self._to_disk(response.length)
+        self._release(False)
+
+    def _memory_most(self) -> int:
+        return min(self.rule.cache.object if self.rule.cache is not None else 0, OBJECT, self.gate.shelf.limit // 4)
+
+    def _disk_most(self) -> int:
+        disk = self.gate.disk
+        return min(self.rule.cache.object, disk.limit // 2) if self.rule.cache is not None and disk is not None else 0
+
+    def _to_disk(self, size: int) -> None:
+        """Too large for the memory: to the disk as it comes, at the client's pace. Nobody waits for it."""
+        disk = self.gate.disk
+        config = self.rule.cache
+        if disk is not None and config is not None and config.disk and self.key is not None:
+            self._spool = disk.spool(size)
+        self.cache_word = "miss" if self._spool is None else "stored"
 
     def _write_head(self, response: Response, headers: Headers) -> None:
         self.answered = True
@@ -314,7 +339,9 @@ class Exchange:
         if self.rule.cache is not None:
             fwd = self.fwd or "bypass"
             said = f"{NAME}; fwd={fwd}; fwd-status={response.status}"
-            fields.append(("cache-status", said + ("; stored" if self._storing is not None else "")))
+            fields.append(
+                ("cache-status", said + ("; stored" if self._storing is not None or self._spool is not None else ""))
+            )
             self.cache_word = self.cache_word or "miss"
         if len(self.rule.places) > 1:
             fields.append(said_place(self.place, self.because))
@@ -355,19 +382,36 @@ class Exchange:
             self._storing.append(data)
             self._stored_size += len(data)
             self.hold(len(data))
-            full = self.gate.held > HELD // 2
-            if self.rule.cache is None or self._stored_size > self.rule.cache.object or full:
-                self._storing, self.cache_word = None, "miss"
-                self._release(False)
-                self.client_full(self._client_full)
+            if self._stored_size > self._memory_most() or self.gate.held > HELD // 2:
+                self._outgrown(self._storing)
+        elif self._spool is not None:
+            self._stored_size += len(data)
+            if self._stored_size > self._disk_most() or not self._spool.write(data):
+                self._spool.abort()
+                self._spool, self.cache_word = None, "miss"
         if self._press is not None and self.door is not None:
             data = self._pressed(self._press.feed, data)
         self.size += len(data)
         if self.door is not None and data and self.request.method != "HEAD":
             self.door.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
+    def _outgrown(self, pieces: list[bytes]) -> None:
+        """It is more than the memory takes."""
+        self._storing = None
+        self._to_disk(0)
+        self.hold(-self._held)
+        if self._spool is not None and not (
+            self._stored_size <= self._disk_most() and self._spool.write(b"".join(pieces))
+        ):
+            self._spool.abort()
+            self._spool, self.cache_word = None, "miss"
+        self._release(False)
+        self.client_full(self._client_full)
+
     def on_end(self) -> None:
         self.connection = None
+        if self._streams:
+            return  # what was asked about is on its way from the disk
         if self.tunnel:
             if self.door is not None:
                 self.door.end()
@@ -375,6 +419,8 @@ class Exchange:
             return
         if self._storing is not None and self._response is not None and self.key is not None:
             self._keep(self.key, self._response, b"".join(self._storing))
+        if self._spool is not None and self._response is not None and self.key is not None:
+            self._spooled(self._spool, self.key, self._response)
         if self._press is not None:
             press, self._press = self._press, None
             self.gate.presses.live -= 1
@@ -446,16 +492,30 @@ class Exchange:
     # -- the cache -----------------------------------------------------------------------------------------------------
 
     def _keep(self, key: Key, response: Response, body: bytes) -> None:
+        made = self._made(response, body)
+        if made is not None:
+            self.gate.keep(key, self.rule, made)
+            self._release(True)
+
+    def _made(self, response: Response, body: bytes) -> Stored | None:
         config = self.rule.cache
         if config is None:
-            return
+            return None
         made = cache.store(
             self.request, response, end_to_end(response.headers), body, self.asked, clock.now(),
             if_error=config.stale_if_error, while_revalidate=config.stale_while_revalidate,
         )  # fmt: skip
         made.owner = self.rule.owner
-        self.gate.keep(key, self.rule, made)
-        self._release(True)
+        return made
+
+    def _spooled(self, spool: Spool, key: Key, response: Response) -> None:
+        self._spool = None
+        made = self._made(response, b"")
+        if made is None or self.gate.disk is None:
+            spool.abort()
+        else:
+            self.gate.shelf.drop(key)  # it takes the place of what was kept
+            self.gate.disk.finish(spool, key, made)
 
     def _validated(self, response: Response, old: Stored) -> None:
         now = clock.now()
@@ -464,7 +524,7 @@ class Exchange:
         if self.key is not None and not why:
             self.gate.keep(self.key, self.rule, made, old)
         elif self.key is not None and "set-cookie" not in response.fields:
-            self.gate.shelf.drop(self.key)  # it is for others no longer
+            self.gate.forget(self.request)  # it is for others no longer
         self._release(True)
         self._answer(made, now, "validated", fwd=f"fwd={self.fwd}; fwd-status=304" + ("" if why else "; stored"))
 
@@ -478,7 +538,8 @@ class Exchange:
             self.connection = None
         self._release(False)
         self._answer(self.stored, now, "stale", detail=f"stale-if-error-{status}")
-        self._done()
+        if not self._streams:
+            self._done()
         return True
 
     def _answer(self, stored: Stored, now: float, word: str, *, detail: str = "", fwd: str = "") -> None:
@@ -486,11 +547,59 @@ class Exchange:
         self.cache_word = word
         if self.rule.compress is not None and self.key is not None:
             stored = self.gate.fitting(self.key, stored, self.request)
-        self.status, fields, body = from_store(self.request, stored, now, detail, fwd, cors=self.rule.cors)
+        self.status, fields, part = asked_of(self.request, stored, now, detail, fwd, cors=self.rule.cors)
+        reason = stored.reason if self.status == stored.status else ""
+        if self.door is None:
+            return
+        if stored.blob is not None and part is not None:
+            self._streams = True
+            self.task = self.gate.spawn(self, self._from_disk(stored, stored.blob, part, fields, reason))
+            return
+        body = stored.body[part[0] : part[1]] if part is not None else b""
         self.size = len(body)
-        if self.door is not None:
-            self.door.whole(self.status, fields, body, stored.reason if self.status == stored.status else "")
-            self.door.closing = self.door.closing or not self.request.keep
+        self.door.whole(self.status, fields, body, reason)
+        self.door.closing = self.door.closing or not self.request.keep
+
+    async def _from_disk(self, stored: Stored, blob: Blob, part: tuple[int, int], fields: Headers, reason: str) -> None:
+        """Its head goes out when its first piece was found whole; a piece that is not ends it."""
+        disk, begun = self.gate.disk, False
+        try:
+            if disk is None:
+                raise FileNotFoundError("the cache has no disk any more")
+            async for piece in disk.pieces(blob, *part):
+                if self.door is None:
+                    break
+                if not begun:
+                    begun = True
+                    self.door.head(self.status, fields, reason)
+                    self.door.closing = self.door.closing or not self.request.keep
+                self.size += len(piece)
+                self.deadline = self.gate.loop.time() + self.rule.config.idle
+                self.door.write(piece)
+                await self.door.room()
+        except (OSError, Damaged) as e:
+            self._lost(stored, e, begun)
+            return
+        self._done()
+
+    def _lost(self, stored: Stored, why: Exception, begun: bool) -> None:
+        """What was kept is not there, or is not what it was."""
+        key = key_of(self.request)
+        self.gate.shelf.drop(key)
+        if self.gate.disk is not None:
+            self.gate.disk.spoilt(key, stored, why)
+        if begun:
+            if self.door is not None:
+                self.door.drop()  # a cut answer must look like one
+            self._done()
+            return
+        if self.rule.config.to == "function":
+            self._refuse(503, "what was kept is not what it was; ask again", [("retry-after", "1")])
+            return
+        self.stored, self.task = None, None
+        self.answered = self._swallow = self._streams = False
+        self.cache_word, self.fwd = "", "uri-miss"
+        Exchange.attempt(self)
 
     def _release(self, stored: bool) -> None:
         """Those who waited for this answer go on: to the store, or on their own."""
@@ -589,6 +698,9 @@ class Exchange:
         if self.ended:
             return
         self.ended = True
+        if self._spool is not None:
+            self._spool.abort()
+            self._spool = None
         if self._press is not None:
             self._press = None
             self.gate.presses.live -= 1
@@ -598,3 +710,19 @@ class Exchange:
         self.gate.finished(self)
         if self.door is not None:
             self.door.finished()
+
+
+class StoredExchange(Exchange):
+    """A stored answer whose body lies on the disk: given from there; where it is not what it was, from the target."""
+
+    def __init__(
+        self, gate: Gate, door: Desk, request: Request, rule: Rule, client: str, given: Stored, word: str
+    ) -> None:
+        super().__init__(gate, door, request, rule, client, fwd="")
+        self._given, self._word = given, word
+
+    def attempt(self) -> None:
+        self.deadline = self.gate.loop.time() + self.rule.config.idle
+        self._answer(self._given, clock.now(), self._word)
+        if not self._streams:
+            self._done()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from edgeward.core.errors import Invalid
@@ -12,6 +12,9 @@ from edgeward.gateway.http1 import Bad, Request, parse_request, write_request
 from edgeward.gateway.match import NotAllowed, Table, allowed, clean
 from edgeward.gateway.rules import Place, Rule
 from edgeward.gateway.shelf import Shelf, key_of
+
+if TYPE_CHECKING:
+    from edgeward.gateway.disk import Disk
 
 
 def request_of(args: dict[str, Any]) -> Request:
@@ -57,7 +60,9 @@ def _differs(rule: Rule, request: Request) -> str:
     return ""
 
 
-def explain(table: Table[Rule], shelf: Shelf, args: dict[str, Any], now: float, unix: float) -> dict[str, Any]:
+def explain(
+    table: Table[Rule], shelf: Shelf, args: dict[str, Any], now: float, unix: float, disk: Disk | None = None
+) -> dict[str, Any]:
     """``{request, route, target, endpoints, cache, considered}`` or ``{request, status, why, considered}``."""
     try:
         request = request_of(args)
@@ -92,7 +97,7 @@ def explain(table: Table[Rule], shelf: Shelf, args: dict[str, Any], now: float, 
             for e in config.endpoints
         ],
         **_places(rule, now),
-        "cache": _cache(rule, shelf, request, unix),
+        "cache": _cache(rule, shelf, request, unix, disk),
         "considered": considered,
     }
 
@@ -123,10 +128,18 @@ def _why_not(rule: Rule, place: Place, now: float) -> str:
     return "" if ready else "failed again and again; it is left alone for a moment"
 
 
-def _cache(rule: Rule, shelf: Shelf, request: Request, unix: float) -> dict[str, Any]:
+def _cache(rule: Rule, shelf: Shelf, request: Request, unix: float, disk: Disk | None) -> dict[str, Any]:
     if rule.cache is None:
         return {"state": "off"}
     stored, others = shelf.peek(key_of(request), request, rule.owner)
+    if stored is None and disk is not None and (mark := disk.find(key_of(request), request, rule.owner)) is not None:
+        age = int(max(0.0, unix - mark.got))
+        return {
+            "state": "disk",
+            "age": age,
+            "bytes": mark.size,
+            "message": "it is read, and looked at, when it is asked for",
+        }
     choice = choose(request, stored, unix, other_variant=others)
     doc: dict[str, Any] = {"state": choice.way}
     if choice.fwd:

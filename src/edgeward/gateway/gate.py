@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import shutil
 from collections.abc import AsyncIterator, Coroutine, Hashable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from edgeward.gateway.balance import Endpoint
 from edgeward.gateway.cache import Stored
 from edgeward.gateway.calling import FunctionExchange
 from edgeward.gateway.desk import Desk
+from edgeward.gateway.disk import Disk
 from edgeward.gateway.door import Door
 from edgeward.gateway.exchange import Exchange
 from edgeward.gateway.explain import explain, purge_args
@@ -39,7 +41,7 @@ from edgeward.gateway.rules import GatewayConfig, Listen, Place, Rule
 from edgeward.gateway.shelf import Key, Shelf, key_of
 from edgeward.gateway.site import SiteExchange, sites
 from edgeward.gateway.squeeze import INLINE, Budget, eligible, press, pressed, takes, with_vary
-from edgeward.gateway.stats import metrics
+from edgeward.gateway.stats import disk_metrics, metrics
 from edgeward.gateway.tls import Unseal
 from edgeward.gateway.upstream import Pool
 
@@ -60,6 +62,8 @@ ZIPPING = 2
 SWEEP = 0.25
 #: Proofs for ACME authorities at once.
 PROOFS = 256
+#: Seconds for a first look at the cache's disk.
+SCAN = 30.0
 _SECRET = frozenset({"authorization", "cookie", "proxy-authorization"})
 
 
@@ -103,6 +107,7 @@ class Prepared(NamedTuple):
     opened: dict[Listen, asyncio.Server]
     #: For the engine before the plane, when there is one.
     planned: Planned | None = None
+    disk: Disk | None = None
 
 
 class Gate:
@@ -116,6 +121,7 @@ class Gate:
         self.table: Table[Rule] = Table([])
         self.pool = Pool(log_file.parent / "identity" / "ca.crt")
         self.shelf = Shelf(self.config.memory)
+        self.disk: Disk | None = None
         self.access = AccessLog(log_file)
         self.data = log_file.parent
         #: Threads for what waits for a disk.
@@ -183,7 +189,7 @@ class Gate:
                 field="$.gateway.listen",
                 remedy="name another address in node.json: gateway: {listen: ADDRESS:PORT}",
             ) from None
-        return Prepared(config, table, opened, planned)
+        return Prepared(config, table, opened, planned, await self._disk_for(config))
 
     async def _planned(self, config: GatewayConfig, table: Table[Rule]) -> Planned | None:
         """What an engine before the plane is to do, and that engine at work; None: the plane listens itself."""
@@ -237,7 +243,43 @@ class Gate:
         self.shelf.limit = config.memory
         if self.front is not None and prepared.planned is not None:
             self.front.commit(prepared.planned)
+        self._take_disk(config, prepared.disk)
         self._report()
+
+    async def _disk_for(self, config: GatewayConfig) -> Disk | None:
+        """The cache's disk, with what is on it. One that fails is said; the memory is enough to go on."""
+        if not config.disk or self.disk is not None:
+            return self.disk
+        disk = Disk(
+            self.data / "cache", config.disk, self.reader, self.run_task, self._disk_said, lambda key: key in self.shelf
+        )
+        try:
+            async with asyncio.timeout(SCAN):
+                await disk.open()
+        except (OSError, TimeoutError) as e:
+            self._disk_said(
+                "CacheDiskFailed", f"answers are kept in memory only: {e or 'it takes too long to look at'}"
+            )
+            return None
+        return disk
+
+    def _take_disk(self, config: GatewayConfig, disk: Disk | None) -> None:
+        if config.disk:
+            self.disk = disk
+            if disk is not None:
+                disk.resize(config.disk)
+            return
+        old, self.disk = self.disk, None
+        if old is not None:
+            old.close()
+        with contextlib.suppress(OSError):  # purges would not reach what is left there
+            gone = self.data / f"cache.gone-{clock.new_id(8)}"
+            (self.data / "cache").rename(gone)
+            self.run_task(self.reader.run(shutil.rmtree, gone, True))
+
+    def _disk_said(self, reason: str, text: str) -> None:
+        log.warning("%s", text)
+        self.voice.event("Normal" if reason == "CacheDiskBack" else "Warning", reason, text, "", "", "Node")
 
     def _report(self) -> None:
         shadowed = self.table.shadowed()
@@ -312,6 +354,8 @@ class Gate:
         for task in tuple(self._tasks):
             task.cancel()
         self.pool.close()
+        if self.disk is not None:
+            self.disk.close()
         self.reader.close()
         self.access.flush()
 
@@ -328,6 +372,8 @@ class Gate:
             async with asyncio.timeout(patience):
                 if self.exchanges:
                     await self._drained.wait()
+                if self.disk is not None:
+                    await self.disk.settle()
 
     def run_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self.loop.create_task(work)
@@ -448,11 +494,13 @@ class Gate:
             if old is not None and old.zipped is not None:
                 stored.zipped = zipped(stored, old.zipped.body)
         self.shelf.put(key, stored)
+        if self.disk is not None and rule.cache is not None and rule.cache.disk:
+            self.disk.keep(key, stored, same_body=old is not None)
 
     def fitting(self, key: Key, stored: Stored, request: Request) -> Stored:
         """What is kept, in the representation that the client takes. Large ones are compressed in a thread; until that
         is done they are given as they are."""
-        if not stored.squeezable or not takes(request):
+        if not stored.squeezable or stored.blob is not None or not takes(request):
             return stored
         if stored.zipped is None:
             if len(stored.body) <= INLINE:
@@ -473,7 +521,10 @@ class Gate:
 
     def forget(self, request: Request) -> None:
         """RFC 9111, section 4.4: an unsafe request that succeeded makes what is kept of its target unsure."""
-        self.shelf.drop(key_of(request))
+        key = key_of(request)
+        self.shelf.drop(key)
+        if self.disk is not None:
+            self.disk.drop(key)
 
     def hit(
         self, client: str, request: Request, rule: Rule, stored: Stored | None, status: int, size: int, word: str
@@ -531,13 +582,19 @@ class Gate:
     # -- verbs of the control socket ---------------------------------------------------------------------------------
 
     async def _explain(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        doc = explain(self.table, self.shelf, args, self.loop.time(), clock.now())
+        doc = explain(self.table, self.shelf, args, self.loop.time(), clock.now(), self.disk)
         if self.front is not None and "route" in doc:
             doc["engine"] = self.front.explain(next(r for r in self.table.rules if r.key == doc["route"]))
         yield doc
 
     async def _purge(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        yield {"purged": self.shelf.purge(**purge_args(args))}
+        what = purge_args(args)
+        gone = self.disk.purge(**what) if self.disk is not None else []
+        only = [m for m in gone if not self.shelf.has(m.key, m.owner, m.varied)]
+        n = self.shelf.purge(**what) + len(only)
+        if self.disk is not None and gone:
+            await self.disk.settle()  # a power cut from here on brings nothing back
+        yield {"purged": n}
 
     async def _challenge(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """What ACME authorities shall find under which path, in place of what there was."""
@@ -550,6 +607,8 @@ class Gate:
     async def _stats(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         values = metrics(self.table, self.shelf, self.pool, self.refusals, len(self.doors), self.access.dropped)
         values["edgeward_gateway_compress_refused_total"] = float(self.presses.refused)
+        if self.disk is not None:
+            values |= disk_metrics(self.disk)
         yield {"metrics": values | (self.front.numbers() if self.front is not None else {})}
 
     @property

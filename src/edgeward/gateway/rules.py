@@ -33,6 +33,8 @@ class CacheConfig(msgspec.Struct, frozen=True):
     object: int = 1024**2
     stale_if_error: float = 0.0
     stale_while_revalidate: float = 0.0
+    #: On the disk, too.
+    disk: bool = True
 
 
 class PlaceConfig(msgspec.Struct, frozen=True):
@@ -102,6 +104,8 @@ class GatewayConfig(msgspec.Struct, frozen=True):
     routes: tuple[RouteConfig, ...] = ()
     #: Bytes of the cache's memory.
     memory: int = 32 * 1024**2
+    #: Bytes of the cache on the disk; 0: none.
+    disk: int = 0
     access_log: Literal["all", "errors", "off"] = "all"
     #: The declared ones.
     listeners: tuple[ListenerConfig, ...] = ()

@@ -69,10 +69,10 @@ def _quoted(text: str) -> str:
     return "".join(c for c in text if " " <= c <= "~" and c not in '"\\')[:240]
 
 
-def from_store(
+def asked_of(
     request: Request, stored: Stored, now: float, detail: str = "", fwd: str = "", *, cors: CorsConfig | None = None
-) -> tuple[int, Headers, bytes]:
-    """``(status, fields, body)`` for what the client asked of a stored answer: whole, part, 304 or 416.
+) -> tuple[int, Headers, tuple[int, int] | None]:
+    """``(status, fields, part of the body)`` for what the client asked of a stored answer: whole, part, 304 or 416.
 
     ``fwd``: the answer was just fetched or validated (RFC 9211), so it is no hit.
     """
@@ -85,15 +85,24 @@ def from_store(
     headers = stored.headers if cors is None else with_cors(cors, request, stored.headers)
     if not_modified(request, stored):
         kept = [h for h in headers if h[0] in _IN_304 or h[0].startswith("access-control-")]
-        return 304, [*kept, *more], b""
+        return 304, [*kept, *more], None
     part = part_of(request, stored)
-    size = len(stored.body)
+    size = stored.length
     if part == "unsatisfiable":
-        fields = [("content-range", f"bytes */{size}"), ("content-length", "0"), *more]
-        return 416, fields, b""
+        return 416, [("content-range", f"bytes */{size}"), ("content-length", "0"), *more], None
     if part is not None:
         start, end = part
         fields = [("content-range", f"bytes {start}-{end - 1}/{size}"), ("content-length", str(end - start)), *more]
-        return 206, [*headers, *fields], stored.body[start:end]
+        return 206, [*headers, *fields], part
     length = [] if stored.status in (204, 304) else [("content-length", str(size))]
-    return stored.status, [*headers, *length, *more], b"" if request.method == "HEAD" else stored.body
+    return stored.status, [*headers, *length, *more], None if request.method == "HEAD" else (0, size)
+
+
+def from_store(
+    request: Request, stored: Stored, now: float, detail: str = "", fwd: str = "", *, cors: CorsConfig | None = None
+) -> tuple[int, Headers, bytes]:
+    """The same of one whose body is in memory: ``(status, fields, body)``."""
+    status, fields, part = asked_of(request, stored, now, detail, fwd, cors=cors)
+    if part is None:
+        return status, fields, b""
+    return status, fields, stored.body if part == (0, len(stored.body)) else stored.body[part[0] : part[1]]

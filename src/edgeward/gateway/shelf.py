@@ -16,14 +16,14 @@ from edgeward.gateway.http1 import Headers, Request, write_response
 #: Variants of one key; a Vary that names a field of random values must not fill the memory.
 VARIANTS = 16
 NAME = "edgeward"
-_SECURE = "https://"
+SECURE = "https://"
 
 Key = tuple[str, str]
 
 
 def key_of(request: Request) -> Key:
     authority = request.authority.lower()
-    return authority if request.scheme == "http" else _SECURE + authority, request.path + request.query
+    return authority if request.scheme == "http" else SECURE + authority, request.path + request.query
 
 
 class Shelf:
@@ -32,6 +32,13 @@ class Shelf:
         self.used = 0
         self.evicted = 0
         self._items: OrderedDict[Key, list[Stored]] = OrderedDict()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._items
+
+    def has(self, key: Key, owner: str, varied: tuple[tuple[str, str], ...]) -> bool:
+        """Whether this very variant is kept."""
+        return any(s.owner == owner and s.varied == varied for s in self._items.get(key, ()))
 
     def __len__(self) -> int:
         return len(self._items)
@@ -99,7 +106,7 @@ class Shelf:
     def purge(self, *, host: str = "", path: str = "", prefix: str = "", tag: str = "") -> int:
         """Drops by exact path, by prefix or by tag, of one host or of all; gives how many answers went."""
         n = 0
-        for key in [k for k in self._items if not host or k[0].removeprefix(_SECURE) == host.lower()]:
+        for key in [k for k in self._items if not host or k[0].removeprefix(SECURE) == host.lower()]:
             if tag:
                 keep = [s for s in self._items[key] if tag not in s.tags]
                 n += len(self._items[key]) - len(keep)
@@ -117,7 +124,7 @@ def hit_fields(stored: Stored, now: float) -> Headers:
     """The fields of a whole answer from the store."""
     return [
         *stored.headers,
-        *([] if stored.status in (204, 304) else [("content-length", str(len(stored.body)))]),
+        *([] if stored.status in (204, 304) else [("content-length", str(stored.length))]),
         ("age", str(int(stored.age(now)))),
         ("cache-status", f"{NAME}; hit; ttl={int(stored.ttl(now))}"),
     ]

@@ -117,7 +117,10 @@ class Cors(Declared):
 class Cache(Declared):
     """A shared cache as RFC 9111 asks; what is left out is what the RFC says, and nothing else."""
 
-    object: Annotated[Size, Meta(description="Larger answers are passed on and not kept")] = "1Mi"
+    object: Annotated[Size, Meta(description="Larger answers are passed on and not kept; over 16Mi: on the disk")] = (
+        "1Mi"
+    )
+    disk: Annotated[bool, Meta(description="On the node's disk, too: it survives a restart and a power cut")] = True
     staleIfError: Annotated[
         Duration, Meta(description="Keep answering from the cache so long when the target fails, unless it forbids it")
     ] = 0
@@ -343,8 +346,9 @@ def _check(r: Resource) -> None:
             parse_bytes(size)
         except ValueError as e:
             raise Invalid(str(e), field=f"$.spec.{name}") from None
-    if spec.cache is not None and parse_bytes(spec.cache.object) > 16 * 1024**2:
-        raise Invalid("larger than 16Mi", field="$.spec.cache.object", remedy="the cache is in memory: up to 16Mi")
+    if spec.cache is not None and parse_bytes(spec.cache.object) > (256 if spec.cache.disk else 16) * 1024**2:
+        remedy = "up to 256Mi" if spec.cache.disk else "in memory up to 16Mi; with disk: true up to 256Mi"
+        raise Invalid("is too large", field="$.spec.cache.object", remedy=remedy)
 
 
 def _refs(r: Resource) -> list[Ref]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from edgeward.gateway.match import Table
 from edgeward.gateway.rules import BUCKETS, Rule
 from edgeward.gateway.shelf import Shelf
 from edgeward.gateway.upstream import Pool
+
+if TYPE_CHECKING:
+    from edgeward.gateway.disk import Disk
 
 HELP = {
     "edgeward_gateway_requests_total": "Requests answered, by route and status.",
@@ -23,6 +27,12 @@ HELP = {
     "edgeward_gateway_cache_bytes": "Bytes of stored answers.",
     "edgeward_gateway_cache_entries": "Keys of stored answers.",
     "edgeward_gateway_cache_evicted_total": "Keys that went because the memory was full.",
+    "edgeward_gateway_cache_disk_bytes": "Bytes of stored answers on the disk.",
+    "edgeward_gateway_cache_disk_entries": "Stored answers on the disk.",
+    "edgeward_gateway_cache_disk_loads_total": "Answers that came from the disk.",
+    "edgeward_gateway_cache_disk_evicted_total": "Answers that went because the disk's share was full.",
+    "edgeward_gateway_cache_disk_skipped_total": "Answers that were kept in memory only: the disk did not take them.",
+    "edgeward_gateway_cache_disk_dropped_total": "Files that were torn, changed or not ours.",
     "edgeward_gateway_upstream_opened_total": "Connections opened to targets.",
     "edgeward_gateway_upstream_reused_total": "Requests that went by a connection that was open.",
     "edgeward_gateway_compress_refused_total": "Answers that went out as they are: compression had its share of time.",
@@ -31,6 +41,13 @@ HELP = {
     "edgeward_gateway_engine_refused_total": "Configurations that the engine did not take.",
     "edgeward_gateway_log_dropped_total": "Lines that the access log did not keep.",
 }
+
+
+def disk_metrics(disk: Disk) -> dict[str, float]:
+    p = "edgeward_gateway_cache_disk_"
+    counts = {"loads": disk.loads, "evicted": disk.evicted, "skipped": disk.skipped, "dropped": disk.dropped}
+    found = {f"{p}{name}_total": float(n) for name, n in counts.items()}
+    return {f"{p}bytes": float(disk.used), f"{p}entries": float(len(disk)), **found}
 
 
 def metrics(
