@@ -189,6 +189,45 @@ def test_a_large_answer_is_given_in_parts_and_costs_no_memory(stand: Stand) -> N
     assert len(stand.target.heads) == 1
 
 
+@pytest.mark.parametrize("how", ["", "chunked/"], ids=["length known", "chunked"])
+def test_a_target_that_is_faster_than_the_disk_waits_for_it(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(disks, "BEHIND", 100_000)
+    monkeypatch.setattr(disks, "SPOOL", 3 * MIB)
+    append, slow = disks.Spool._append, threading.Event()
+
+    def slowly(self: disks.Spool, data: bytes) -> None:
+        slow.wait(0.02)  # a slow disk
+        append(self, data)
+
+    monkeypatch.setattr(disks.Spool, "_append", slowly)
+    path = f"/size/{5 * MIB}/{how}x"
+    assert stand.get(path).body == Site.body(path)
+    stand.settle()
+    assert len(stand.disk) == 1
+    assert stand.get(path).headers["cache-status"].startswith("edgeward; hit")
+
+
+def test_a_disk_that_stands_still_holds_nobody_up(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disks, "BEHIND", 100_000)
+    monkeypatch.setattr(disks, "LATE", 0.1)
+    still = threading.Event()
+    append = disks.Spool._append
+
+    def never(self: disks.Spool, data: bytes) -> None:
+        still.wait(PATIENCE)
+        append(self, data)
+
+    monkeypatch.setattr(disks.Spool, "_append", never)
+    path = f"/size/{5 * MIB}/x"
+    assert stand.get(path).body == Site.body(path)
+    still.set()
+    stand.settle()
+    assert len(stand.disk) == 0
+    assert list((stand.folder / "cache" / "tmp").iterdir()) == []
+
+
 def test_a_client_that_leaves_leaves_no_half_an_answer(stand: Stand) -> None:
     path = f"/size/{5 * MIB}/x"
     for _ in range(3):

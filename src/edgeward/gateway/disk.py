@@ -33,8 +33,9 @@ log = logging.getLogger("edgeward.gateway")
 
 #: Bytes that wait to be written, and answers that do; more are kept in memory only.
 WAITING, JOBS = 32 * 1024**2, 4096
-#: Bytes of one large answer that wait, and how many are written while they come.
-SPOOL, SPOOLS = 8 * 1024**2, 4
+#: Bytes of one large answer that wait before its target is told to wait, and at most; seconds that it does; how many
+#: are written while they come.
+BEHIND, SPOOL, LATE, SPOOLS = 2 * 1024**2, 8 * 1024**2, 5.0, 4
 #: Answers that are useful for less (seconds) are not written; one that was validated is written anew so often.
 WORTH, AGAIN = 10.0, 30.0
 #: Bytes that are left free for others; seconds that a disk is left alone after it failed; to wait for a read.
@@ -511,27 +512,43 @@ class Spool:
         self._file = disk.folder / "tmp" / f"{secrets.token_hex(8)}.b"
         self._fd = -1
         self._pieces: deque[bytes] = deque()
-        self._waiting = 0
+        self._waiting = self._total = 0
         self._sums = entry.Sums()
         self._task: asyncio.Task[None] | None = None
         self._over = False
+        #: Told when there is room again, or nothing is written any more.
+        self.then: Callable[[], None] | None = None
+        self._late: asyncio.TimerHandle | None = None
+
+    @property
+    def behind(self) -> bool:
+        """More waits than is good: :attr:`then` is told when that is over. One that takes too long is given up."""
+        return not self._over and self._waiting > BEHIND
 
     def write(self, data: bytes) -> bool:
         """False: the disk does not keep up, or failed; it is given up."""
-        if self._over or self._waiting + len(data) > SPOOL:
+        if self._over or (self._waiting and self._waiting + len(data) > SPOOL):
             self.abort()
             return False
         self._pieces.append(data)
         self._waiting += len(data)
-        if self._task is None:
+        if self._waiting > BEHIND and self._late is None:
+            self._late = asyncio.get_running_loop().call_later(LATE, self.abort)
+        self._total += len(data)
+        self._start()
+        return True
+
+    def _start(self) -> None:
+        if self._task is None and self._pieces:
             self._task = asyncio.get_running_loop().create_task(self._work())
             self._task.add_done_callback(self._rested)
-        return True
 
     def _rested(self, task: asyncio.Task[None]) -> None:
         self._task = None
         if self._over:
             self._clean()
+        else:
+            self._start()  # a piece that came at the last moment
 
     async def _work(self) -> None:
         while self._pieces and not self._over:
@@ -544,6 +561,15 @@ class Spool:
                 self.abort()
                 return
             self._waiting -= len(data)
+            if not self.behind:
+                self._tell()
+
+    def _tell(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+        if self.then is not None:
+            self.then()
 
     def _append(self, data: bytes) -> None:
         self._disk.room(len(data))
@@ -558,7 +584,7 @@ class Spool:
         """All came: the body in its place, or None where it could not be written."""
         while self._task is not None:
             await asyncio.wait({self._task})
-        if self._over or self._fd < 0:
+        if self._over or self._fd < 0 or self._sums.length != self._total:
             self.abort()
             return None
         blob = Blob(file, self._sums.length, self._sums.end())
@@ -584,6 +610,7 @@ class Spool:
             return
         self._over = True
         self._pieces.clear()
+        self._tell()
         if self._task is None:  # else when its thread is done with the file
             self._clean()
 

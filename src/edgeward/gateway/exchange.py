@@ -307,6 +307,8 @@ class Exchange:
         config = self.rule.cache
         if disk is not None and config is not None and config.disk and self.key is not None:
             self._spool = disk.spool(size)
+            if self._spool is not None:
+                self._spool.then = lambda: self.client_full(self._client_full)
         self.cache_word = "miss" if self._spool is None else "stored"
 
     def _write_head(self, response: Response, headers: Headers) -> None:
@@ -387,8 +389,9 @@ class Exchange:
         elif self._spool is not None:
             self._stored_size += len(data)
             if self._stored_size > self._disk_most() or not self._spool.write(data):
-                self._spool.abort()
-                self._spool, self.cache_word = None, "miss"
+                self._unspool(self._spool)
+            elif self._spool.behind and self.connection is not None:
+                self.connection.pause()
         if self._press is not None and self.door is not None:
             data = self._pressed(self._press.feed, data)
         self.size += len(data)
@@ -403,9 +406,14 @@ class Exchange:
         if self._spool is not None and not (
             self._stored_size <= self._disk_most() and self._spool.write(b"".join(pieces))
         ):
-            self._spool.abort()
-            self._spool, self.cache_word = None, "miss"
+            self._unspool(self._spool)
         self._release(False)
+        self.client_full(self._client_full)
+
+    def _unspool(self, spool: Spool) -> None:
+        self._spool, self.cache_word = None, "miss"
+        spool.then = None
+        spool.abort()
         self.client_full(self._client_full)
 
     def on_end(self) -> None:
@@ -442,7 +450,8 @@ class Exchange:
         for it."""
         self._client_full = full
         if self.connection is not None:
-            if full and self._storing is None:
+            behind = self._spool is not None and self._spool.behind
+            if behind or (full and self._storing is None):
                 self.connection.pause()
             elif not full:
                 self.connection.resume()
@@ -509,7 +518,7 @@ class Exchange:
         return made
 
     def _spooled(self, spool: Spool, key: Key, response: Response) -> None:
-        self._spool = None
+        self._spool = spool.then = None
         made = self._made(response, b"")
         if made is None or self.gate.disk is None:
             spool.abort()
@@ -699,6 +708,7 @@ class Exchange:
             return
         self.ended = True
         if self._spool is not None:
+            self._spool.then = None
             self._spool.abort()
             self._spool = None
         if self._press is not None:
