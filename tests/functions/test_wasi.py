@@ -151,6 +151,8 @@ def test_headers_are_bounded_and_come_before_the_first_piece(world: World) -> No
     assert s.edgeward_header(memory, 1000, 3, 1003, 1) == 0
     assert s.edgeward_header(memory, 1000, 5, 1003, 1) == wasi.INVAL, "not ASCII"
     assert s.edgeward_header(memory, 1000, 0, 1003, 1) == wasi.INVAL
+    memory.write(3000, b"v\r\nset-cookie: a=b")
+    assert s.edgeward_header(memory, 1000, 3, 3000, 19) == wasi.INVAL
     assert s.edgeward_header(memory, 1000, 3, 2000, 70000) == wasi.TOOBIG
     s.edgeward_write(memory, 1000, 1)
     assert s.edgeward_flush(memory) == 0

@@ -331,6 +331,8 @@ class System:
             key, text = memory.read(name, name_size).decode("ascii"), memory.read(value, value_size).decode()
         except UnicodeDecodeError:
             return INVAL
+        if any(c < " " or c == "\x7f" for c in key + text):
+            return INVAL  # a line of its own would be another field
         self.headers.append((key.lower(), text))
         return 0
 

@@ -88,7 +88,10 @@ class Wasm:
         return {}
 
     async def worker(self, version: Version, cage: Cage, env: dict[str, str]) -> Child:
-        code = await self._code(version)
+        try:
+            code = await self._code(version)
+        except OSError as e:  # no descriptor, no memory, a folder that cannot be made
+            raise Unreachable(f"its machine code cannot be held: {e}") from None
         try:
             own = {k: v for k, v in env.items() if k in version.env}
             load = Load(False, code.size, version.memory, own)
@@ -130,6 +133,7 @@ class Wasm:
             child = self._spares.popleft()
             if not child.ended.done():
                 return child
+            child.sock.close()
         return await self.nursery.spawn(self._cage(memory, cpu), {})
 
     def _cage(self, memory: int, cpu: float | None = None) -> Cage:

@@ -13,7 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import hmac
-import importlib.metadata
+import importlib.util
 import logging
 import os
 import platform
@@ -41,9 +41,22 @@ class Code(NamedTuple):
     size: int
 
 
+def _engine() -> str:
+    """Which wasmtime is installed, without loading it: the names of its release, and which library files it has."""
+    spec = importlib.util.find_spec("wasmtime")
+    if spec is None or not spec.submodule_search_locations:
+        return ""
+    package = Path(next(iter(spec.submodule_search_locations)))
+    found = [path.name for path in package.parent.glob("wasmtime-*.dist-info")]
+    for path in package.glob("*/*wasmtime.*"):
+        at = path.stat()
+        found.append(f"{path.name} {at.st_size} {at.st_mtime_ns}")
+    return " ".join(sorted(found))
+
+
 def maker(config: str) -> str:
     """What machine code depends on beside its source: engine, settings, processor. 16 digits."""
-    engine = importlib.metadata.version("wasmtime")
+    engine = _engine()
     features = ""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
