@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from edgeward.cli.kinds import load_kinds
 from edgeward.cli.manifests import packed
 from edgeward.core.errors import Invalid
 from edgeward.core.manifest import decode_manifest, read_files
 
 
 def source(tmp_path: Path, runtime: str, given: str, more: str = "") -> Any:
+    load_kinds()
     file = tmp_path / "f.yaml"
     file.write_text(
         f"apiVersion: edgeward/v1\nkind: Function\nmetadata: {{name: f}}\nspec:\n  runtime: {runtime}\n"
