@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import socket
 import statistics
 import subprocess
@@ -229,6 +230,71 @@ async def _idle(n: int = 200, processes: int = 20) -> list[Row]:
     return [row(f"{n} idle python functions with their zygote, PSS", value, "MB", 600, base=base)]
 
 
+NODE_HELLO = "export const handler = (event, context) => ({ hello: event.text(), version: context.version });"
+PERL = Path(__file__).parent.parent / "tests/functions/workers/worker.pl"
+
+
+async def _starts(wanted: Config, bare: list[str], event: Event = EVENT, n: int = 30) -> tuple[float, float, float]:
+    """Medians: a cold call and the bare program's start and end, in turn, ms; an idle instance's PSS, MB."""
+    took, alone, size = [], [], []
+    async with dispatcher() as d:
+        d.configure([wanted])
+        await call(d, wanted.version.name, event)
+        for _ in range(n):
+            size.append(_pss([link.child.pid for f in d._functions.values() for link in f.current.links]))  # type: ignore[union-attr]
+            await until(lambda: not (d.status(wanted.version.key) or {}).get("instances"))
+            began = time.perf_counter()
+            assert (await call(d, wanted.version.name, event)).cold
+            took.append((time.perf_counter() - began) * 1e3)
+            began = time.perf_counter()
+            subprocess.run(bare, check=True, stdout=subprocess.DEVNULL)
+            alone.append((time.perf_counter() - began) * 1e3)
+    return percentile(took, 50), percentile(alone, 50), percentile([s for s in size if s], 50)
+
+
+async def _programs() -> list[Row]:
+    rows = []
+    scale = {"idle": "100ms"}  # long enough to look at it
+    if shutil.which("node"):
+        wanted = config("node", NODE_HELLO, runtime="node", scale=scale)
+        cold, bare, size = await _starts(wanted, ["node", "-e", "0"])
+        alone = subprocess.Popen(["node", "-e", "console.log(1); process.stdin.resume()"], stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE)  # fmt: skip
+        try:
+            assert alone.stdout
+            alone.stdout.readline()
+            plain = _pss([alone.pid])
+        finally:
+            alone.communicate()
+        rows += [
+            row("cold start of a sandboxed node function, p50 of 30", cold, "ms", 150,
+                base=("a bare Node's start and end", bare)),
+            row("an idle node function, PSS", size, "MB", 80, base=("a bare idle Node", plain)),
+        ]  # fmt: skip
+    if shutil.which("perl"):
+        source = {"files": {"worker.pl": PERL.read_text()}}
+        wanted = config("perl", "", runtime="command", source=source, command=["perl", "worker.pl"], scale=scale)
+        cold, bare, size = await _starts(wanted, ["perl", "-e", "0"], Event("1", "/", "conformance.echo", b"x"))
+        rows.append(row("cold start of a sandboxed command (a worker in Perl), p50 of 30", cold, "ms", 40,
+                        base=("a bare Perl's start and end", bare)))  # fmt: skip
+    async with dispatcher() as d:
+        d.configure([config("cat", "", runtime="command", source={}, command=["cat"], mode="stdio")])
+        try:
+            await call(d, "cat")
+        except CallFailed as e:  # without cgroups there is no mode stdio
+            print(f"no row for mode: stdio here: {e.message}")
+            return rows
+        each = await one_by_one(lambda: call(d, "cat"), 300)
+        alone = []
+        for _ in range(300):
+            began = time.perf_counter()
+            subprocess.run(["cat"], input=EVENT.data, stdout=subprocess.PIPE, check=True)
+            alone.append((time.perf_counter() - began) * 1e3)
+    rows.append(row("a call of a command with mode: stdio (cat), p50 of 300", each / 1e3, "ms", 10,
+                    base=("subprocess.run of the same", percentile(alone, 50))))  # fmt: skip
+    return rows
+
+
 async def _loop() -> list[Row]:
     code = "def handler(e, c):\n    while e.data == b'loop': ...\n    return 'well'"
     late, again, usual = [], [], []
@@ -373,6 +439,6 @@ async def _drained(folder: Path, server: NatsServer, n: int) -> tuple[float, flo
 
 def functions() -> list[Row]:
     rows: list[Row] = []
-    for work in (_warm, _wasm, _colds, _idle, _loop, _update, _triggered):
+    for work in (_warm, _wasm, _colds, _programs, _idle, _loop, _update, _triggered):
         rows += uvloop.run(work())
     return rows
