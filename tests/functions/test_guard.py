@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from tests.functions.node import Node, function, looped
 
-from edgeward.functions import sandbox
+from edgeward.functions import seccomp
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not sandbox.CALLS or not hasattr(os, "pidfd_open"),
+    sys.platform != "linux" or not seccomp.CALLS or not hasattr(os, "pidfd_open"),
     reason="seccomp's user notification is Linux's, on x86-64 and arm64",
 )
 

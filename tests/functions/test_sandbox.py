@@ -12,17 +12,9 @@ import pytest
 from tests.functions.node import Node, function, looped
 
 from edgeward.core import cgroup
-from edgeward.functions.sandbox import (
-    _ARCH,
-    _CONNECTING,
-    PROMISES,
-    Cage,
-    Verdict,
-    asking,
-    attempts,
-    landlock_abi,
-    program,
-)
+from edgeward.functions import landlock
+from edgeward.functions.sandbox import PROMISES, Cage, Verdict, attempts
+from edgeward.functions.seccomp import ARCH, CONNECTING, asking, program
 
 _DENY, _ALLOW = 0x00050000, 0x7FFF0000
 
@@ -30,7 +22,7 @@ _DENY, _ALLOW = 0x00050000, 0x7FFF0000
 def _run(code: bytes, machine: str, nr: int, *args: int, arch: int | None = None) -> int:
     """A seccomp filter's answer: an interpreter of the few BPF instructions that are used."""
     told = [*args, 0, 0, 0, 0, 0, 0][:6]
-    data = struct.pack("<iIQ6Q", nr, _ARCH[machine][0] if arch is None else arch, 0, *told)
+    data = struct.pack("<iIQ6Q", nr, ARCH[machine][0] if arch is None else arch, 0, *told)
     lines = [struct.unpack_from("=HBBI", code, at) for at in range(0, len(code), 8)]
     at = value = 0
     while True:
@@ -47,9 +39,9 @@ def _run(code: bytes, machine: str, nr: int, *args: int, arch: int | None = None
             at += yes if held else no
 
 
-@pytest.mark.parametrize("machine", sorted(_ARCH))
+@pytest.mark.parametrize("machine", sorted(ARCH))
 def test_the_filter_denies_what_it_lists_and_allows_the_rest(machine: str) -> None:
-    numbers = _ARCH[machine][1]
+    numbers = ARCH[machine][1]
     closed = program(network=False, may_fork=False, machine=machine)
     opened = program(network=True, may_fork=True, machine=machine)
     for name, nr in numbers.items():
@@ -79,9 +71,9 @@ def test_the_filter_denies_what_it_lists_and_allows_the_rest(machine: str) -> No
         assert _run(opened, machine, 0x40000000 + 1) & _DENY, "x32"
 
 
-@pytest.mark.parametrize("machine", sorted(_CONNECTING))
+@pytest.mark.parametrize("machine", sorted(CONNECTING))
 def test_what_names_an_address_is_asked_for(machine: str) -> None:
-    code, numbers, notify = asking(machine), _CONNECTING[machine], 0x7FC00000
+    code, numbers, notify = asking(machine), CONNECTING[machine], 0x7FC00000
 
     def run(name: str, *args: int) -> int:
         return _run(code, machine, numbers[name], *args)
@@ -129,9 +121,9 @@ async def test_what_this_machine_gives_is_enforced_and_the_rest_has_a_reason(tmp
     assert set(probed.enforced) | set(probed.refused) >= set(PROMISES)
     assert not set(probed.enforced) & set(probed.refused)
     assert all(probed.refused.values())
-    if landlock_abi() >= 1:
+    if landlock.abi() >= 1:
         assert "files" in probed.enforced
-    if platform.machine() in _ARCH:
+    if platform.machine() in ARCH:
         assert {"network", "exec", "kernel"} <= set(probed.enforced)
     if os.geteuid() == 0:
         assert {*cgroup.available(), "tmp"} <= set(probed.enforced)

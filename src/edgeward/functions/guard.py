@@ -21,8 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgeward.functions.kernel import pidfd_getfd
 from edgeward.functions.reach import Reach, plausible
-from edgeward.functions.sandbox import CALLS, pidfd_getfd
+from edgeward.functions.seccomp import CALLS
 
 log = logging.getLogger("edgeward.functions")
 

@@ -37,7 +37,7 @@ from collections.abc import Callable
 import msgspec
 
 from edgeward.core import invocation
-from edgeward.functions import sandbox, sdk, stdio
+from edgeward.functions import kernel, sandbox, sdk, seccomp, stdio
 from edgeward.functions.shelves import PACKAGES
 
 #: Bytes of one message.
@@ -169,7 +169,7 @@ def _frame(sock: socket.socket) -> tuple[bytes, list[int]]:
 
 def _tied_to(parent: int) -> None:
     """Ends with its parent, and now if it has ended: nobody else could end it."""
-    sandbox.dies_with_parent()
+    kernel.dies_with_parent()
     if os.getppid() != parent:
         os._exit(0)
 
@@ -226,11 +226,11 @@ def _child(
             invocation.frame(invocation.Jailed(os.getpid(), verdict.enforced, verdict.refused, verdict.listener))
         )
         if verdict.listener >= 0:
-            sandbox.await_guard(verdict.listener)
+            seccomp.await_guard(verdict.listener)
         gc.enable()
         if spawn.program is not None and not spawn.probe:
             if spawn.program.per_call:
-                sandbox.adopts_orphans()
+                kernel.adopts_orphans()
             stdio.run(sock, spawn.program.argv, spawn.program.per_call, "pids" in verdict.enforced)
         elif not spawn.probe:
             serve(sock)
@@ -246,8 +246,8 @@ def _child(
 
 def main(serve: Callable[[socket.socket], None] = sdk.serve) -> None:
     """``serve``: what a worker does with its socket once it is in its cage."""
-    sandbox.dies_with_parent()
-    sandbox.adopts_orphans()
+    kernel.dies_with_parent()
+    kernel.adopts_orphans()
     control = socket.socket(fileno=int(sys.argv[1]))
     sandbox.warm()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers have it from here
