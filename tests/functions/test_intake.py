@@ -23,6 +23,7 @@ from tests.functions.broker import Broker, Plane, plane, resource
 from tests.functions.node import looped
 
 from edgeward.core.errors import Unreachable
+from edgeward.core.invocation import Call, Event
 
 ROOT = Path(__file__).parents[2]
 #: Remembers how often it was called with what; fails as long as the message says so.
@@ -365,3 +366,60 @@ async def test_a_broker_that_is_killed_loses_nothing_that_it_acknowledged(tmp_pa
         await broker.server.start()
         await until(lambda: len(p.state("f")) == 101, 60)
         await p.listens("f")
+
+
+@looped
+async def test_nothing_is_published_where_the_broker_takes_nothing_and_nobody_publishes_without_end(
+    tmp_path: Path,
+) -> None:
+    code = """
+from edgeward.functions.sdk import Refused
+
+def handler(event, context):
+    try:
+        context.publish(event.text(), b"x", qos=0)
+    except Refused as e:
+        return f"{e.kind}: {e}"
+"""
+    async with Broker(tmp_path) as broker, plane(tmp_path) as p:
+        section = broker.section(resource("f", code, publish=["full/#", "free/#"]))
+        section["broker"]["closed"] = ["full.a.>"]
+        await p.take(section)
+
+        async def says(topic: bytes) -> str:
+            call = Call("default/f", Event("1", "/t", "t", topic))
+            return (await p.part.dispatcher.invoke(call)).body.decode()
+
+        async def takes() -> bool:
+            return await says(b"free/a") == ""
+
+        await until(takes, 60)
+        assert await says(b"full/b") == ""
+        assert "an Export there is full" in await says(b"full/a/x")
+        intake = p.part._inlets._intake
+        assert intake is not None
+        intake._tokens["default/f"] = (0.0, asyncio.get_running_loop().time() + 3600)  # it has used up an hour
+        assert (await says(b"free/a")).startswith("refused: more than 5000 messages a second")
+
+
+@looped
+async def test_letters_of_a_function_go_with_it_and_others_stay(tmp_path: Path) -> None:
+    async with Broker(tmp_path) as broker, plane(tmp_path) as p:
+        f, g = (resource(n, COUNTS, {"mqtt": {"topic": "a", "retries": 0}}) for n in ("f", "g"))
+        await p.take(broker.section(f, g))
+        await p.listens("f")
+        await p.listens("g")
+        await broker.send(broker.client(), "a", b"poison")
+        for name in ("f", "g"):
+            await until(lambda name=name: name_has(p, name), 60)  # type: ignore[misc]
+        await p.take(broker.section(g))
+
+        async def gone() -> bool:
+            return not await p.letters("f")
+
+        await until(gone, 60)
+        assert [x["data"] for x in await p.letters("g")] == ["poison"]
+
+
+def name_has(p: Plane, name: str) -> bool:
+    return bool(p.part._inlets.adorn(f"default/{name}", {}).get("deadLetters"))
