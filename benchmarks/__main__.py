@@ -16,7 +16,19 @@ from types import FrameType
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cluster, convergence, enrol, fleet, functions, gateway, idle, outbox, spine, steering
+from benchmarks import (
+    cluster,
+    convergence,
+    enrol,
+    fleet,
+    functions,
+    gateway,
+    gateway_tls,
+    idle,
+    outbox,
+    spine,
+    steering,
+)
 from benchmarks.common import Row, save
 
 ALL: dict[str, Callable[[], list[Row]]] = {
@@ -30,6 +42,7 @@ ALL: dict[str, Callable[[], list[Row]]] = {
     "cluster": cluster.cluster,
     "enrol": enrol.enrol,
     "gateway": gateway.gateway,
+    "gateway-tls": gateway_tls.gateway_tls,
     "idle": idle.idle,
     "fleet": fleet.fleet,
     "functions": functions.functions,

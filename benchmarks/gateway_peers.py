@@ -1,7 +1,8 @@
 """Processes of the gateway's benchmark: a target, a load, and FastAPI doing the gateway's work.
 
 python -m benchmarks.gateway_peers target PORT
-python -m benchmarks.gateway_peers load PORT SECONDS CONNECTIONS PATH...
+python -m benchmarks.gateway_peers load PORT SECONDS CONNECTIONS PATH...     (by TLS with EDGEWARD_BENCH_CA)
+python -m benchmarks.gateway_peers shake PORT SECONDS PATH
 python -m benchmarks.gateway_peers pull PORT SECONDS PATH
 python -m benchmarks.gateway_peers fastapi PORT TARGET_PORT
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import ssl
 import sys
 import time
 from typing import Any, cast
@@ -103,14 +106,44 @@ class Load:
 async def load(port: int, seconds: float, connections: int, paths: list[str]) -> dict[str, Any]:
     loop = asyncio.get_running_loop()
     made = Load(seconds, connections, paths)
+    tls = context_of(os.environ["EDGEWARD_BENCH_CA"]) if "EDGEWARD_BENCH_CA" in os.environ else None
     for n in range(connections):
-        await loop.create_connection(lambda n=n: Client(made, n * 7), "127.0.0.1", port)  # type: ignore[misc]
+        await loop.create_connection(
+            lambda n=n: Client(made, n * 7),
+            "127.0.0.1",
+            port,
+            ssl=tls,  # type: ignore[misc]
+        )
     await asyncio.wait_for(made.done.wait(), seconds + 30)
     took = sorted(made.took)
     return {
         "requests": len(took), "failed": made.failed, "p50": took[len(took) // 2] if took else 0.0,
         "p99": took[int(len(took) * 0.99)] if took else 0.0,
     }  # fmt: skip
+
+
+def context_of(ca: str) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=ca)
+
+
+def shake(port: int, seconds: float, path: str) -> dict[str, Any]:
+    """Whole handshakes, one after another, each with one request: how many."""
+    import socket
+
+    context = context_of(os.environ["EDGEWARD_BENCH_CA"])
+    request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode()
+    done = 0
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=30) as raw,
+            context.wrap_socket(raw, server_hostname="127.0.0.1") as s,
+        ):
+            s.sendall(request)
+            while s.recv(65536):
+                pass
+        done += 1
+    return {"requests": done, "failed": 0}
 
 
 def pull(port: int, seconds: float, path: str) -> dict[str, Any]:
@@ -149,6 +182,8 @@ def main() -> None:
         uvloop.run(target(int(port)))
     elif what == "pull":
         print(json.dumps(pull(int(port), float(rest[0]), rest[1])))
+    elif what == "shake":
+        print(json.dumps(shake(int(port), float(rest[0]), rest[1])))
     elif what == "load":
         print(json.dumps(uvloop.run(load(int(port), float(rest[0]), int(rest[1]), rest[2:]))))
     else:

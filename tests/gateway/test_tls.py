@@ -16,6 +16,7 @@ import pytest
 from tests.gateway.papers import Authority, certificate, listener
 from tests.gateway.rig import PATIENCE, Client, Rig, free_port, plain
 
+from edgeward.gateway.auth import AuthConfig
 from edgeward.gateway.listens import CertConfig
 
 
@@ -285,6 +286,72 @@ def test_clients_show_a_certificate(rig: Rig, ca: Authority, port: int, tls: Con
     assert peers[0][:2] == ("CN=till-7", ("dns:till-7.shop",))
     assert peers[0].fingerprint == digest(good[0])
     assert peers[1] is None
+
+
+def test_routes_for_those_with_a_certificate(rig: Rig, ca: Authority, port: int, tls: Connect, tmp_path: Path) -> None:
+    target = rig.target(plain(b"ok"))
+    rig.route("/any", target.port, auth=AuthConfig(mtls=True))
+    rig.route("/till", target.port, auth=AuthConfig(mtls=True, sans=("dns:till-7.shop",)))
+    rig.route("/open", target.port)
+    others = Authority("clients")
+    chain, key = others.issue("till-7.shop", common="till-7")
+    other = others.issue("till-8.shop", common="till-8")
+    mine = certificate(*ca.issue("a.example.org"))
+    rig.listeners = [listener(port, mine, client_ca=others.pem, client_optional=True)]
+    rig.apply()
+
+    def statuses(show: tuple[str, str] | None) -> list[int]:
+        c = tls(show=show)
+        return [c.get(p, host="a.example.org").status for p in ("/any", "/till", "/open", "/till")]
+
+    assert statuses((chain, key)) == [200, 200, 200, 200]
+    assert b"x-edgeward-identity: dns:till-7.shop\r\n" in target.heads[-1]
+    refused = statuses(other)
+    assert (refused[0], refused[2]) == (200, 200)
+    assert {refused[1], refused[3]} <= {401, 403}
+    refused = statuses(None)
+    assert refused[2] == 200
+    assert {refused[0], refused[1], refused[3]} <= {401, 403}
+    # the same words at the plain port say nothing
+    c = Client(rig.port)
+    assert c.get("/any", "Client-Cert: x", "X-Edgeward-Identity: dns:till-7.shop").status in (401, 403)
+    c.close()
+    # and by HTTP/2
+    (tmp_path / "ca.pem").write_text(ca.pem)
+    (tmp_path / "show.pem").write_text(chain + key)
+    argv = [
+        "curl",
+        "-sS",
+        "--http2",
+        "--resolve",
+        f"a.example.org:{port}:127.0.0.1",
+        "--cacert",
+        str(tmp_path / "ca.pem"),
+    ]
+    url = f"https://a.example.org:{port}/till"
+    for show, status in (["--cert", str(tmp_path / "show.pem")], {"200"}), ([], {"401", "403"}):
+        done = subprocess.run([*argv, *show, "-o", "-", "-w", " %{http_code}", url], capture_output=True, timeout=60)
+        assert done.stdout.decode().rpartition(" ")[2] in status, done
+
+
+def test_what_is_measured(rig: Rig, ca: Authority, port: int, tls: Connect) -> None:
+    rig.listeners = [listener(port, certificate(*ca.issue("a.example.org")))]
+    rig.apply()
+    tls()
+    with pytest.raises(ssl.SSLError):
+        tls("other.example.org")
+    until(lambda: rig.gate.openings.metrics()['edgeward_gateway_handshakes_failed_total{listener="default/tls"}'] == 1)
+    values = rig.gate.openings.metrics()
+    assert values['edgeward_gateway_handshakes_total{listener="default/tls"}'] == 2
+    assert values['edgeward_gateway_certificate_end_seconds{listener="default/tls",source="Secret/x"}'] > 3e9
+
+
+def test_a_certificate_that_has_ended_is_told(rig: Rig, ca: Authority, port: int) -> None:
+    old = ca.issue("a.example.org", end=datetime.datetime(2021, 1, 1, tzinfo=datetime.UTC))
+    rig.listeners = [listener(port, certificate(*old))]
+    rig.apply()
+    status = rig.heard.statuses["default/tls"] or {}
+    assert (status["phase"], status["message"]) == ("Degraded", "Secret/x has ended: clients refuse it")
 
 
 def test_a_session_does_not_outlive_the_authority_that_let_it_in(

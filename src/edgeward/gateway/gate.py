@@ -609,6 +609,7 @@ class Gate:
         values["edgeward_gateway_compress_refused_total"] = float(self.presses.refused)
         if self.disk is not None:
             values |= disk_metrics(self.disk)
+        values |= self.openings.metrics()
         yield {"metrics": values | (self.front.numbers() if self.front is not None else {})}
 
     @property

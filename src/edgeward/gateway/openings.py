@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from edgeward.core import clock
 from edgeward.gateway.door import Door
 from edgeward.gateway.listens import ListenerConfig
-from edgeward.gateway.tls import Front, Unseal, protocol_of
+from edgeward.gateway.tls import Front, Shown, Unseal, protocol_of
 
 if TYPE_CHECKING:
     from edgeward.gateway.gate import Gate
@@ -174,7 +174,7 @@ class Opening:
             return said
         said["certificates"] = [
             {"source": s.config.source, "hosts": list(s.config.hosts), "ends": clock.timestamp(s.config.ends)}
-            | ({"message": s.problem} if s.problem else {})
+            | ({"message": problem} if (problem := self._problem(s)) else {})
             for s in front.shown
         ] + [{"source": c.source, "hosts": list(c.hosts), "message": why} for c, why in front.missing]
         bad = [f"{c['source']} {c['message']}" for c in said["certificates"] if "message" in c]
@@ -182,6 +182,10 @@ class Opening:
             phase = "Degraded" if front.context is not None else "Pending"
             said |= {"phase": phase, "message": "; ".join(bad)}
         return said
+
+    @staticmethod
+    def _problem(shown: Shown) -> str:
+        return shown.problem or ("has ended: clients refuse it" if shown.config.ends <= clock.now() else "")
 
 
 class Openings:
@@ -218,7 +222,9 @@ class Openings:
         self._try()
 
     def _try(self) -> None:
-        self._again = None
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
         for key, opening in self._open.items():
             opening.open()
             self._say(key, opening.status())
@@ -236,7 +242,14 @@ class Openings:
         for opening in self._open.values():
             opening.close()
 
-    @property
-    def counters(self) -> tuple[int, int]:
-        """Handshakes begun and failed, of those that are open."""
-        return sum(o.handshakes for o in self._open.values()), sum(o.failed for o in self._open.values())
+    def metrics(self) -> dict[str, float]:
+        p, values = "edgeward_gateway_", dict[str, float]()
+        for key, opening in self._open.items():
+            if opening.front is None:
+                continue
+            values[f'{p}handshakes_total{{listener="{key}"}}'] = float(opening.handshakes)
+            values[f'{p}handshakes_failed_total{{listener="{key}"}}'] = float(opening.failed)
+            for shown in opening.front.shown:
+                name = f'listener="{key}",source="{shown.config.source}"'
+                values[f"{p}certificate_end_seconds{{{name}}}"] = shown.config.ends
+        return values

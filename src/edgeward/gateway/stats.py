@@ -39,6 +39,9 @@ HELP = {
     "edgeward_gateway_engine_starts_total": "Starts of the engine before the plane.",
     "edgeward_gateway_engine_reloads_total": "Configurations given to the engine after its first.",
     "edgeward_gateway_engine_refused_total": "Configurations that the engine did not take.",
+    "edgeward_gateway_handshakes_total": "TLS handshakes begun, by Listener.",
+    "edgeward_gateway_handshakes_failed_total": "TLS handshakes that failed, by Listener.",
+    "edgeward_gateway_certificate_end_seconds": "When a certificate that is shown ends, seconds since 1970.",
     "edgeward_gateway_log_dropped_total": "Lines that the access log did not keep.",
 }
 
