@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import shutil
 import socket
 import ssl
 import subprocess
@@ -76,6 +77,14 @@ def tls(ca: Authority, port: int, tmp_path: Path) -> Iterator[Connect]:
         c.close()
 
 
+def program(name: str) -> str:
+    """A program of the machine's, as users have it."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
 def digest(chain: str) -> str:
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(chain)).hexdigest()
 
@@ -107,8 +116,9 @@ def test_the_name_that_is_asked_for_chooses_the_certificate(rig: Rig, ca: Author
     # by an address, without a name: the first one
     assert tls("127.0.0.1").shown == digest(first[0])
     for name in ("c.example.org", "b.b.shop.example.org", "shop.example.org"):
-        with pytest.raises(ssl.SSLError):
+        with pytest.raises(ssl.SSLError) as e:
             tls(name)
+        assert not isinstance(e.value, ssl.SSLCertVerificationError)  # it was shown none
     # a connection for one host is no door to another one
     for host in ("c.example.org", "localhost"):
         got = a.get("/x", host=host)
@@ -247,7 +257,7 @@ def test_old_versions_and_weak_ciphers_are_refused(rig: Rig, ca: Authority, port
     rig.listeners = [listener(port, cert)]
     rig.apply()
     assert tls(version=ssl.TLSVersion.TLSv1_2).socket.version() == "TLSv1.2"  # type: ignore[attr-defined]
-    argv = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-servername", "a.example.org"]
+    argv = [program("openssl"), "s_client", "-connect", f"127.0.0.1:{port}", "-servername", "a.example.org"]
     for options in (["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"], ["-tls1_2", "-cipher", "AES128-SHA256"]):
         done = subprocess.run([*argv, *options], input=b"", capture_output=True, timeout=60)
         assert done.returncode != 0, options
@@ -319,15 +329,8 @@ def test_routes_for_those_with_a_certificate(rig: Rig, ca: Authority, port: int,
     # and by HTTP/2
     (tmp_path / "ca.pem").write_text(ca.pem)
     (tmp_path / "show.pem").write_text(chain + key)
-    argv = [
-        "curl",
-        "-sS",
-        "--http2",
-        "--resolve",
-        f"a.example.org:{port}:127.0.0.1",
-        "--cacert",
-        str(tmp_path / "ca.pem"),
-    ]
+    at = ["--resolve", f"a.example.org:{port}:127.0.0.1", "--cacert", str(tmp_path / "ca.pem")]
+    argv = [program("curl"), "-sS", "--http2", *at]
     url = f"https://a.example.org:{port}/till"
     for show, status in (["--cert", str(tmp_path / "show.pem")], {"200"}), ([], {"401", "403"}):
         done = subprocess.run([*argv, *show, "-o", "-", "-w", " %{http_code}", url], capture_output=True, timeout=60)
@@ -386,6 +389,7 @@ def test_slow_handshakes_make_room_for_others(
     rig: Rig, ca: Authority, port: int, tls: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgeward.gateway.openings.HANDSHAKES", 4)
+    monkeypatch.setattr("edgeward.gateway.openings.HANDSHAKE_TIME", 3600.0)
     rig.listeners = [listener(port, certificate(*ca.issue("a.example.org")))]
     rig.apply()
     slow = [socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) for _ in range(12)]
@@ -419,10 +423,11 @@ def test_curl_and_openssl_get_along(rig: Rig, ca: Authority, port: int, tmp_path
     at = ["--resolve", f"a.example.org:{port}:127.0.0.1", "--cacert", str(tmp_path / "ca.pem")]
     url = f"https://a.example.org:{port}/x"
     for option, version in (("--http1.1", b"1.1"), ("--http2", b"2")):
-        argv = ["curl", "-sS", option, *at, "-w", " %{http_version}", url]
+        argv = [program("curl"), "-sS", option, *at, "-w", " %{http_version}", url]
         done = subprocess.run(argv, capture_output=True, timeout=60)
         assert done.stdout == b"hello from the target " + version, done.stderr
-    argv = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-servername", "a.example.org", "-alpn", "h2"]
-    done = subprocess.run([*argv, "-CAfile", str(tmp_path / "ca.pem")], input=b"", capture_output=True, timeout=60)
+    argv = [program("openssl"), "s_client", "-connect", f"127.0.0.1:{port}", "-alpn", "h2", "-servername"]
+    argv += ["a.example.org", "-CAfile", str(tmp_path / "ca.pem")]
+    done = subprocess.run(argv, input=b"", capture_output=True, timeout=60)
     assert b"ALPN protocol: h2" in done.stdout
     assert b"Verify return code: 0 (ok)" in done.stdout

@@ -44,6 +44,7 @@ class Door(Desk, asyncio.Protocol):
         super().__init__(gate)
         self.listener, self.peer = listener, peer
         self._scheme = "http" if listener is None or listener.config.tls is None else "https"
+        self._known = gate.known(self._scheme, peer)
         self.transport: asyncio.Transport | None = None
         self.deadline = gate.loop.time() + HEAD_TIME
         self._buffer = b""
@@ -115,6 +116,7 @@ class Door(Desk, asyncio.Protocol):
         if self._in_heads:
             return  # an answer that came at once: the loop below goes on by itself
         self._in_heads = True
+        known = self._known
         try:
             while self._buffer and self.exchange is None and not (self.waiting or self.closing or self._full):
                 if self._buffer[:2] == b"\r\n":
@@ -129,7 +131,7 @@ class Door(Desk, asyncio.Protocol):
                     return
                 self._head_begun = False
                 head, self._buffer = self._buffer[: end + 4], self._buffer[end + 4 :]
-                request, rule = self.gate.read(head, self._scheme, self.peer)
+                request, rule = known.get(head) or self.gate.read(head, self._scheme, self.peer)
                 self._served = True
                 self.take(request, rule)
         except Bad as e:

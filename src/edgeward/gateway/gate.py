@@ -146,8 +146,8 @@ class Gate:
         #: Proofs for ACME authorities (RFC 8555, section 8.3), by path.
         self.challenges: dict[str, bytes] = {}
         self.openings = Openings(self, unseal or _no_vault)
-        self._memo: dict[bytes, tuple[Request, Rule | None]] = {}
-        self._memo_tls: dict[Hashable, tuple[Request, Rule | None]] = {}
+        self._memo: dict[Any, tuple[Request, Rule | None]] = {}
+        self._memo_tls: dict[Any, tuple[Request, Rule | None]] = {}
         self._servers: dict[Listen, asyncio.Server] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy = asyncio.Event()
@@ -417,24 +417,27 @@ class Gate:
     def left(self, door: AnyDoor) -> None:
         self.doors.pop(door, None)
 
+    def known(self, scheme: str, peer: Peer | None) -> dict[Any, tuple[Request, Rule | None]]:
+        """What such clients' heads meant. One with a certificate has nothing in common with others."""
+        return {} if peer is not None else self._memo if scheme == "http" else self._memo_tls
+
     def read(self, head: bytes, scheme: str = "http", peer: Peer | None = None) -> tuple[Request, Rule | None]:
         """The request of a head and its rule (None: no rule takes it). Raises ``Bad``.
 
         Clients say the same again and again: what a head meant is remembered until the rules change, unless there is
         a secret in it, or a certificate beside it.
         """
-        memo: dict[Any, tuple[Request, Rule | None]] = self._memo if scheme == "http" else self._memo_tls
-        known = memo.get(head) if peer is None else None
-        return known or self._read(parse_request(head, scheme), peer, memo, head, len(head))
+        memo = self.known(scheme, peer)
+        return memo.get(head) or self._read(parse_request(head, scheme), peer, memo, head, len(head))
 
     def read2(self, headers: list[tuple[bytes, bytes]], ended: bool, peer: Peer | None) -> tuple[Request, Rule | None]:
         """The same for a request of HTTP/2. ``ended``: it has no body."""
-        head = (ended, *headers)
-        known = self._memo_tls.get(head) if peer is None else None
+        head, memo = (ended, *headers), self.known("https", peer)
+        known = memo.get(head)
         if known is not None:
             return known
         size = sum(len(n) + len(v) for n, v in headers)
-        return self._read(request_of(headers, ended, "https"), peer, self._memo_tls, head, size)
+        return self._read(request_of(headers, ended, "https"), peer, memo, head, size)
 
     def _read(
         self,
