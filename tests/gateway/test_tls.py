@@ -275,10 +275,10 @@ def test_clients_show_a_certificate(rig: Rig, ca: Authority, port: int, tls: Con
     good, strange = others.issue("till-7.shop", common="till-7"), ca.issue(common="stranger")
     old = others.issue("till-8.shop", end=datetime.datetime(2021, 1, 1, tzinfo=datetime.UTC))
 
-    def answer(show: tuple[str, str] | None) -> int:
+    def answer(show: tuple[str, str] | None, path: str = "/x") -> int:
         """Refusals come with the first read in TLS 1.3."""
         try:
-            return tls(show=show).get("/x", host="a.example.org").status
+            return tls(show=show).get(path, host="a.example.org").status
         except (ssl.SSLError, EOFError, ConnectionError):
             return 0
 
@@ -292,7 +292,7 @@ def test_clients_show_a_certificate(rig: Rig, ca: Authority, port: int, tls: Con
     read = rig.gate.read
     rig.gate.read = lambda head, scheme, peer: peers.append(peer) or read(head, scheme, peer)  # type: ignore[method-assign]
     answer(good)
-    answer(None)
+    answer(None, "/not-asked-before")  # what is remembered is not read again
     assert peers[0][:2] == ("CN=till-7", ("dns:till-7.shop",))
     assert peers[0].fingerprint == digest(good[0])
     assert peers[1] is None
