@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from tests.functions.making import wheel
 
+from edgeward.functions import landlock
 from edgeward.functions.archive import pack
-from edgeward.functions.sandbox import landlock_abi
 
 TRIES = """
 import os, socket, subprocess, sys
@@ -48,7 +48,7 @@ def test_it_has_shut_itself_in(tmp_path: Path) -> None:
     words = [sys.executable, "-c", TRIES, str(folder), str(file), str(other)]
     said = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert said.returncode == 0, said.stderr
-    if landlock_abi() < 1:
+    if landlock.abi() < 1:
         pytest.skip(f"this kernel has no Landlock: {said.stdout}")
     assert said.stdout.strip() == "[] []"
 
