@@ -20,6 +20,7 @@ from tests.gateway import diskchild
 from tests.gateway.rig import PATIENCE, Client, Rig, Target
 
 from edgeward.gateway import disk as disks
+from edgeward.gateway import spool
 from edgeward.gateway.disk import Disk
 from edgeward.gateway.entry import PIECE
 from edgeward.gateway.files import Reader
@@ -193,15 +194,15 @@ def test_a_large_answer_is_given_in_parts_and_costs_no_memory(stand: Stand) -> N
 def test_a_target_that_is_faster_than_the_disk_waits_for_it(
     stand: Stand, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(disks, "BEHIND", 100_000)
-    monkeypatch.setattr(disks, "SPOOL", 3 * MIB)
-    append, slow = disks.Spool._append, threading.Event()
+    monkeypatch.setattr(spool, "BEHIND", 100_000)
+    monkeypatch.setattr(spool, "SPOOL", 3 * MIB)
+    append, slow = spool.Spool._append, threading.Event()
 
-    def slowly(self: disks.Spool, data: bytes) -> None:
+    def slowly(self: spool.Spool, data: bytes) -> None:
         slow.wait(0.02)  # a slow disk
         append(self, data)
 
-    monkeypatch.setattr(disks.Spool, "_append", slowly)
+    monkeypatch.setattr(spool.Spool, "_append", slowly)
     path = f"/size/{5 * MIB}/{how}x"
     assert stand.get(path).body == Site.body(path)
     stand.settle()
@@ -210,16 +211,16 @@ def test_a_target_that_is_faster_than_the_disk_waits_for_it(
 
 
 def test_a_disk_that_stands_still_holds_nobody_up(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disks, "BEHIND", 100_000)
-    monkeypatch.setattr(disks, "LATE", 0.1)
+    monkeypatch.setattr(spool, "BEHIND", 100_000)
+    monkeypatch.setattr(spool, "LATE", 0.1)
     still = threading.Event()
-    append = disks.Spool._append
+    append = spool.Spool._append
 
-    def never(self: disks.Spool, data: bytes) -> None:
+    def never(self: spool.Spool, data: bytes) -> None:
         still.wait(PATIENCE)
         append(self, data)
 
-    monkeypatch.setattr(disks.Spool, "_append", never)
+    monkeypatch.setattr(spool.Spool, "_append", never)
     path = f"/size/{5 * MIB}/x"
     assert stand.get(path).body == Site.body(path)
     still.set()

@@ -8,12 +8,14 @@ import msgspec
 import pytest
 
 from edgeward.core.errors import Invalid
+from edgeward.core.registry import kinds
 from edgeward.core.resource import Resource, decode
 from edgeward.gateway import rules
 from edgeward.gateway.balance import Endpoint
 from edgeward.gateway.cloud import fold_route
 from edgeward.gateway.edge import Around, section
 from edgeward.gateway.rules import CacheConfig, Listen, PlaceConfig
+from edgeward.gateway.squeeze import CompressConfig
 from edgeward.hub.kinds import load
 
 load()
@@ -133,3 +135,61 @@ def test_the_places_beside_this_site() -> None:
     config = rules.decode(section("n", routes[:1], endpoints, {}, [], around=Around(near[:1]))).routes[0]
     assert config.then[0] == PlaceConfig("site", "x", Endpoint("192.0.2.1", 81, ours=True))
     assert config.then[1] == PlaceConfig("cloud", cloud, Endpoint("c.example", 443, True), "c.example")
+
+
+def test_files_compression_and_the_caches_sizes() -> None:
+    routes = [
+        route("a", path="/a/", to={"static": {"config": "pages", "cacheControl": "no-cache"}}),
+        route("b", path="/b/", to={"static": {"folder": "site", "index": "home.html"}}),
+        route("c", path="/c/", to={"static": {"folder": "other"}}),
+        route("d", path="/d/", to={"static": {"config": "none"}}),
+        route("e", path="/e/", to={"upstream": "http://h"}, compress={"types": ["A/B"], "minSize": "2Ki"},
+              cache={"object": "200Mi", "disk": True}),
+    ]  # fmt: skip
+
+    def values(kind: str, namespace: str, name: str) -> tuple[dict[str, str], str] | None:
+        return ({"index.html": "x"}, "1") if (kind, namespace, name) == ("Config", "shop", "pages") else None
+
+    settings = {"folders": {"site": "/srv/site", "bad": "srv"}, "cache": {"memory": "1Mi", "disk": "2Gi"}}
+    config = rules.decode(section("n1", routes, endpoints, settings, [], values=values))
+    a, b, c, d, e = config.routes
+    assert (config.memory, config.disk) == (2**20, 2 * 2**30)
+    assert a.static is not None
+    assert (a.to, a.target, a.static.files, a.static.cache_control) == (
+        "static", "Config/pages", {"index.html": "x"}, "no-cache",
+    )  # fmt: skip
+    assert b.static is not None
+    assert (b.static.folder, b.static.index, b.static.problem) == ("/srv/site", "home.html", "")
+    assert c.static is not None and d.static is not None
+    assert (c.static.folder, "gateway.folders" in c.static.problem) == ("", True)
+    assert "Config/none is not here yet" in d.static.problem
+    assert e.compress == CompressConfig(2048, ("a/b",))
+    assert e.cache == CacheConfig(200 * 2**20)
+    assert rules.decode(section("n1", [], endpoints, {"memory": "3Mi"}, [])).memory == 3 * 2**20
+    assert rules.decode(section("n1", [], endpoints, {"cache": {"disk": 0}}, [])).disk == 0
+    with pytest.raises(Invalid) as caught:
+        section("n1", [], endpoints, {"cache": {"disk": "much"}}, [])
+    assert caught.value.field == "$.gateway.cache.disk"
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"to": {"static": {}}}, "to.static"),
+        ({"to": {"static": {"config": "a", "folder": "b"}}}, "to.static"),
+        ({"to": {"static": {"folder": "../x"}}}, "to.static.folder"),
+        ({"to": {"static": {"folder": "x", "index": "../x"}}}, "to.static.index"),
+        ({"to": {"static": {"folder": "x", "cacheControl": "a\r\nb: c"}}}, "to.static.cacheControl"),
+        ({"to": {"static": {"folder": "x"}, "upstream": "http://h"}}, "to"),
+        ({"to": {"static": {"folder": "x"}}, "cache": {}}, "cache"),
+        ({"to": {"upstream": "http://h"}, "compress": {"types": ["html"]}}, "compress.types[0]"),
+        ({"to": {"upstream": "http://h"}, "compress": {"minSize": "many"}}, "compress.minSize"),
+        ({"to": {"upstream": "http://h"}, "cache": {"object": "257Mi"}}, "cache.object"),
+        ({"to": {"upstream": "http://h"}, "cache": {"object": "17Mi", "disk": False}}, "cache.object"),
+    ],
+    ids=range(11),
+)
+def test_what_cannot_be_is_refused(spec: dict[str, Any], field: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        kinds.get("Route").check(route("x", **spec))
+    assert caught.value.field == f"$.spec.{field}"

@@ -193,6 +193,13 @@ def _cors(spec: RouteSpec) -> CorsConfig | None:
     )
 
 
+def _bytes(name: str, value: Any) -> int:
+    try:
+        return parse_bytes(value)
+    except (ValueError, TypeError) as e:
+        raise Invalid(str(e), file="node.json", field=f"$.gateway.cache.{name}", remedy="write e.g. 256Mi") from None
+
+
 def section(
     node: str, routes: Sequence[Resource], endpoints: Endpoints, settings: Mapping[str, Any], listen: Iterable[Listen],
     functions: Container[str] | None = None, *, auths: Auths | None = None,
@@ -220,8 +227,8 @@ def section(
         node=node,
         listen=tuple(listen),
         routes=tuple(made),
-        memory=parse_bytes(sizes.get("memory", settings.get("memory", "32Mi"))),
-        disk=parse_bytes(sizes.get("disk", "256Mi")),
+        memory=_bytes("memory", sizes.get("memory", settings.get("memory", "32Mi"))),
+        disk=_bytes("disk", sizes.get("disk", "256Mi")),
         access_log=settings.get("accessLog", "all"),
         engine=settings.get("engine", "embedded"),
     )

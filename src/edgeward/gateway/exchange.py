@@ -40,9 +40,9 @@ from edgeward.gateway.upstream import Connection
 
 if TYPE_CHECKING:
     from edgeward.gateway.desk import Desk
-    from edgeward.gateway.disk import Spool
     from edgeward.gateway.entry import Blob
     from edgeward.gateway.gate import Gate
+    from edgeward.gateway.spool import Spool
 
 #: Bytes of a request's body that are kept to send it again; the client waits while no connection is open beyond it.
 REPLAY = 64 * 1024
