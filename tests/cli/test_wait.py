@@ -52,6 +52,10 @@ def test_verdicts(status: dict[str, Any], fresh: bool, state: str) -> None:
         ({"phase": "Degraded", "observedGeneration": 2, "message": "why"}, "failed"),
         ({"phase": "Failed", "observedGeneration": 2}, "failed"),
         ({"phase": "Refused", "observedGeneration": 2}, "failed"),
+        # an old one goes on where the new one cannot be had
+        ({"phase": "Degraded", "observedGeneration": 1, "refusedGeneration": 2}, "failed"),
+        ({"phase": "Degraded", "observedGeneration": 1, "nodes": {"n": {"refusedGeneration": 2}}}, "failed"),
+        ({"phase": "Degraded", "observedGeneration": 1, "nodes": {"n": {"refusedGeneration": 1}}}, "waiting"),
     ],
 )
 def test_a_function_is_waited_for_until_its_nodes_answer_with_it(status: dict[str, object], state: str) -> None:

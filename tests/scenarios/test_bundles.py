@@ -116,9 +116,8 @@ def test_a_hub_without_a_registry_is_brought_what_it_lacks(systems: Callable[...
 
     # a version whose packages cannot be had leaves the one before answering, and says why
     file.write_text(FUNCTION.format(lock="nothing==1 --hash=sha256:" + "0" * 64))
-    up.run("apply", "-f", str(file))
-    up.wait("what is missing", lambda: "nothing 1 has no wheel" in message())
-    assert "a newer version waits" in message()
+    up.run("apply", "-f", str(file), "--wait", code=1)
+    assert "a newer version waits" in message() and "nothing 1 has no wheel" in message()
     assert up.run("invoke", "greet", "-d", "you") == "HELLO YOU"
     (tmp_path / "src" / "main.py").unlink()  # what is deleted need not be whole any more
     (tmp_path / "src").rename(tmp_path / "elsewhere")

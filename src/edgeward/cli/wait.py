@@ -66,6 +66,9 @@ def function_state(doc: Mapping[str, Any], generation: int) -> tuple[str, str]:
     status = doc.get("status") or {}
     phase = str(status.get("phase") or "Pending")
     message = str(status.get("message") or "")
+    told = [status, *(r for r in (status.get("nodes") or {}).values() if isinstance(r, Mapping))]
+    if phase == "Degraded" and any(int(r.get("refusedGeneration") or 0) >= generation for r in told):
+        return "failed", f"{phase}: {message}"  # a node says that it will not get what it takes
     if int(status.get("observedGeneration") or 0) < generation or phase == "Pending":
         return "waiting", "waits for its nodes to take it over" + (f": {message}" if message else "")
     shown = phase + (f": {message}" if message else "")

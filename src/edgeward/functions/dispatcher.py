@@ -269,13 +269,13 @@ class Dispatcher:
         wanted: Sequence[Config],
         fallbacks: Mapping[str, Version] | None = None,
         verdicts: Mapping[str, tuple[str, str]] | None = None,
-        held: Mapping[str, tuple[str, str]] | None = None,
+        held: Mapping[str, tuple[str, str, int]] | None = None,
     ) -> None:
         """Makes the functions be what is wanted, without a pause: returns at once, goes on in the background.
 
         Of what was before this process began: ``fallbacks``, what a function ran well with; ``verdicts``, the version
         that was taken back, and why. ``held``: why a newer version cannot be had yet, with the phase (``Pending``,
-        ``Degraded``) that this is.
+        ``Degraded``) that this is and the generation that it is of.
         """
         keys = {c.version.key for c in wanted}
         for key in [k for k in self._functions if k not in keys]:

@@ -166,7 +166,7 @@ class FunctionsPart:
                 self._voice.report("Function", namespace, name, status)
                 continue
             if given.config is None:
-                held[entry.key] = (given.phase, given.waiting)
+                held[entry.key] = (given.phase, given.waiting, given.generation)
             known[entry.key] = entry
             configs.append(self._opened(entry))
             kept = self._kept.get(entry.key) or entry.before

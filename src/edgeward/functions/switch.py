@@ -87,8 +87,8 @@ class Function:
         #: Cold starts of versions that are gone.
         self.cold = 0
         self.phase, self.message = "Starting", ""
-        #: Why a newer version cannot be had yet: the phase that this is, and the reason.
-        self.held: tuple[str, str] | None = None
+        #: Why a newer version cannot be had yet: the phase that this is, the reason, and the generation it is of.
+        self.held: tuple[str, str, int] | None = None
         #: Digests that could not be started here and why.
         self.bad: dict[str, str] = {}
         self.attempts = 0
@@ -468,7 +468,9 @@ class Function:
             doc["message"] = self.message
         elif self.held is not None:
             doc["message"] = f"a newer version waits: {self.held[1]}"
-            doc["phase"] = "Updating" if self.held[0] == "Pending" else "Degraded"
+            doc["phase"] = "Updating"
+            if self.held[0] != "Pending":  # it is not on its way
+                doc |= {"phase": "Degraded", "refusedGeneration": self.held[2]}
         return doc
 
     def numbers(self) -> dict[str, Any]:
