@@ -129,6 +129,11 @@ async def test_numbers_tell_of_failures_instances_and_both_arms_of_a_canary(tmp_
         assert {r["version"] for r in numbers["running"]} == {j["version"] for j in numbers["judged"].values()}
         assert all(r["memory"] > 1 << 18 for r in numbers["running"])
         assert numbers["cold"] == 2
+        canary = numbers["judged"]["canary"]["version"]
+        assert (
+            metrics(node.d.counters())[f'edgeward_function_canary_percent{{function="default/f",version="{canary}"}}']
+            == 50
+        )
         node.d.configure([function("f", CODE + "\n")])
         await call(node, b"a")
         assert node.d.counters()["default/f"]["cold"] == 2, "what is gone stays counted"

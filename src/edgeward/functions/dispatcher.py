@@ -335,6 +335,7 @@ class Dispatcher:
                 "instances": sum(len(p.links) for p in f.pools()),
                 "log_dropped": f.log.dropped if f.log else 0,
                 **samples.counters(f.samples),
+                "canary": f.trial(),
             }
             for key, f in sorted(self._functions.items())
         }

@@ -77,6 +77,8 @@ class CloudHistory:
     def __init__(self, store: Facts) -> None:
         self._store = store
         self._loop: Loop[Key] = Loop("versions", self._note, workers=1)
+        #: What was noted last of each: most of a fleet's reports say nothing new, and what is kept may be large.
+        self._noted: dict[Key, tuple[str, int, frozenset[tuple[int, str]]]] = {}
 
     @staticmethod
     def _fact(namespace: str, name: str) -> str:
@@ -127,15 +129,21 @@ class CloudHistory:
         name = self._fact(key.namespace, key.name)
         data, revision = self._store.fact(name), self._store.fact_revision(name)
         function = self._store.find(key)
-        known = _known(data)
         if function is None:
-            kept: list[Past] = []
+            self._noted.pop(key, None)
+            known, kept = _known(data), list[Past]()
         else:
-            kept = declared(known, _spec(function), function.metadata.generation, clock.timestamp())
-            kept = reported(kept, told_by(function.status.get("nodes") or {}))
+            meta, told = function.metadata, told_by(function.status.get("nodes") or {})
+            state = (meta.uid, meta.generation, frozenset(told))
+            if data and self._noted.get(key) == state:
+                return
+            known = _known(data)
+            kept = reported(declared(known, _spec(function), meta.generation, clock.timestamp()), told)
         if kept != known:
             # a Conflict is tried again: somebody else has noted it, or something newer
             await self._store.set_fact(name, zlib.compress(msgspec.json.encode(kept)) if kept else b"", expect=revision)
+        if function is not None:
+            self._noted[key] = state
 
 
 class EdgeHistory:

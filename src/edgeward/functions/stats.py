@@ -15,6 +15,7 @@ HELP = {
     "edgeward_function_in_hand": "Calls that run or wait.",
     "edgeward_function_instances": "Instances that are there.",
     "edgeward_function_cold_starts_total": "Instances started.",
+    "edgeward_function_canary_percent": "The share of calls that a canary is to have; nothing where there is none.",
     "edgeward_function_samples_total": "Samples that were kept.",
     "edgeward_function_samples_dropped_total": "Samples that were not kept for want of room.",
     "edgeward_function_log_dropped_total": "Log lines that were not kept because the disk could not keep up.",
@@ -39,6 +40,8 @@ def metrics(counters: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         values[f"{p}instances{{{function}}}"] = float(c["instances"])
         values[f"{p}cold_starts_total{{{function}}}"] = float(c["cold"])
         values[f"{p}log_dropped_total{{{function}}}"] = float(c["log_dropped"])
+        if trial := c.get("canary"):
+            values[f'{p}canary_percent{{{function},version="{trial[0]}"}}'] = float(trial[1])
         for name in ("samples", "samples_dropped"):
             if name in c:
                 values[f"{p}{name}_total{{{function}}}"] = float(c[name])

@@ -473,6 +473,11 @@ class Function:
                 doc |= {"phase": "Degraded", "refusedGeneration": self.held[2]}
         return doc
 
+    def trial(self) -> tuple[str, float] | None:
+        """The canary and its weight; None where there is none."""
+        plan = self.policy.canary
+        return None if self.canary is None or plan is None else (self.canary.version.digest, plan.weight)
+
     def numbers(self) -> dict[str, Any]:
         """Its instances, and how stable and canary do beside one another."""
         doc: dict[str, Any] = {
