@@ -211,10 +211,29 @@ async def test_calls_that_wait_for_a_canary_that_goes_are_answered_by_stable(tmp
         await until(lambda: "canary" in node.status("f"), 30)
         canary = node.status("f")["canary"]["version"]
         calls = [asyncio.ensure_future(node.call("f", timeout=30, version="canary")) for _ in range(5)]
-        await until(lambda: len(node.d._functions[KEY].canary.queue) == 4, 30)  # type: ignore[union-attr]
+        await asyncio.sleep(0)  # each has run to where it waits
+        assert len(node.d._functions[KEY].canary.queue) == 4  # type: ignore[union-attr]
         node.d.configure([function("f", BRITTLE)])
         versions = [(await c).version for c in calls]
         assert versions[0] == canary, "what was begun is finished"
         assert set(versions[1:]) == {node.status("f")["version"]}
         with contextlib.suppress(CallFailed):
             await node.call("f")
+
+
+@looped
+async def test_calls_that_wait_for_stable_move_to_what_is_promoted(tmp_path: Path) -> None:
+    slow = "import time\ndef handler(event, context):\n    time.sleep(0.3)\n    return context.version"
+    async with Node(tmp_path) as node:
+        old, new = function("f", slow, scale={"max": 1}), {"scale": {"max": 1}, "canary": {"weight": 0}}
+        node.d.configure([old])
+        await node.call("f", timeout=30)
+        node.d.configure([function("f", BRITTLE, **new)])
+        await until(lambda: "canary" in node.status("f"), 30)
+        calls = [asyncio.ensure_future(node.call("f", timeout=30)) for _ in range(5)]
+        await asyncio.sleep(0)  # each has run to where it waits
+        assert len(node.d._functions[KEY].current.queue) == 4  # type: ignore[union-attr]
+        node.d.configure([function("f", BRITTLE, scale={"max": 1})])
+        versions = [(await c).version for c in calls]
+        assert versions[0] == old.version.digest
+        assert set(versions[1:]) == {node.status("f")["version"]} != {old.version.digest}
