@@ -134,6 +134,7 @@ async def test_a_plane_that_starts_with_a_bad_version_goes_back_to_the_one_that_
                 await invoke(part, "f", b"a")
             await until(lambda: "takenBack" in (voice.statuses.get("default/f") or {}), 20)
             assert (await invoke(part, "f", b"a"))[0]["version"] == head["version"]
+            await until(lambda: "verdicts" in json.loads((tmp_path / "functions/good.json").read_text()), 20)
     async with running(tmp_path) as (part, voice):
         await take(part, bad)
         await until(lambda: (voice.statuses.get("default/f") or {}).get("phase") == "Degraded", 20)

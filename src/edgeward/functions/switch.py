@@ -161,6 +161,8 @@ class Function:
         elif changed or (self.trying is None and version.digest not in self.bad and not self._condemned()):
             self._give_up()
             self.attempts = 0
+            # said at once: who waits for this generation must not take the old one's word for it
+            self.phase, self.message = "Starting" if self.current is None else "Updating", ""
             self._begin(version)
             self.trying = asyncio.ensure_future(self._try())
             self._home.own(self.trying)
