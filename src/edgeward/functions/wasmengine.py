@@ -265,6 +265,8 @@ class Program:
             context = _store_context(store)
             _epoch_deadline(context, 1)
             _epoch_callback(store, machine.on_epoch, None, None)
+            if time.monotonic() >= deadline:  # the epoch may have moved just before
+                raise Failed("timeout", "over its deadline")
             instance = ffi.wasmtime_instance_t()
             trap = ctypes.POINTER(ffi.wasm_trap_t)()
             error = _instantiate(self._pre_at, context, byref(instance), byref(trap))

@@ -31,6 +31,8 @@ from edgeward.functions.wasmwire import Compiled, Load
 
 SDK = "edgeward-wasm/1"
 _READ = 256 * 1024
+#: Seconds after which a worker's alarm looks up as long as it has had no call.
+_LOOKS = 2.0
 _CLOCKS = (time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_PROCESS_CPUTIME_ID, time.CLOCK_THREAD_CPUTIME_ID)
 
 
@@ -42,22 +44,27 @@ class Alarm(threading.Thread):
         self._machine = machine
         self._bell = threading.Condition(threading.Lock())
         self._at = self._wakes = float("inf")
+        #: Until the first call it looks up now and then: to be woken for it would cost that call the most.
+        self._looks: float = _LOOKS
 
     def set(self, at: float) -> None:
-        self._at = at
+        self._at, self._looks = at, float("inf")
         if at < self._wakes:
             with self._bell:
                 self._bell.notify()
 
     def run(self) -> None:
+        rung = 0.0
         with self._bell:
             while True:
+                self._wakes = float("inf")  # whoever sets another deadline from here on rings
                 at, now = self._at, time.monotonic()
                 if at <= now:
-                    self._machine.tick()
-                    self._at = at = float("inf") if self._at == at else self._at
-                self._wakes = at
-                self._bell.wait(None if at == float("inf") else max(0.0, at - now))
+                    if at != rung:
+                        self._machine.tick()
+                    rung, at = at, float("inf")
+                wakes = self._wakes = min(at, now + self._looks)
+                self._bell.wait(None if wakes == float("inf") else max(0.0, wakes - now))
 
 
 class Worker:
