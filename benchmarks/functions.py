@@ -22,6 +22,7 @@ import paho.mqtt.client as mqtt
 import uvloop
 
 from benchmarks.common import PYTHON, Row, percentile, row
+from benchmarks.functions_peers import peers
 from edgeward.core import kinds as _kinds  # noqa: F401
 from edgeward.core.invocation import Call, CallFailed, Event, Frames, frame
 from edgeward.core.natsserver import NatsServer, NodeSpec
@@ -154,9 +155,11 @@ async def _warm() -> list[Row]:
             best_rate = max(best_rate, await in_flight(work, 16_000))
             p50, rate = await bare_echo(4000)
             echo_p50, echo_rate = min(echo_p50, p50), max(echo_rate, rate)
+    warm = row("warm python function, p50 of 4000, best of 3", best_p50, "us", 150,
+               base=("bare unix-socket echo, msgpack frames", echo_p50))  # fmt: skip
+    warm.baseline = f"{warm.baseline}; {await peers()}"
     return [
-        row("warm python function, p50 of 4000, best of 3", best_p50, "us", 150,
-            base=("bare unix-socket echo, msgpack frames", echo_p50)),
+        warm,
         row("python function, 64 in flight, best of 3", best_rate, "calls/s", 15_000, less=False,
             base=("bare unix-socket echo, 64 in flight", echo_rate)),
     ]  # fmt: skip

@@ -1,7 +1,8 @@
-"""The gateway: requests per CPU second of its process, cached and proxied, beside FastAPI on uvicorn and bare nginx.
+"""The gateway: requests per CPU second of its process, beside FastAPI on uvicorn, nginx, haproxy and Caddy.
 
 Each server gets the same load in turns, several rounds; what counts is the CPU time of the server's own process (from
-/proc), so that neighbours on the machine disturb little. nginx is taken where it is installed (or by EDGEWARD_NGINX).
+/proc), so that neighbours on the machine disturb little. Others are taken where they are installed (or by
+EDGEWARD_NGINX, EDGEWARD_HAPROXY, EDGEWARD_CADDY).
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ http {{
 
 @contextlib.contextmanager
 def nginx(folder: Path, target: int, files: Path) -> Iterator[tuple[int, int] | None]:
-    binary = os.environ.get("EDGEWARD_NGINX") or shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    binary = found_binary("nginx")
     if binary is None:
         yield None
         return
@@ -165,12 +166,76 @@ def nginx(folder: Path, target: int, files: Path) -> Iterator[tuple[int, int] | 
         yield process.pid, port
 
 
+HAPROXY = """
+global
+  nbthread 1
+  maxconn 4096
+cache c
+  total-max-size 64
+  max-object-size 1000000
+  max-age 600
+defaults
+  mode http
+  timeout connect 5s
+  timeout client 60s
+  timeout server 60s
+frontend f
+  bind 127.0.0.1:{port}
+  http-request set-var(txn.cached) int(1) if {{ path_beg /cached/ }}
+  http-request cache-use c if {{ path_beg /cached/ }}
+  http-response cache-store c if {{ var(txn.cached) -m int 1 }}
+  default_backend t
+backend t
+  http-reuse always
+  server s 127.0.0.1:{target}
+"""
+CADDY = """
+{{
+  admin off
+  auto_https off
+  storage file_system {folder}
+}}
+http://127.0.0.1:{port} {{
+  reverse_proxy 127.0.0.1:{target}
+}}
+"""
+
+
+def found_binary(name: str) -> str | None:
+    """What ``EDGEWARD_<NAME>`` says, or what is installed."""
+    return os.environ.get(f"EDGEWARD_{name.upper()}") or shutil.which(name) or shutil.which(name, path="/usr/sbin")
+
+
+@contextlib.contextmanager
+def haproxy(folder: Path, target: int) -> Iterator[tuple[int, int] | None]:
+    if (binary := found_binary("haproxy")) is None:
+        yield None
+        return
+    (port,) = free_ports(1)
+    (folder / "haproxy.cfg").write_text(HAPROXY.format(port=port, target=target))
+    with running([binary, "-q", "-db", "-f", str(folder / "haproxy.cfg")], port) as process:
+        yield process.pid, port
+
+
+@contextlib.contextmanager
+def caddy(folder: Path, target: int) -> Iterator[tuple[int, int] | None]:
+    """Debian's has no cache: it only passes on."""
+    if (binary := found_binary("caddy")) is None:
+        yield None
+        return
+    (port,) = free_ports(1)
+    (folder / "Caddyfile").write_text(CADDY.format(port=port, target=target, folder=folder))
+    argv = [binary, "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
+    with running(argv, port, {"HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}) as process:
+        yield process.pid, port
+
+
 def gateway() -> list[Row]:
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ew-gw-")))
         (target,) = free_ports(1)
         stack.enter_context(running([PYTHON, "-m", "benchmarks.gateway_peers", "target", str(target)], target))
-        for name in ("plane", "nginx", "engine"):
+        for name in ("plane", "nginx", "engine", "haproxy", "caddy"):
             (root / name).mkdir()
         site(root / "site")
         mine = stack.enter_context(plane(root / "plane", target, root / "site"))
@@ -184,11 +249,16 @@ def gateway() -> list[Row]:
         if bare is not None:
             peers["bare nginx"] = bare
             peers["engine nginx"] = stack.enter_context(plane(root / "engine", target, root / "site", "nginx"))
+        for name, start in (("haproxy", haproxy), ("Caddy", caddy)):
+            if (other := stack.enter_context(start(root / name.lower(), target))) is not None:
+                peers[name] = other
         found: dict[tuple[str, str], list[float]] = {}
         p50: dict[str, list[float]] = {}
         for what, paths in (("cached", CACHED), ("proxied", PROXIED)):
             for _ in range(ROUNDS):
                 for name, (pid, at) in {"edgeward": mine, **peers}.items():
+                    if (what, name) == ("cached", "Caddy"):
+                        continue  # it would pass on
                     load(at, paths, 0.3)
                     rate, got = per_cpu(pid, at, paths)
                     found.setdefault((what, name), []).append(rate)
@@ -210,12 +280,13 @@ def gateway() -> list[Row]:
     rows = []
     for what, bar in (("cached", 15_000.0), ("proxied", 6_000.0)):
         value = statistics.median(found[what, "edgeward"])
-        others = {n: statistics.median(found[what, n]) for n in peers}
+        others = {n: statistics.median(found[what, n]) for n in peers if (what, n) in found}
         base = others.get("FastAPI on uvicorn")
         what_for = f"{what} answer by the gateway, requests per CPU second"
         made = row(what_for, value, "1/s", bar, less=False, base=("FastAPI on uvicorn", base) if base else None)
-        if "bare nginx" in others:
-            made.baseline = "; ".join(filter(None, [made.baseline, f"bare nginx: {others['bare nginx']:.3g} 1/s"]))
+        for other in ("bare nginx", "haproxy", "Caddy"):
+            if other in others:
+                made.baseline = "; ".join(filter(None, [made.baseline, f"{other}: {others[other]:.3g} 1/s"]))
         rows.append(made)
         if "engine nginx" in others:
             what_for = f"{what} answer by the engine nginx with its plane, part of bare nginx"
