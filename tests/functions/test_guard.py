@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.core.pair import until
 from tests.functions.node import Node, function, looped
 
 from edgeward.functions import seccomp
@@ -340,3 +341,42 @@ async def test_a_program_is_held_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ):
             assert await tries(node, asked) == answer, asked
         assert not [line for line in s.seen if f" {b} " in line or f" {ub} " in line]
+
+
+@pytest.mark.parametrize("runtime", ["node", "command"])
+def test_a_list_holds_for_programs_too(tmp_path: Path, runtime: str) -> None:
+    program = {"node": "node", "command": "perl"}[runtime]
+    if shutil.which(program) is None:
+        pytest.skip(f"there is no {program} on this machine (scripts/system-packages.sh)")
+    _programs(tmp_path, runtime)
+
+
+@looped
+async def _programs(tmp_path: Path, runtime: str) -> None:
+    script = """
+import net from 'node:net';
+export const handler = (event) => new Promise((resolve) => {
+  const s = net.connect(Number(event.text()), '127.0.0.1', () => s.end('hi'));
+  s.on('data', (data) => resolve(String(data)));
+  s.on('error', (error) => resolve(error.code));
+});
+"""
+    perl = r"""#!/usr/bin/perl
+socket(my $s, 2, 1, 0) or do { print $!{EACCES} ? 'EACCES' : $!; exit };
+connect($s, pack('S n a4 x8', 2, <STDIN>, "\x7f\0\0\1")) or do { print $!{EACCES} ? 'EACCES' : $!; exit };
+syswrite($s, 'hi');
+shutdown($s, 1);
+print <$s>;
+"""
+    async with servers() as s, Node(tmp_path) as node:
+        mode = {"mode": "stdio"} if runtime == "command" else {}
+        limits = {"network": [f"127.0.0.1:{s.tcp[0]}"], "timeout": "60s"}
+        code = script if runtime == "node" else perl
+        node.d.configure([function("f", code, runtime=runtime, limits=limits, **mode)])
+        await until(lambda: node.status("f").get("phase") in ("Running", "Failed"), 60)
+        if "stdio" in node.status("f").get("message", ""):
+            pytest.skip("no groups here, so there is no mode stdio")
+        assert "network" in node.status("f")["enforced"]
+        assert await tries(node, str(s.tcp[0])) == "tcp hi"
+        assert await tries(node, str(s.tcp[1])) == "EACCES"
+        assert s.seen == [f"tcp {s.tcp[0]} hi"]

@@ -24,11 +24,12 @@ from edgeward.core.files import ensure_dir
 from edgeward.core.invocation import Call, CallFailed, Event, Reply
 from edgeward.functions import picks, samples
 from edgeward.functions.asks import Asks, Sampler
+from edgeward.functions.link import Job
 from edgeward.functions.logs import Line, LogFile, level_name
 from edgeward.functions.memory import Memory
 from edgeward.functions.nursery import Nursery, probe
 from edgeward.functions.origins import Forked, Node, Origin, Programs
-from edgeward.functions.pool import Job, Pool, deadline_of
+from edgeward.functions.pool import Pool, deadline_of
 from edgeward.functions.sandbox import Cage, Verdict
 from edgeward.functions.shelves import shelves
 from edgeward.functions.switch import Function

@@ -22,8 +22,9 @@ from edgeward.core.invocation import Call, CallFailed, Event, Reply
 from edgeward.functions import canary as judge
 from edgeward.functions import scale
 from edgeward.functions.canary import Tally
+from edgeward.functions.link import Job
 from edgeward.functions.logs import LogFile, log_path
-from edgeward.functions.pool import Host, Job, Pool
+from edgeward.functions.pool import Host, Pool
 from edgeward.functions.samples import SampleFile, forget, samples_path
 from edgeward.functions.stats import BUCKETS
 from edgeward.functions.versions import Config, Version
