@@ -428,6 +428,33 @@ def test_a_request_that_is_taken_back_is_given_up(rig: Rig, connect: Connect) ->
     assert not rig.gate.exchanges
 
 
+def test_events_come_when_they_happen_and_a_client_that_waits_is_told_to_go_on(rig: Rig, connect: Connect) -> None:
+    go = asyncio.Event()
+
+    async def script(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await target.request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"9\r\ndata: 1\n\n\r\n")
+        await go.wait()
+        writer.write(b"9\r\ndata: 2\n\n\r\n0\r\nX-Trailer: dropped\r\n\r\n")
+
+    rig.route("/events", rig.target(script).port)
+    rig.route("/", rig.target(echo).port)
+    c = H2Client(connect())
+    n = c.ask("/events")
+    c.until(lambda: c.answers[n].body == b"data: 1\n\n")
+    rig.call(go.set)
+    assert c.answer(n).body == b"data: 1\n\ndata: 2\n\n"
+    told: list[Any] = []
+    on, c.on = c.on, lambda event: (told.append(type(event)), on(event))[1]  # type: ignore[method-assign]
+    n = c.ask("/up", ("expect", "100-continue"), method="POST", body=b"", end=False)
+    c.until(lambda: h2.events.InformationalResponseReceived in told)
+    c.h2.send_data(n, b"body")
+    c.h2.send_headers(n, [("x-trailer", "dropped")], end_stream=True)
+    c.flush()
+    assert c.answer(n).body == b"body"
+
+
 def test_httpx_gets_along(rig: Rig, connect: Connect) -> None:
     rig.route("/", rig.target(echo).port)
     context = ssl.create_default_context(cadata=connect.ca.pem)  # type: ignore[attr-defined]
@@ -549,6 +576,33 @@ def test_frames_of_a_stream_that_was_refused(rig: Rig, connect: Connect) -> None
     c.send(c.head(1, flags=("END_HEADERS",)), DataFrame(1, b"two"))
     c.send(*[DataFrame(1) for _ in range(60_000)])
     assert c.goaway() == CALM
+
+
+def test_a_plane_that_ends_says_so_and_ends_what_it_began(rig: Rig, connect: Connect) -> None:
+    go = asyncio.Event()
+
+    async def script(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await target.request(reader)
+        await go.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    rig.route("/slow", rig.target(script).port)
+    rig.route("/", rig.target(plain(b"ok")).port)
+    c = H2Client(connect())
+    assert c.get("/").status == 200
+    n = c.ask("/slow")
+    assert c.get("/").status == 200  # so the one before it is there, too
+    draining = asyncio.run_coroutine_threadsafe(rig.gate.drain(PATIENCE), rig.loop)
+    c.until(lambda: c.goaway is not None)
+    assert c.goaway == 0
+    rig.call(go.set)
+    # the library takes a GOAWAY for the end; the frames are there all the same
+    draining.result(PATIENCE)
+    data = b""
+    while piece := c.sock.recv(65536):
+        data += piece
+    assert data.endswith(b"ok")
+    assert n == 3
 
 
 def test_silence_ends_a_connection_with_a_word(rig: Rig, connect: Connect) -> None:

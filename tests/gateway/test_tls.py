@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import hashlib
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 from tests.gateway.papers import Authority, certificate, listener
-from tests.gateway.rig import PATIENCE, Client, Rig, free_port, plain
+from tests.gateway.rig import PATIENCE, Client, Rig, Target, free_port, plain
 
 from edgeward.gateway.auth import AuthConfig
 from edgeward.gateway.listens import CertConfig
@@ -44,6 +45,10 @@ class TlsClient(Client):
         except BaseException:
             raw.close()
             raise
+
+    def rest_of_buffer(self) -> bytes:
+        got, self._data = self._data, b""
+        return got
 
     @property
     def shown(self) -> str:
@@ -431,3 +436,57 @@ def test_curl_and_openssl_get_along(rig: Rig, ca: Authority, port: int, tmp_path
     done = subprocess.run(argv, input=b"", capture_output=True, timeout=60)
     assert b"ALPN protocol: h2" in done.stdout
     assert b"Verify return code: 0 (ok)" in done.stdout
+
+
+def test_a_client_that_does_not_read_stops_the_target(rig: Rig, ca: Authority, port: int, tls: Connect) -> None:
+    sent, size = 0, 48 * 1024 * 1024
+    all_sent = asyncio.Event()
+
+    async def script(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await target.request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+        while sent < size:
+            writer.write(b"x" * 65536)
+            sent += 65536
+            await writer.drain()
+        all_sent.set()
+
+    rig.route("/large", rig.target(script).port)
+    rig.route("/", rig.target(plain(b"ok")).port)
+    rig.listeners = [listener(port, certificate(*ca.issue("a.example.org")))]
+    rig.apply()
+    c = tls()
+    c.send(b"GET /large HTTP/1.1\r\nHost: a.example.org\r\n\r\n")
+    until(lambda: sent > 0)
+    for _ in range(50):  # others are served meanwhile
+        assert tls().get("/s", host="a.example.org").body == b"ok"
+    assert not all_sent.is_set()
+    assert sent < size // 2
+    c.until(b"\r\n\r\n")
+    got, room = len(c.rest_of_buffer()), bytearray(1024 * 1024)
+    while got < size:
+        got += c.socket.recv_into(room)
+    assert got == size
+
+
+def test_a_websocket_by_tls(rig: Rig, ca: Authority, port: int, tls: Connect) -> None:
+    async def script(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await target.request(reader)
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n")
+        while data := await reader.read(100):
+            writer.write(data[::-1])
+
+    rig.route("/", rig.target(script).port)
+    rig.listeners = [listener(port, certificate(*ca.issue("a.example.org")))]
+    rig.apply()
+    c = tls()
+    c.send(b"GET /ws HTTP/1.1\r\nHost: a.example.org\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    assert c.answer().status == 101
+    c.send(b"hello")
+    assert c.exactly(5) == b"olleh"
+    # a new certificate does not end it
+    rig.listeners = [listener(port, certificate(*ca.issue("a.example.org")))]
+    rig.apply()
+    c.send(b"again")
+    assert c.exactly(5) == b"niaga"

@@ -367,6 +367,9 @@ class Gate:
         if self.front is not None:
             await self.front.stop()
             self.front = None
+        for door in tuple(self.doors):
+            if not isinstance(door, Door):
+                door.retire()  # HTTP/2 can say it
         self._drained = asyncio.Event()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
