@@ -21,7 +21,7 @@ from edgeward.core.errors import Invalid
 from edgeward.core.invocation import Call, CallFailed, Event, Http
 from edgeward.functions import wasm as origin
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "05-wasm"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "06-wasm"
 
 
 def _variable(name: str) -> str:
@@ -80,7 +80,7 @@ async def test_a_binary_module_and_an_archive_are_the_same_program(tmp_path: Pat
 
 @looped
 async def test_a_program_in_c_runs_as_its_compiler_made_it(tmp_path: Path) -> None:
-    made = (EXAMPLE / "build" / "main.wasm").read_bytes()
+    made = (EXAMPLE / "module" / "main.wasm").read_bytes()
     text = base64.b64encode(made).decode()
     source = {"files": {"main.wasm": text}}
     async with Node(tmp_path) as node:

@@ -79,7 +79,7 @@ def test_a_function_answers_at_hub_node_and_gateway_and_outlives_the_agent(
     assert json.loads(up.run("invoke", "mine", "-d", '{"name": "it"}'))["hello"] == "it"
 
     # a program in C, compiled to WebAssembly
-    up.run("apply", "-f", str(ROOT / "examples" / "05-wasm"), "--wait")
+    up.run("apply", "-f", str(ROOT / "examples" / "06-wasm"), "--wait")
     words = {"greeting": "hello", "words": 3, "bytes": 14}
     assert json.loads(up.run("invoke", "words", "-d", "one two  three")) == words
     up.wait("the route", lambda: post(f"{url}/words", b"one two  three") == (200, words))

@@ -1,6 +1,5 @@
-/* A function in C, of the standard library alone, but for the answer's status and type. To make build/main.wasm of it:
- *   python -m ziglang cc --target=wasm32-wasi -Oz -s -o build/main.wasm words.c       (pip install ziglang==0.17.1)
- * clang with wasi-libc does as well. */
+/* A function in C, of the standard library alone, but for the answer's status and type. To make module/main.wasm of it:
+ *   python -m ziglang cc --target=wasm32-wasi -Oz -s -o module/main.wasm words.c       (pip install ziglang==0.17.1) */
 #include <ctype.h>
 #include <stdio.h>
 #include <stdlib.h>
