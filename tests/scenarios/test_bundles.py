@@ -73,7 +73,12 @@ def test_a_folder_and_its_packages_run_at_a_site_that_is_cut_and_started_anew(
 
     # cut, and everything of the node ended: it starts with what it has
     lab.run("lab", "cut", "plant", "--data", str(lab.data))
-    pids = lab.context["nodes"][0]["pids"]
+
+    def running() -> dict[str, int] | None:
+        pids: dict[str, int] = lab.context["nodes"][0]["pids"]
+        return pids if pids["agent"] and pids["plane"] else None
+
+    pids = lab.wait("its processes", running)
     for who in ("agent", "plane"):
         os.kill(pids[who], signal.SIGKILL)
     lab.wait("a new agent", lambda: lab.context["nodes"][0]["pids"]["agent"] not in (None, pids["agent"]))
