@@ -336,8 +336,8 @@ async def test_a_plane_that_is_killed_again_and_again_loses_no_message_and_repea
             kill(process)
         counts = seen()
         assert set(counts) == {f"m{n}" for n in range(messages)}
-        # in hand at a kill: what was called, and what was answered a moment ago
-        assert sum(n - 1 for n in counts.values()) <= len(kills) * 4 * at_once
+        # only what was in hand at a kill is called again, not what was answered: of the first 55 and the 116 in all
+        assert sum(n - 1 for n in counts.values()) < sum(kills) / 2
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:

@@ -68,8 +68,8 @@ class Listener:
         self.stream = MQTT_STREAM if taking.kind == "mqtt" else BUS_STREAM
         self._node, self._invoke, self._bury = node, invoke, bury
         self._ready: deque[Item] = deque()
-        #: What the broker waits for an acknowledgement of.
-        self._held: set[Item] = set()
+        #: What the broker waits for an acknowledgement of, by its sequence.
+        self._held: dict[int, Item] = {}
         self._soft = self._came = 0
         self._lost = asyncio.Event()
         self._running = 0
@@ -132,7 +132,7 @@ class Listener:
 
     async def _tell_alive(self) -> None:
         now = self._loop.time()
-        for item in tuple(self._held):
+        for item in tuple(self._held.values()):
             if now - item.since > _ALIVE:
                 await self._say(item, b"+WPI")
         if self._credit and now - self._asked > _EXPIRES + 5:
@@ -162,8 +162,10 @@ class Listener:
             self._skip -= 1
             self.dropped += 1
             await self._say(item, b"+ACK")
+        elif (same := self._held.get(item.seq)) is not None:
+            same.reply = item.reply  # we stood still: given out anew, and still in hand
         else:
-            self._held.add(item)
+            self._held[item.seq] = item
             self._ready.append(item)
         self._pump()
 
@@ -220,6 +222,12 @@ class Listener:
         if item.reply:
             await self._send(item.reply, word)
 
+    async def _let_go(self, item: Item, word: bytes) -> None:
+        """The last word on a message: should it come again, it is another try."""
+        if item.reply:
+            self._held.pop(item.seq, None)
+        await self._say(item, word)
+
     # -- calls -----------------------------------------------------------------------------------------------------
 
     def _pump(self) -> None:
@@ -256,14 +264,17 @@ class Listener:
                 self.done += len(items)
                 self.problem = ""
                 for item in items:
-                    await self._say(item, b"+ACK")
+                    await self._let_go(item, b"+ACK")
         except asyncio.CancelledError:
             self.connected = False  # it ends: nothing more is begun
             raise
         finally:
             self._running -= 1
-            self._held.difference_update(items)
-            self._soft -= sum(not item.reply for item in items)
+            for item in items:
+                if not item.reply:
+                    self._soft -= 1
+                elif self._held.get(item.seq) is item:
+                    del self._held[item.seq]
             self._pump()
 
     async def _call(self, items: list[Item]) -> None:
@@ -306,7 +317,7 @@ class Listener:
     async def _failed(self, item: Item, error: CallFailed, together: int) -> None:
         if after(self.taking, item, error, together) == "again":
             delay = pause(self.taking.backoff, item.tries, f"{self.name} {item.seq}")
-            await self._say(item, b"-NAK " + msgspec.json.encode({"delay": int(delay * 1e9)}))
+            await self._let_go(item, b"-NAK " + msgspec.json.encode({"delay": int(delay * 1e9)}))
             return
         try:
             if self.taking.dead:
@@ -317,7 +328,7 @@ class Listener:
             self.problem = f"a dead letter is not kept: {e.message}"
             self.dropped += not item.reply
             return
-        await self._say(item, b"+ACK")
+        await self._let_go(item, b"+ACK")
 
     # -- what it is told of itself -----------------------------------------------------------------------------------
 
