@@ -100,7 +100,7 @@ class Stand:
         waiting = threading.Event()
         for _ in range(int(PATIENCE / 0.01)):
             self.rig.do(self.disk.settle())
-            if self.rig.call(lambda: not self.disk.spools and not self.disk._pending):
+            if self.rig.call(lambda: not (self.disk.spools or self.disk._pending or self.disk._jobs)):
                 return
             waiting.wait(0.01)  # the pace of looking
         raise AssertionError("it goes on writing")
@@ -196,6 +196,7 @@ def test_a_target_that_is_faster_than_the_disk_waits_for_it(
 ) -> None:
     monkeypatch.setattr(spool, "BEHIND", 100_000)
     monkeypatch.setattr(spool, "SPOOL", 3 * MIB)
+    monkeypatch.setattr(spool, "LATE", PATIENCE)
     append, slow = spool.Spool._append, threading.Event()
 
     def slowly(self: spool.Spool, data: bytes) -> None:
@@ -387,6 +388,38 @@ def test_a_folder_that_cannot_be_used_stops_nothing(tmp_path: Path) -> None:
         assert made.get(f"/size/{5 * MIB}/x").body == Site.body(f"/size/{5 * MIB}/x")
     finally:
         made.close()
+
+
+def test_a_slow_look_at_the_disk_holds_nobody_up(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in PATHS:
+        stand.get(path)
+    stand.settle()
+    go, scan = threading.Event(), Disk._scan
+
+    def slowly(self: Disk) -> Any:
+        found = scan(self)
+        go.wait(PATIENCE)
+        return found
+
+    monkeypatch.setattr("edgeward.gateway.gate.SCAN", 0.0)
+    monkeypatch.setattr(Disk, "_scan", slowly)
+    stand.again()
+    assert len(stand.disk) == 0
+    assert stand.get("/size/10/new").body == Site.body("/size/10/new")  # from the target, into the memory
+    go.set()
+    waiting = threading.Event()
+    for _ in range(int(PATIENCE / 0.01)):
+        if rig_has(stand, len(PATHS)):
+            break
+        waiting.wait(0.01)  # the pace of looking
+    assert rig_has(stand, len(PATHS))
+    stand.target.broken = True  # type: ignore[attr-defined]
+    for path in PATHS:
+        assert stand.get(path).body == Site.body(path), path
+
+
+def rig_has(stand: Stand, n: int) -> bool:
+    return bool(stand.rig.call(lambda: len(stand.disk) == n))
 
 
 def test_without_a_disk_nothing_stays_on_it(stand: Stand) -> None:

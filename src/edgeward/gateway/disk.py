@@ -40,7 +40,7 @@ SPOOLS = 4
 WORTH, AGAIN = 10.0, 30.0
 #: Bytes that are left free for others; seconds that a disk is left alone after it failed; to wait for a read.
 RESERVE, PAUSE, LOAD = 64 * 1024**2, 60.0, 10.0
-ENTRIES = 100_000
+ENTRIES = 20_000
 #: Bodies up to this size come back into the memory; larger ones are given from the disk.
 PROMOTED = 1024 * 1024
 _BLOCK = 4096
@@ -74,6 +74,7 @@ class Disk:
         self.used = self.evicted = self.skipped = self.dropped = self.loads = 0
         self.trouble = ""
         self._root = -1
+        self._closed = False
         self._marks: OrderedDict[str, Mark] = OrderedDict()
         self._keys: dict[Key, list[Mark]] = {}
         self._jobs: deque[tuple[Callable[[], Mark | None], Mark | None, int, asyncio.Future[None] | None]] = deque()
@@ -91,16 +92,19 @@ class Disk:
 
     async def open(self) -> None:
         """Looks at what is there. Raises ``OSError``."""
-        found = await self._reader.run(self._scan)
+        root, found = await self._reader.run(self._scan)
+        if self._closed:
+            os.close(root)
+            return
+        self._root = root  # from here on it is written to: a look would take what comes for what is left over
         for mark in found:
             self._insert(mark)
 
-    def _scan(self) -> list[Mark]:
+    def _scan(self) -> tuple[int, list[Mark]]:
         """What is whole, the oldest first; everything else is removed. In a thread."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.rmtree(self.folder / "tmp", ignore_errors=True)
         (self.folder / "tmp").mkdir(mode=0o700)
-        self._root = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         marks: list[tuple[float, Mark]] = []
         bodies: dict[str, Path] = {}
         for n in range(256):
@@ -132,7 +136,7 @@ class Disk:
                 whole.append(mark)
         for path in bodies.values():
             path.unlink(missing_ok=True)
-        return whole
+        return os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), whole
 
     def _looked_at(self, path: Path) -> Mark | None:
         try:
@@ -436,6 +440,8 @@ class Disk:
 
     def off(self, error: OSError) -> None:
         """The disk is full, or fails: it is left alone for a while, and that is said once."""
+        if self._closed:
+            return
         self.skipped += 1
         self._off_until = clock.monotonic() + PAUSE
         why = error.strerror or str(error)
@@ -498,6 +504,7 @@ class Disk:
         await done
 
     def close(self) -> None:
+        self._closed = True
         if self._root >= 0:
             os.close(self._root)
             self._root = -1

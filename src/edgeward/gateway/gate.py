@@ -62,8 +62,8 @@ ZIPPING = 2
 SWEEP = 0.25
 #: Proofs for ACME authorities at once.
 PROOFS = 256
-#: Seconds for a first look at the cache's disk.
-SCAN = 30.0
+#: Seconds that a first look at the cache's disk is waited for.
+SCAN = 5.0
 _SECRET = frozenset({"authorization", "cookie", "proxy-authorization"})
 
 
@@ -253,15 +253,14 @@ class Gate:
         disk = Disk(
             self.data / "cache", config.disk, self.reader, self.run_task, self._disk_said, lambda key: key in self.shelf
         )
-        try:
-            async with asyncio.timeout(SCAN):
-                await disk.open()
-        except (OSError, TimeoutError) as e:
-            self._disk_said(
-                "CacheDiskFailed", f"answers are kept in memory only: {e or 'it takes too long to look at'}"
-            )
-            return None
-        return disk
+        looking = self.run_task(disk.open())
+        await asyncio.wait({looking}, timeout=SCAN)  # a slow one is looked at while requests are answered
+        looking.add_done_callback(self._looked)
+        return None if looking.done() and looking.exception() is not None else disk
+
+    def _looked(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._disk_said("CacheDiskFailed", f"answers are kept in memory only: {error}")
 
     def _take_disk(self, config: GatewayConfig, disk: Disk | None) -> None:
         if config.disk:
