@@ -175,13 +175,27 @@ def test_what_clients_claim_does_not_reach_the_target(rig: Rig, cache: CacheConf
 
 
 def test_what_targets_say_to_engines_ends_there(rig: Rig) -> None:
-    inner = ("X-Accel-Redirect: /secret", "X-Accel-Expires: 3600", "Edgeward-Refused: untouched")
+    """To nginx by itself, through it, and from the cache: nothing is kept for an hour, nobody is sent elsewhere."""
+    inner = ("X-Accel-Redirect: /secret", "X-Accel-Expires: 3600", "X-Accel-Buffering: yes", "Edgeward-Refused: x")
     target = rig.target(plain(b"ok", "Cache-Control: no-store", *inner))
+    kept = rig.target(plain(b"kept", "Cache-Control: max-age=600", *inner))
+    rig.route("/secret", rig.target(plain(b"secret")).port)
     rig.route("/a/", target.port)
     rig.route("/c/", target.port, cache=CacheConfig())
+    rig.route("/k/", kept.port, cache=CacheConfig())
     for path in ("/a/1", "/c/1", "/c/1"):
         assert ask(rig, path).body == b"ok"
-    assert [h.split(b" ")[1] for h in target.heads] == [b"/a/1", b"/c/1", b"/c/1"]
+        assert ask(rig, path, "Via: 1.0 x").body == b"ok"  # the plane's in any case
+    assert len(target.heads) == 6
+    for _ in range(4):
+        assert ask(rig, "/k/1").body == b"kept"
+    assert len(kept.heads) == 1
+    before = len(kept.heads)
+    rig.do(_purged(rig, prefix="/"))
+    deadline = time.monotonic() + PATIENCE
+    while len(kept.heads) == before:
+        assert time.monotonic() < deadline, "it is kept for longer than a second"
+        assert ask(rig, "/k/1").body == b"kept"
 
 
 def test_the_cache(rig: Rig) -> None:
@@ -534,3 +548,29 @@ def test_an_engine_that_cannot_start_leaves_the_ports_to_the_plane(tmp_path: Pat
         assert ask(rig, "/").body == b"ok" and rig.gate.front.engine.pid
     finally:
         rig.close()
+
+
+def test_what_is_kept_is_never_older_than_it_was(rig: Rig) -> None:
+    """The target counts; each purge is seen, and nobody gets an answer that was gone already."""
+
+    async def counting(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await target.request(reader)
+            body = b"%06d" % len(target.heads)
+            writer.write(b"HTTP/1.1 200 OK\r\nCache-Control: max-age=600\r\nContent-Length: 6\r\n\r\n" + body)
+
+    target = rig.target(counting)
+    rig.route("/n/", target.port, cache=CacheConfig())
+    client, seen = Polite(rig.port), 0
+    for _ in range(3):
+        rig.do(_purged(rig, prefix="/n/"))
+        deadline, before = time.monotonic() + PATIENCE, seen
+        while seen == before:
+            assert time.monotonic() < deadline
+            got = int(client.get("/n/1").body)
+            assert got >= seen
+            seen = got
+        for _ in range(20):
+            assert int(client.get("/n/1").body) == seen
+    client.close()
+    assert len(target.heads) == seen

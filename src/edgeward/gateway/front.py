@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from edgeward.gateway.gate import Gate
 
 _ERROR = re.compile(rb'","status":[45]')
+_TO_ENGINES = re.compile(rb"(?im)^x-accel-[^\r\n]*\r\n")
 _HIT_END = b"x-accel-expires: %d\r\n\r\n" % KEPT
 
 
@@ -156,14 +157,21 @@ class FrontDoor(Door):
             return True
         return False
 
+    @staticmethod
+    def _said(fields: Headers) -> Headers:
+        """Without what a target says to an engine: it would be obeyed (``X-Accel-Redirect``)."""
+        return [*(f for f in fields if not f[0].lower().startswith("x-accel-")), ("x-accel-buffering", "no")]
+
     def head(self, status: int, fields: Headers, reason: str = "") -> None:
-        super().head(status, [*fields, ("x-accel-buffering", "no")], reason)
+        super().head(status, self._said(fields), reason)
 
     def whole(self, status: int, fields: Headers, body: bytes, reason: str = "") -> None:
-        super().whole(status, [*fields, ("x-accel-buffering", "no")], body, reason)
+        super().whole(status, self._said(fields), body, reason)
 
     def give(self, stored: Stored, now: float) -> None:
         head = hit_head(stored, now)
+        if any(name.startswith("x-accel-") for name in stored.fields):
+            head = _TO_ENGINES.sub(b"", head)
         if "vary" not in stored.fields and stored.ttl(now) > KEPT:
             head = head[:-2] + _HIT_END
         self.write(head + stored.body)

@@ -196,7 +196,7 @@ def _http(config: GatewayConfig, where: Where) -> Iterator[str]:
     yield '  map $http_upgrade $ew_connection { default upgrade; "" ""; }'
     yield "  map $upstream_cache_status $ew_hit { default 0; HIT 1; }"
     yield '  map $http_host $ew_host { default $http_host; "" $host; }'
-    yield f"  upstream plane {{ server {_unix(where.front)}; keepalive 64; }}"
+    yield f"  upstream plane {{ server {_unix(where.front)}; keepalive 64; keepalive_requests 1000000; }}"
 
 
 def _unix(path: str) -> str:
@@ -212,7 +212,7 @@ def _upstream(rule: Rule, n: int) -> Iterator[str]:
         backup = " backup" if here and not e.here else ""
         limits = f"max_fails={config.failures} fail_timeout={max(1, round(config.pause))}s"
         servers.append(f"server {address} {limits}{backup};")
-    yield f"  upstream t{n} {{ {' '.join(servers)} keepalive 64; }}"
+    yield f"  upstream t{n} {{ {' '.join(servers)} keepalive 64; keepalive_requests 1000000; }}"
     yield _log_format(n, rule.key, "$upstream_addr", "")
 
 
@@ -283,6 +283,7 @@ def _server(
 def _to_plane(tried: str) -> Iterator[str]:
     yield "      access_log off; proxy_request_buffering off;"
     yield "      proxy_connect_timeout 10s; proxy_send_timeout 3600s; proxy_read_timeout 3600s;"
+    yield "      proxy_ignore_headers X-Accel-Redirect X-Accel-Expires X-Accel-Limit-Rate X-Accel-Charset;"
     yield from _front(tried)
     yield "      proxy_pass http://plane;"
 
@@ -327,8 +328,10 @@ def _kept(n: int, where: Where) -> Iterator[str]:
     yield "      if ($ew_fancy) { return 418; }"
     yield "      if ($ew_unkept) { return 418; }"
     yield f"      access_log {quoted(where.log, _FILE)} r{n} buffer=64k flush=1s if=$ew_hit;"
+    yield "      open_file_cache max=4096 inactive=10s;"  # of kept answers; nginx knows when one was replaced
     yield '      proxy_buffering on; proxy_cache kept; proxy_cache_key "$http_host|$request_uri"; proxy_cache_lock off;'
-    yield "      proxy_ignore_headers Cache-Control Expires Set-Cookie Vary X-Accel-Redirect;"
+    yield "      proxy_ignore_headers Cache-Control Expires Set-Cookie Vary X-Accel-Redirect X-Accel-Limit-Rate"
+    yield "        X-Accel-Charset;"
     yield "      proxy_read_timeout 3600s;"
     yield from _front("")
     yield "      proxy_pass http://plane;"
