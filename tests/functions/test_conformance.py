@@ -51,7 +51,7 @@ def test_a_worker_that_does_not_is_caught(
     if shutil.which("perl") is None:
         pytest.skip("there is no perl on this machine")
     if "select" in new:
-        monkeypatch.setattr(conformance, "PATIENCE", 2.0)  # this one is waited for in vain
+        monkeypatch.setattr(conformance, "ENDING", 1.0)  # this one is waited for in vain
     text = (WORKERS / "worker.pl").read_text()
     assert old in text
     worker = tmp_path / "worker.pl"

@@ -25,6 +25,8 @@ from edgeward.functions.stdio import WORKER_ENV
 
 #: Seconds in which a worker answers.
 PATIENCE = 30.0
+#: And in which it ends when its socket is closed.
+ENDING = 30.0
 #: Bytes of an answer in one piece that the worker is told to keep to.
 MAX_BODY = 2 << 20
 
@@ -249,9 +251,9 @@ def _logs(peer: Peer) -> None:
 def _ends(peer: Peer) -> None:
     peer._sock.close()
     try:
-        peer.process.wait(PATIENCE)
+        peer.process.wait(ENDING)
     except subprocess.TimeoutExpired:
-        raise Wrong(f"it still runs {PATIENCE:g} s after its socket was closed") from None
+        raise Wrong(f"it still runs {ENDING:g} s after its socket was closed") from None
 
 
 CHECKS: dict[str, Callable[[Peer], None]] = {
