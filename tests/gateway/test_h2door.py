@@ -19,6 +19,7 @@ from hyperframe.frame import (
     ContinuationFrame,
     DataFrame,
     Frame,
+    GoAwayFrame,
     HeadersFrame,
     PingFrame,
     PriorityFrame,
@@ -453,6 +454,41 @@ def test_events_come_when_they_happen_and_a_client_that_waits_is_told_to_go_on(r
     c.h2.send_headers(n, [("x-trailer", "dropped")], end_stream=True)
     c.flush()
     assert c.answer(n).body == b"body"
+
+
+def test_an_upload_that_is_taken_back_at_once_harms_no_other(rig: Rig, connect: Connect) -> None:
+    """All of it in one packet: the library knows the end before we hear of the beginning."""
+    rig.route("/small", rig.target(echo).port, body=10)
+    rig.route("/", rig.target(echo).port)
+    c = H2Client(connect())
+    first = c.ask("/up", method="POST", body=b"a", end=False)
+    for path, more in (("/up", ()), ("/small", ()), ("/up", (("expect", "100-continue"),)), ("/none/../x", ())):
+        n = c.h2.get_next_available_stream_id()
+        head = [(":method", "POST"), (":scheme", "https"), (":authority", "a.example.org"), (":path", path), *more]
+        c.h2.send_headers(n, head)
+        c.h2.send_data(n, b"x" * 16_000)
+        c.h2.reset_stream(n, 8)
+    c.flush()
+    c.upload(first, b"b")
+    assert c.answer(first).body == b"ab"
+    assert not rig.call(lambda: [e for e in rig.gate.exchanges if not e.ended])
+
+
+def test_a_client_that_goes_still_gets_its_answers(rig: Rig, connect: Connect) -> None:
+    go = asyncio.Event()
+
+    async def script(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await target.request(reader)
+        await go.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    rig.route("/slow", rig.target(script).port)
+    c = H2Client(connect())
+    n = c.ask("/slow")
+    c.sock.sendall(GoAwayFrame(0).serialize())
+    rig.call(go.set)
+    assert c.answer(n).body == b"ok"
+    assert not c.step()  # and that was it
 
 
 def test_httpx_gets_along(rig: Rig, connect: Connect) -> None:

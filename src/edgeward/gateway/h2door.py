@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from h2 import events
@@ -41,6 +42,8 @@ AHEAD, OWED = 64 * 1024, 1024 * 1024
 #: Bytes that are looked at before it is asked again whether the client is worth it.
 _SLICE = 4096
 _ACK = 32 * 1024
+#: The client took the stream back, and the library heard of it before us.
+_GONE = (H2Error, KeyError)
 
 
 class _Connection(H2Connection):
@@ -49,8 +52,14 @@ class _Connection(H2Connection):
     #: Frames since it was last looked.
     frames = 0
 
+    #: The client goes, and still waits for what it asked for.
+    going = False
+
     def _receive_frame(self, frame: Frame) -> list[events.Event]:
         self.frames += 1
+        if isinstance(frame, GoAwayFrame) and not frame.stream_id and not frame.error_code:
+            self.going = True  # the library would take it for the end of everything, answers too (RFC 9113, 6.8)
+            return []
         return super()._receive_frame(frame)
 
 
@@ -321,6 +330,7 @@ class H2Door(asyncio.Protocol):
             self._leave(ErrorCodes.INTERNAL_ERROR)
         finally:
             self._in_events = False
+            self._leaving = self._leaving or self._h2.going
             self._flush()
 
     def _hoarding(self) -> bool:
@@ -379,7 +389,7 @@ class H2Door(asyncio.Protocol):
     def _request(self, event: events.RequestReceived) -> None:
         number = event.stream_id or 0
         if self._leaving:
-            self._h2.reset_stream(number, ErrorCodes.REFUSED_STREAM)
+            self._reset(number, ErrorCodes.REFUSED_STREAM)
             return
         self._last, self._served = number, True
         stream = Stream(self, number)
@@ -422,16 +432,22 @@ class H2Door(asyncio.Protocol):
         self._flush()
 
     def interim(self, stream: Stream) -> None:
-        self._h2.send_headers(stream.number, [(b":status", b"100")])
+        with suppress(*_GONE):
+            self._h2.send_headers(stream.number, [(b":status", b"100")])
         self._soon()
 
     def acknowledge(self, stream: Stream, size: int) -> None:
-        self._h2.increment_flow_control_window(size, stream.number)
+        with suppress(*_GONE):
+            self._h2.increment_flow_control_window(size, stream.number)
         self._soon()
+
+    def _reset(self, number: int, code: ErrorCodes) -> None:
+        with suppress(*_GONE):
+            self._h2.reset_stream(number, code)
 
     def reset(self, stream: Stream, code: ErrorCodes) -> None:
         if self.streams.pop(stream.number, None) is not None and self.transport is not None:
-            self._h2.reset_stream(stream.number, code)
+            self._reset(stream.number, code)
         self._ready.pop(stream, None)
         stream.lost()
         self._soon()
@@ -439,7 +455,7 @@ class H2Door(asyncio.Protocol):
     def over(self, stream: Stream) -> None:
         """Its answer is written to the end. Of a body that is still coming nobody wants to know (RFC 9113, 8.1)."""
         if stream.body:
-            self._h2.reset_stream(stream.number, ErrorCodes.NO_ERROR)
+            self._reset(stream.number, ErrorCodes.NO_ERROR)
         self.streams.pop(stream.number, None)
         stream.gone = True
         self.deadline = self.gate.loop.time() + IDLE_TIME
@@ -475,7 +491,8 @@ class H2Door(asyncio.Protocol):
 
     def _leave(self, code: ErrorCodes) -> None:
         """GOAWAY, and the end."""
-        self._h2.close_connection(code)
+        with suppress(H2Error):  # it is over for the library already
+            self._h2.close_connection(code)
         self._close()
 
     def _close(self) -> None:
