@@ -18,7 +18,7 @@ from tests.scenarios.conftest import ROOT
 
 from edgeward.cli.client import _UnixConnection
 
-ALARMS = Path(__file__).parents[2] / "examples" / "04-alarms"
+ALARMS = Path(__file__).parents[2] / "examples" / "07-alarms"
 HELLO = """\
 apiVersion: edgeward/v1
 kind: Function
@@ -174,7 +174,7 @@ def test_triggers_go_on_while_the_link_is_cut_and_the_agent_is_dead(lab: Callabl
 
     try:
         job("online")
-        # examples/04-alarms: said when it changes
+        # examples/07-alarms: said when it changes
         system.run("apply", "-f", str(ALARMS), "--wait")
         system.wait("its trigger", lambda: connected("alarm", 1))
         for celsius in (b"20", b"91", b"92", b"30"):
