@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import platform
 import struct
@@ -184,3 +185,25 @@ def handler(event, context):
         assert (await node.call("shut", port)).body == b'["refused","refused"]'
         assert (await node.call("open", port)).body == b'["open","refused"]'
         assert {"what": "network", "why": "limits.network is open"} in node.status("open")["notEnforced"]
+
+
+@looped
+async def test_a_function_has_no_descriptor_but_its_own(tmp_path: Path) -> None:
+    """What rules were made with stays behind, and what is the same for all was made before the fork."""
+    code = """
+import os
+
+def handler(event, context):
+    found = []
+    for fd in range(64):
+        try:
+            os.fstat(fd)
+        except OSError:
+            continue
+        found.append(fd)
+    return found
+"""
+    async with Node(tmp_path) as node:
+        node.d.configure([function("f", code)])
+        found = json.loads((await node.call("f")).body)
+        assert found[:3] == [0, 1, 2] and len(found) == 4, "and its socket"

@@ -52,7 +52,6 @@ class _Rules(NamedTuple):
     attr: bytes
     every: int
     rules: list[bytes]
-    fds: list[int]
     promised: list[str]
 
 
@@ -67,8 +66,12 @@ def _rule_of(path: str, access: int) -> tuple[bytes, int] | None:
     return struct.pack("=Qi", access, fd), fd
 
 
+#: Descriptors in rules that were made.
+_opened: list[int] = []
+
+
 @functools.cache
-def rules(network: bool, python: bool = True) -> _Rules:
+def rules(network: bool, python: bool) -> _Rules:
     version = abi()
     every = (1 << 13) - 1
     every |= 1 << 13 if version >= 2 else 0
@@ -82,10 +85,9 @@ def rules(network: bool, python: bool = True) -> _Rules:
     if network:
         wanted += [(p, _READ_FILE) for p in ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/gai.conf")]
     made = [rule for path, access in wanted if (rule := _rule_of(path, access)) is not None]
+    _opened.extend(fd for _, fd in made)
     promised = ["files", *(["signals"] if scoped else [])]
-    return _Rules(
-        struct.pack("=QQQ", every, net, scoped)[:size], every, [r for r, _ in made], [fd for _, fd in made], promised
-    )
+    return _Rules(struct.pack("=QQQ", every, net, scoped)[:size], every, [r for r, _ in made], promised)
 
 
 def restrict(network: bool, library: Sequence[str], runs: Sequence[str], tmp: str) -> list[str]:
@@ -119,7 +121,5 @@ def restrict(network: bool, library: Sequence[str], runs: Sequence[str], tmp: st
 
 def close_prepared() -> None:
     """Descriptors that were opened for rules are no business of a function's code."""
-    if abi() >= 1:
-        for network in (False, True):
-            for fd in rules(network).fds:
-                os.close(fd)
+    for fd in _opened:
+        os.close(fd)

@@ -90,10 +90,10 @@ def warm() -> None:
     _closed_to_others()
     for network in (False, True):
         if landlock.abi() >= 1:
-            landlock.rules(network)
+            landlock.rules(network, True)
         for may_fork in (False, True):
             with contextlib.suppress(OSError):
-                seccomp.compiled(network, may_fork)
+                seccomp.compiled(network, may_fork, False)
 
 
 def shut_in(folder: str, reads: list[str]) -> list[str]:

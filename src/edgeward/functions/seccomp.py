@@ -170,7 +170,7 @@ def asking(machine: str = "") -> bytes:
 
 
 @functools.cache
-def compiled(network: bool, may_fork: bool, may_exec: bool = False) -> bytes:
+def compiled(network: bool, may_fork: bool, may_exec: bool) -> bytes:
     return program(network=network, may_fork=may_fork, may_exec=may_exec)
 
 
