@@ -58,6 +58,28 @@ Waiter = Callable[[bool], None]
 class Exchange:
     """A request that is being answered by its rule's target."""
 
+    # what most requests never change stands here: an exchange is made for each, and each field costs it
+    endpoint: Endpoint | None = None
+    connection: Connection | None = None
+    task: asyncio.Task[None] | None = None
+    sent = answered = ended = tunnel = False
+    sends = status = size = 0
+    cache_word = ""
+    _failed_by = _kept = _stored_size = _held = 0
+    #: Before the last time it was sent, it had been sent already.
+    _sent_before = False
+    _replayable = True
+    _chunked = _client_full = _swallow = False
+    _response: Response | None = None
+    _storing: list[bytes] | None = None
+    _spool: Spool | None = None
+    #: The answer is compressed on its way.
+    _press: squeeze.Press | None = None
+    #: A stored answer is on its way from the disk.
+    _streams = False
+    #: No kept connection any more: one was closed under our hands.
+    _fresh = False
+
     def __init__(
         self, gate: Gate, door: Desk | None, request: Request, rule: Rule, client: str,
         *, key: Key | None = None, stored: Stored | None = None, fwd: str = "",
@@ -71,9 +93,6 @@ class Exchange:
         self.started = clock.monotonic()  # the loop's clock is too coarse for what is measured
         self.asked = clock.now() if key is not None or stored is not None else 0.0
         self.deadline = gate.loop.time() + rule.config.connect + 1.0
-        self.endpoint: Endpoint | None = None
-        self.connection: Connection | None = None
-        self.task: asyncio.Task[None] | None = None
         #: Of the rule's places the one that is asked; a gateway that is asked by another site's asks nobody else.
         self.place: Place = rule.places[0]
         self._last = len(rule.places) == 1
@@ -83,33 +102,10 @@ class Exchange:
             self._last = True  # what is asked for the store alone
         #: Why the places before could not answer, in words, and with which status.
         self.because: list[str] = []
-        self._failed_by = 0
         self.tried: list[Endpoint] = []
-        self.sends = 0
-        #: Before the last time it was sent, it had been sent already.
-        self._sent_before = False
-        self.sent = self.answered = self.ended = self.tunnel = False
         self.body_done = request.length == 0
         self._pieces: list[bytes] = []
-        self._kept = 0
-        self._replayable = True
-        self._chunked = False
-        self._storing: list[bytes] | None = None
-        self._stored_size = self._held = 0
-        self._spool: Spool | None = None
-        #: A stored answer is on its way from the disk.
-        self._streams = False
-        self._client_full = False
-        self._response: Response | None = None
-        self._swallow = False
-        #: The answer is compressed on its way.
-        self._press: squeeze.Press | None = None
-        #: No kept connection any more: one was closed under our hands.
-        self._fresh = False
         self.waiters: list[Waiter] = []
-        self.status = 0
-        self.size = 0
-        self.cache_word = ""
         rule.active[0] += 1
 
     # -- to the target -------------------------------------------------------------------------------------------------
@@ -320,14 +316,8 @@ class Exchange:
         close = not request.keep or not self.body_done
         fields = [h for h in with_cors(self.rule.cors, request, headers) if h[0] != "content-length"]
         length = response.length
-        if self.rule.compress is not None and self._shrinks(self.rule.compress, response):
-            fields, length = squeeze.pressed(fields), CHUNKED
-        elif self.rule.compress is not None:
-            size = response.length
-            if request.method == "HEAD" and not size:  # it has no body; what GET would give varies all the same
-                size = int(response.fields.get("content-length", -1))
-            if squeeze.eligible(self.rule.compress, response.status, response.fields, size):
-                fields = squeeze.with_vary(fields)
+        if self.rule.compress is not None:
+            fields, length = self._smaller(self.rule.compress, response, fields)
         if request.method == "HEAD" or response.status in _NO_BODY:
             if "content-length" in response.fields and response.status != 204:
                 fields.append(("content-length", response.fields["content-length"]))
@@ -355,6 +345,17 @@ class Exchange:
         elif request.minor == 0:
             fields.append(("connection", "keep-alive"))
         door.head(response.status, fields, response.reason)
+
+    def _smaller(self, config: squeeze.CompressConfig, response: Response, fields: Headers) -> tuple[Headers, int]:
+        """``(fields, length)`` of the answer as it goes out where the route compresses."""
+        if self._shrinks(config, response):
+            return squeeze.pressed(fields), CHUNKED
+        size = response.length
+        if self.request.method == "HEAD" and not size:  # it has no body; what GET would give varies all the same
+            size = int(response.fields.get("content-length", -1))
+        if squeeze.eligible(config, response.status, response.fields, size):
+            fields = squeeze.with_vary(fields)
+        return fields, response.length
 
     def _shrinks(self, config: squeeze.CompressConfig, response: Response) -> bool:
         """Whether this answer is compressed on its way; then it is made ready for that."""
