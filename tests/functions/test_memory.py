@@ -17,7 +17,7 @@ from edgeward.functions.memory import OVERHEAD, Memory
 async def test_what_is_told_is_in_the_file(tmp_path: Path) -> None:
     memory = Memory(tmp_path / "state.db")
     assert memory.get("a", "k") is None
-    assert memory.keys("a") == []
+    assert await memory.keys("a") == []
     assert not await memory.delete("a", "k")
     assert not (tmp_path / "state.db").exists()  # made at the first write
     revision = await memory.set("a", "k", b"v", None, 1000)
@@ -41,7 +41,7 @@ async def test_writes_that_come_together_are_one_transaction_and_each_has_its_ow
     )
     assert sum(isinstance(g, Conflict) for g in got) == 6
     assert isinstance(got[-1], TooLarge)
-    assert memory.keys("a") == ["k0", "k1", "k2"]
+    assert await memory.keys("a") == ["k0", "k1", "k2"]
     assert memory.size("a") == 3 * (2 + 2 + OVERHEAD)
     await memory.close()
 
@@ -58,7 +58,7 @@ async def test_what_is_counted_is_what_is_there_after_a_restart(tmp_path: Path) 
     with pytest.raises(TooLarge, match="at most 150"):
         await memory.set("a", "l", b"x" * 50, None, 150)
     await memory.keep({"c"})
-    assert memory.keys("a") == []
+    assert await memory.keys("a") == []
     assert await memory.set("a", "l", b"x" * 50, None, 150)
     await memory.close()
 
@@ -75,6 +75,24 @@ async def test_a_disk_that_takes_nothing_is_said_and_nothing_is_half_written(tmp
         await memory.set("a", "big", b"v" * 100_000, None, 1 << 20)
     memory._writer.execute("PRAGMA max_page_count = 100000")  # type: ignore[union-attr]
     assert memory.size("a") == 1 + 1 + OVERHEAD
-    assert memory.keys("a") == ["k"]
+    assert await memory.keys("a") == ["k"]
     assert await memory.set("a", "k", b"w", 1, 1000) == 2
+    await memory.close()
+
+
+@looped
+async def test_keys_by_their_beginning_and_not_too_many_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeward.functions.memory.MAX_KEYS", 5)
+    memory = Memory(tmp_path / "state.db")
+    for key in ("a", "a/1", "a/2", "a~", "b", "~"):
+        await memory.set("f", key, b"", None, 10_000)
+        await memory.set("g", key + "!", b"", None, 10_000)
+    assert await memory.keys("f", "a") == ["a", "a/1", "a/2", "a~"]
+    assert await memory.keys("f", "a/") == ["a/1", "a/2"]
+    assert await memory.keys("f", "~") == ["~"]
+    assert await memory.keys("f", "c") == []
+    with pytest.raises(TooLarge, match="more than 5 keys begin with ''"):
+        await memory.keys("f")
     await memory.close()

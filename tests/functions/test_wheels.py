@@ -52,6 +52,8 @@ def test_nothing_else_is_taken(line: str) -> None:
 def test_a_marker_that_is_none_is_refused_with_its_package() -> None:
     with pytest.raises(Invalid, match="marker of a "):
         wanted(parse_lock(f"a==1 ; nonsense --hash=sha256:{H}"), TARGET.environment)
+    with pytest.raises(Invalid, match="marker of a "):
+        wanted(parse_lock(f"a==1 ; {'(' * 490} --hash=sha256:{H}"), TARGET.environment)
 
 
 def test_wheels_must_be_all_and_fit() -> None:

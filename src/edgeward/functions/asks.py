@@ -91,9 +91,9 @@ class Asks:
         self, version: Version, policy: Policy, ask: wire.StateGet | wire.StateSet | wire.StateDelete | wire.StateKeys
     ) -> wire.Answer | Work:
         key = version.key
+        if isinstance(ask, wire.StateKeys):
+            return self._later(ask, partial(self.memory.keys, key, ask.prefix[:MAX_KEY]))
         try:
-            if isinstance(ask, wire.StateKeys):
-                return wire.Answer(ask.ask, self.memory.keys(key, ask.prefix[:MAX_KEY]))
             if not _KEY.fullmatch(ask.key):
                 return refusal(ask, "refused", f"a key has 1 to {MAX_KEY} visible characters of ASCII")
             if isinstance(ask, wire.StateGet):

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from edgeward.core import cgroup, clock
 from edgeward.core import invocation as wire
 from edgeward.core.errors import NotFound
@@ -46,6 +48,10 @@ Tell = Callable[[str, str, str, str, str], None]
 Judged = Callable[[str, tuple[str, str] | None], None]
 #: A log line waits so long for others to be written with it. Seconds.
 _GATHER = 0.05
+#: Seconds between two looks whether what a killed dispatcher left has ended.
+_SWEEP = 0.1
+#: A worker's clock is not taken behind this (the year 2096); characters of fields that are not JSON's.
+_TIMES, _SHOWN = 4e9, 1000
 
 
 class Dispatcher:
@@ -90,7 +96,9 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self.probed: Verdict | None = None
         self._closed = False
-        self._sweep()
+        self._left = self._sweep(cgroup.leftovers(node, self._prefix))
+        for path in self.tmp.iterdir():
+            shutil.rmtree(path, ignore_errors=True)
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
@@ -299,9 +307,13 @@ class Dispatcher:
     def say(self, f: Function, pool: Pool, line: wire.Log) -> None:
         if f.log is None:
             return
-        at = clock.timestamp(line.time or None)
+        at = clock.timestamp(line.time if 0 < line.time < _TIMES else None)
         kept = Line(at, level_name(line.level), line.message, line.id, pool.version.digest, line.fields)
-        if f.log.add(kept) and not self._unwritten:
+        try:
+            first = f.log.add(kept)
+        except (TypeError, ValueError, RecursionError):  # msgpack can say what JSON cannot
+            first = f.log.add(msgspec.structs.replace(kept, fields={"fields": repr(line.fields)[:_SHOWN]}))
+        if first and not self._unwritten:
             asyncio.get_running_loop().call_later(_GATHER, self._write_logs)
         self._unwritten.add(f.log)
 
@@ -360,6 +372,8 @@ class Dispatcher:
     async def run(self) -> None:
         """Until cancelled; then every worker is ended."""
         try:
+            if self._left:
+                self.spawn(self._sweep_rest())
             while True:
                 now = self.now()
                 again = min([float("inf"), *(p.rest(now) for f in self._functions.values() for p in f.pools())])
@@ -373,13 +387,21 @@ class Dispatcher:
     def _busy(self) -> bool:
         return any(p.links or p.starting for f in self._functions.values() for p in f.pools())
 
-    def _sweep(self) -> None:
-        """What a dispatcher that was killed left behind."""
-        for instance in cgroup.leftovers(self.node, self._prefix):
+    def _sweep(self, instances: list[str]) -> list[str]:
+        """What a dispatcher that was killed left behind; gives back whose processes are still ending."""
+        left = []
+        for instance in instances:
             if cgroup.kill(self.node, instance):
                 cgroup.remove(self.node, instance)
-        for path in self.tmp.iterdir():
-            shutil.rmtree(path, ignore_errors=True)
+            else:
+                left.append(instance)
+        return left
+
+    async def _sweep_rest(self) -> None:
+        """Its last processes may end only now: a group goes when nobody is in it."""
+        while self._left:
+            await asyncio.sleep(_SWEEP)  # the period of looking whether they are gone
+            self._left = await asyncio.to_thread(self._sweep, self._left)
 
     async def close(self) -> None:
         self._closed = True

@@ -136,7 +136,8 @@ class Link(asyncio.Protocol):
         except wire.FrameTooLong:
             bound = self._pool.version.body
             self.end(self._pool.failure("too-large", f"the answer is over {bound} bytes", self.job, body=bound))
-        except msgspec.MsgspecError as e:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+            # text that is no text and what is nested too deep are the decoder's other words for garbage
             self.end(self._pool.failure("crashed", f"the worker does not keep to the protocol: {e}", self.job))
 
     def connection_lost(self, exc: Exception | None) -> None:

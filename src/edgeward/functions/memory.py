@@ -26,6 +26,8 @@ log = logging.getLogger("edgeward.functions")
 
 #: What a key costs beside itself and its value.
 OVERHEAD = 64
+#: Keys that one question may bring.
+MAX_KEYS = 20_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS state (
     function TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, revision INTEGER NOT NULL,
@@ -54,6 +56,8 @@ class Memory:
         self._opening = threading.Lock()
         self._reader: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
+        self._scanner: sqlite3.Connection | None = None
+        self._scanning = asyncio.Lock()
         self._waiting: list[_Change] = []
         self._writing: asyncio.Task[None] | None = None
         #: Bytes that each function has, as the writer knows them.
@@ -84,20 +88,33 @@ class Memory:
             raise Unreachable(f"the state cannot be read: {e}") from e
         return None if found is None else (bytes(found[0]), int(found[1]))
 
-    def keys(self, function: str, prefix: str = "") -> list[str]:
+    async def keys(self, function: str, prefix: str = "") -> list[str]:
+        """The keys that begin so (visible ASCII), sorted. Raises ``TooLarge`` for more than :data:`MAX_KEYS`.
+
+        A function that asks again and again for many keys holds up nobody but itself: they are read beside the loop,
+        for one asker at a time.
+        """
         import sqlite3
 
         try:
-            db = self._read()
-            if db is None:
+            if self._read() is None:
                 return []
-            found = db.execute(
-                "SELECT key FROM state WHERE function = ? AND substr(key, 1, ?) = ? ORDER BY key",
-                (function, len(prefix), prefix),
-            )
-            return [str(row[0]) for row in found]
+            async with self._scanning:
+                found = await asyncio.to_thread(self._scan, function, prefix)
         except sqlite3.Error as e:
             raise Unreachable(f"the state cannot be read: {e}") from e
+        if len(found) > MAX_KEYS:
+            raise TooLarge(f"more than {MAX_KEYS} keys begin with {prefix[:40]!r}", remedy="ask for a longer beginning")
+        return found
+
+    def _scan(self, function: str, prefix: str) -> list[str]:
+        db = self._scanner = self._scanner or _connect(self._file)
+        # from the first that may begin so: the table is sorted, so what lies outside is not looked at
+        rows = db.execute(
+            "SELECT key FROM state WHERE function = ? AND key >= ? AND key < ? ORDER BY key LIMIT ?",
+            (function, prefix, prefix + "\U0010ffff", MAX_KEYS + 1),
+        )
+        return [str(row[0]) for row in rows]
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -226,10 +243,11 @@ class Memory:
     async def close(self) -> None:
         if self._writing is not None:
             await self._writing
-        for db in (self._reader, self._writer):
-            if db is not None:
-                db.close()
-        self._reader = self._writer = None
+        async with self._scanning:
+            for db in (self._reader, self._writer, self._scanner):
+                if db is not None:
+                    db.close()
+            self._reader = self._writer = self._scanner = None
 
 
 def _connect(file: Path) -> sqlite3.Connection:

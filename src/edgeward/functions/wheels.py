@@ -96,7 +96,7 @@ def wanted(pins: Iterable[Pin], environment: Mapping[str, str]) -> list[Pin]:
         try:
             if not pin.marker or Marker(pin.marker).evaluate({**environment, "extra": ""}):
                 found.append(pin)
-        except (InvalidMarker, ValueError, KeyError) as e:
+        except (InvalidMarker, ValueError, KeyError, RecursionError) as e:
             raise Invalid(
                 f"the marker of {pin.name} is not understood: {e}", field="$.spec.dependencies.lock"
             ) from None
