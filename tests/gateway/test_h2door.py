@@ -187,7 +187,9 @@ class RawClient:
 
 
 @pytest.fixture
-def connect(rig: Rig) -> Iterator[Callable[[], socket.socket]]:
+def connect(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], socket.socket]]:
+    # a client on a busy machine may still be sending then, and a reset takes the GOAWAY away
+    monkeypatch.setattr("edgeward.gateway.openings.SHUTDOWN_TIME", 120.0)
     ca, port = Authority(), free_port()
     rig.listeners = [listener(port, certificate(*ca.issue("a.example.org")))]
     rig.apply()

@@ -27,6 +27,8 @@ log = logging.getLogger("edgeward.gateway")
 
 #: Handshakes in progress at a listener, and the seconds that one may take.
 HANDSHAKES, HANDSHAKE_TIME = 512, 10.0
+#: Seconds that a client has to read the last words, while what it still sends is thrown away.
+SHUTDOWN_TIME = 2.0
 #: Connections taken in one turn, and seconds until a listener that cannot be opened is tried again.
 AT_ONCE, AGAIN = 64, 5.0
 _BACKLOG = 1024
@@ -153,7 +155,7 @@ class Opening:
                 self.handshakes += 1
                 await loop.connect_accepted_socket(
                     lambda: Lobby(gate, self), client, ssl=front.context,
-                    ssl_handshake_timeout=HANDSHAKE_TIME, ssl_shutdown_timeout=2.0,
+                    ssl_handshake_timeout=HANDSHAKE_TIME, ssl_shutdown_timeout=SHUTDOWN_TIME,
                 )  # fmt: skip
         except (OSError, TimeoutError, ssl.SSLError, asyncio.CancelledError) as e:
             self.failed += 1
