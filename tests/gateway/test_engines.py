@@ -142,6 +142,10 @@ ODD = [
     b"GET http://other/a HTTP/1.1\r\nHost: h\r\n\r\n", b"GET /a HTTP/1.1\nHost : h\r\n\r\n",
     b"TRACE /a HTTP/1.1\r\nHost: h\r\n\r\n", b"GET /a HTTP/3.0\r\nHost: h\r\n\r\n",
     GET % (b"/a", b"X: " + b"y" * 40_000 + b"\r\n"), GET % (b"/" + b"a" * 9000, b""),
+    # a field that looks like the rest of what nginx compares, so that the rest would be taken for a query
+    GET % (b"/a/../b", b"Upgrade: |0|h|h|/x?\r\n"), GET % (b"/a/..%2fb", b"Edgeward-Fallback: |0|h|h|/x?\r\n"),
+    GET % (b"/a//b", b"Via: |0|h|h|/x?\r\n"), b"GET http://other/a HTTP/1.1\r\nHost: h\r\nUpgrade: |0|h|h|/x?\r\n\r\n",
+    GET % (b"/a/../b", b"Content-Length: 0|h|h|/x?\r\n"), GET % (b"/a/../b", b"Connection: close||0|h|h|/x?\r\n"),
 ]  # fmt: skip
 
 

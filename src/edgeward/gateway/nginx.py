@@ -33,9 +33,10 @@ KEPT = 1
 #: A path as :func:`edgeward.gateway.match.clean` leaves it, and without escapes.
 _PATH = (
     r"/(?:(?!\.{1,2}(?:[;/?]|$))[A-Za-z0-9_~!$&'()*+,=:@;.-]+(?:/|(?=\?|$)))*"
-    r"(?:\?[\x21\x24-\x5b\x5d-\x7e]*)?$"
+    r"(?:\?[\x21\x24-\x5b\x5d-\x7b\x7d\x7e]*)?$"
 )
-#: Method, Connection, fields that make a request the plane's, length, host twice, target.
+#: Method, Connection, fields that make a request the plane's, length, host twice, target. The bar between them is in
+#: none of them, a query's is the plane's: a field with bars could otherwise pass for all that follows it.
 _PLAIN = (
     r"^(?:GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS)\|(?i:close|keep-alive)?\|\|(?:[0-9]{1,5})?\|"
     r"([a-z0-9_](?:[a-z0-9._-]*[a-z0-9_])?)\|(?i:\1)(?::[0-9]{1,5})?\|" + _PATH
