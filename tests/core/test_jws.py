@@ -113,7 +113,19 @@ def test_a_set_is_what_can_be_used_of_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a.b", "a.b.c.d", "..", "e30.W10.", "é.e30.", "e30.e30.!", "A" * 20_000 + ".e30."]
+    "text",
+    [
+        "",
+        "a.b",
+        "a.b.c.d",
+        "..",
+        "e30.W10.",
+        "é.e30.",
+        "e30.e30.!",
+        "A" * 20_000 + ".e30.",
+        pytest.param(f"{b64(b'[' * 9000)}.e30.", id="nested"),
+        pytest.param(f"e30.{b64(b'[' * 9000)}.", id="nested claims"),
+    ],
 )
 def test_tokens_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
