@@ -65,7 +65,10 @@ def test_up_runs_restarts_its_children_and_keeps_its_state(systems: Callable[...
     assert up.stop(signal.SIGINT) == 0
     assert up.processes() == []
     assert not answers(instance["ports"]["http"])
+    owners = up.data / "nodes" / "plant-1" / "node.json"
+    owners.write_text(json.dumps({**json.loads(owners.read_text()), "gateway": {"accessLog": "errors"}}))
     again = systems("a", "up", "--port", "0")
+    assert json.loads(owners.read_text())["gateway"] == {"accessLog": "errors"}
     again.wait(
         "the app runs again",
         lambda: (

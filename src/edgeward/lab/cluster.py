@@ -360,7 +360,8 @@ class Cluster:
 
     def _configure(self, name: str, child: Child) -> None:
         host, port = self.links.link_address(name)
-        config = {
+        config = read_json(child.directory / "node.json", {})  # what else the operator wrote there stays
+        config |= {
             "node": name,
             "site": self.site_of[name],
             "hub": {"host": host, "port": port},
