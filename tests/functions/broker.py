@@ -122,7 +122,7 @@ class Plane:
         """What the function remembers."""
         memory = self.part.dispatcher.asks.memory
         found = {}
-        for key in memory.keys(f"default/{name}"):
+        for key in memory._scan(f"default/{name}", "") if memory._read() is not None else []:
             entry = memory.get(f"default/{name}", key)
             if entry is not None:
                 found[key] = entry[0].decode()

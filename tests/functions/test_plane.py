@@ -233,7 +233,7 @@ def handler(event, context):
         heads = [(await invoke(part, "f", b"%d" % n))[0] for n in range(3)]
 
         async def lines(**args: Any) -> list[str]:
-            pieces = read_logs(tmp_path / "functions", {"namespace": "default", "name": "f"} | args)
+            pieces = read_logs(tmp_path / "functions", {"namespace": "default", "name": "f"} | args, "n1")
             return b"".join([p async for p in pieces]).decode().splitlines()
 
         async def all_there() -> bool:
@@ -248,7 +248,8 @@ def handler(event, context):
         ]  # fmt: skip
         assert await lines(regex="^never$") == []
         mine = await lines(invocation=heads[1]["invocation"], json=True)
-        assert [json.loads(line)["message"] for line in mine] == ["quiet 1", "loud 1"]
+        records = [json.loads(line) for line in mine]
+        assert [(r["node"], r["message"]) for r in records] == [("n1", "quiet 1"), ("n1", "loud 1")]
         assert len(await lines(since="1h")) == 6
         assert not wanted(since="9999")(Line("2026-11-25T00:00:00.000Z", "info", "m"))
         for bad in (
@@ -262,7 +263,9 @@ def handler(event, context):
         ):
             with pytest.raises(EdgewardError):
                 await lines(**bad)
-        following = read_logs(tmp_path / "functions", {"namespace": "default", "name": "f", "follow": True, "tail": 1})
+        following = read_logs(
+            tmp_path / "functions", {"namespace": "default", "name": "f", "follow": True, "tail": 1}, "n1"
+        )
         assert b"loud 2" in await anext(following)
         coming = asyncio.ensure_future(anext(following))
         await invoke(part, "f", b"new")
@@ -270,7 +273,9 @@ def handler(event, context):
             assert b"quiet new" in await coming
         await following.aclose()  # type: ignore[attr-defined]
         sifted = read_logs(
-            tmp_path / "functions", {"namespace": "default", "name": "f", "follow": True, "tail": 1, "regex": "^loud"}
+            tmp_path / "functions",
+            {"namespace": "default", "name": "f", "follow": True, "tail": 1, "regex": "^loud"},
+            "n1",
         )
         assert b"loud" in await anext(sifted)
         coming = asyncio.ensure_future(anext(sifted))
@@ -334,9 +339,13 @@ def handler(event, context):
         assert json.loads((await invoke(part, "g"))[1]) == {}
         memory = part.dispatcher.asks.memory
         await take(part, {})  # nothing is said of functions: nothing is forgotten
-        assert memory.keys("default/f") == memory.keys("default/g") == ["seen"]
+        assert await memory.keys("default/f") == await memory.keys("default/g") == ["seen"]
         await take(part, sections.section([resource("f", code, secrets=["db"])]))
-        await until(lambda: memory.keys("default/g") == [], 30)
-        assert memory.keys("default/f") == ["seen"]
+
+        async def forgotten() -> bool:
+            return await memory.keys("default/g") == []
+
+        await until(forgotten, 30)
+        assert await memory.keys("default/f") == ["seen"]
     waiting = Sections(nothing, nothing, vault).section([resource("f", code, secrets=["db"])])
     assert waiting == {"functions": [{"key": "default/f", "waiting": "Secret/db is not here yet"}]}

@@ -13,6 +13,7 @@ from edgeward.functions.relay import Head, answer, encode_head
 @pytest.mark.parametrize("status", [-5, 0, 101, 99999, 2**40])
 def test_what_a_function_says_is_not_trusted_to_be_http(status: int) -> None:
     headers = [("a\r\nb", "c"), ("x", "y\r\nz: 1"), ("ü", "é"), ("a b", "c"), ("", "c"), ("Good", "one"), ("te", "x")]
+    headers += [("esc", "a\x1b[31m"), ("bell", "\x07"), ("del", "\x7f")]
 
     async def pieces() -> AsyncIterator[bytes]:
         yield encode_head(Head(status, headers))

@@ -51,7 +51,7 @@ async def api(
             async def usage(_: dict[str, Any]) -> AsyncIterator[bytes]:
                 yield msgspec.json.encode({"nodes": [{"name": node, "cpu": 0.5}], "apps": [{"name": f"on-{node}"}]})
 
-            return {"logs": logs_of_all or logs, "usage": usage}
+            return {"logs": logs_of_all or logs, "usage": usage, "function-logs": logs_of_all or logs}
 
         routes = HubRoutes(
             store=f.store,
@@ -127,6 +127,33 @@ def test_logs_of_one_node_and_of_several(tmp_path: Path) -> None:
             assert one.text.startswith("one\n")
             failed = await client.get(f"{LOGS}?node=shop-1&tail=7")
             assert failed.text == "begunedgeward: App/web: wrote nothing\n"
+
+    asyncio.run(body())
+
+
+def test_records_of_several_nodes_are_records(tmp_path: Path) -> None:
+    async def said(args: dict[str, Any]) -> AsyncIterator[bytes]:
+        for n in range(3):
+            data = json.dumps({"node": "x", "message": f"{n} {LONG}"}).encode() + b"\n"
+            yield data[:9]  # pieces end anywhere
+            yield data[9:]
+        raise NotFound("wrote no more", resource="Function/f")
+
+    async def body() -> None:
+        async with api(tmp_path, said) as (client, f, _):
+            await f.store.put(doc("Function", "f", {"runtime": "python", "source": {"inline": "x = 1"}}))
+            logs = "/namespaces/default/functions/f/logs"
+            lines = [json.loads(line) for line in (await client.get(f"{logs}?json=true")).text.splitlines()]
+            assert sorted(line["message"][0] for line in lines if "message" in line) == ["0", "0", "1", "1", "2", "2"]
+            errors = {line["node"]: line["error"] for line in lines if "error" in line}
+            assert set(errors) == {"plant-1", "plant-2", "shop-1"}
+            assert "not connected" in errors["plant-2"]
+            assert "wrote no more" in errors["shop-1"]
+            assert "[shop-1] edgeward" not in (text := (await client.get(logs)).text)
+            assert "[shop-1] {" in text
+            for bad in ("regex=(", "since=soon"):
+                refused(await client.get(f"{logs}?{bad}"), 422, field="?" + bad.partition("=")[0])
+            refused(await client.post("/namespaces/default/functions/f/deadletters?do=list"), 422, field="?do")
 
     asyncio.run(body())
 

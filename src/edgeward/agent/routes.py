@@ -37,6 +37,7 @@ from edgeward.functions.relay import (
     SILENCE,
     answer,
     call_args,
+    doing,
     letter_args,
     letters_of,
     log_args,
@@ -129,7 +130,7 @@ class AgentRoutes:
             "invoke": self._invoke,
             CALL: self._doors.called,
             "function-deadletters": self._letters,
-            "function-logs": lambda args: read_logs(self._data / "functions", args),
+            "function-logs": lambda args: read_logs(self._data / "functions", args, self._node),
             "function-samples": lambda args: read_samples(self._data / "functions", args),
             "function-metrics": self._function_numbers,
         }
@@ -160,7 +161,7 @@ class AgentRoutes:
 
     @described("Call a function again with its dead letters, or drop them", query=LETTERS, media=NDJSON)
     async def _letters_done_route(self, request: Request) -> Response:
-        args = letter_args(*self._function_known(request), request.query_params.get("do", "replay"))
+        args = letter_args(*self._function_known(request), doing(request))
         return StreamingResponse(self._letters(args), media_type=NDJSON)
 
     def _letters(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
@@ -170,7 +171,8 @@ class AgentRoutes:
     @described("What a function wrote, on this node", query=FUNCTION_LOGS, media="text/plain")
     async def _function_logs_route(self, request: Request) -> Response:
         args = log_args(*self._function_known(request), request)
-        return StreamingResponse(read_logs(self._data / "functions", args), media_type="text/plain; charset=utf-8")
+        lines = read_logs(self._data / "functions", args, self._node)
+        return StreamingResponse(lines, media_type="text/plain; charset=utf-8")
 
     @described(
         "Samples of a function on this node, one JSON object a line", query=SAMPLES, media="application/x-ndjson"

@@ -11,6 +11,7 @@ import typer
 from edgeward.cli.kinds import find_kind
 from edgeward.cli.observe import count, harmless
 from edgeward.cli.output import emit, print_rows, write
+from edgeward.cli.plain import plain
 from edgeward.cli.session import Session, UsageError
 from edgeward.cli.versions import Name
 from edgeward.cli.write import seconds
@@ -79,7 +80,7 @@ def metrics(session: Session, name: Name, node: Node = "") -> None:
             write(f"{n['node']}: samples: {n['samples']} kept, {n['samples_dropped']} had no room")
     for n in found:
         if "unreadable" in n:
-            print(f"edgeward: {n['node']}: {n['unreadable']}", file=sys.stderr)
+            print(plain(f"edgeward: {n['node']}: {n['unreadable']}"), file=sys.stderr)
 
 
 def _cut(text: str) -> str:
@@ -125,4 +126,4 @@ def samples(
     if output == "table":
         print_rows(["TIME", "NODE", "VERSION", "WHY", "SCORE", "INPUT", "OUTPUT"], rows)
     for doc in away:
-        print(f"edgeward: {doc['node']}: {doc['unreadable']}", file=sys.stderr)
+        print(plain(f"edgeward: {doc['node']}: {doc['unreadable']}"), file=sys.stderr)

@@ -16,6 +16,7 @@ import typer
 from edgeward.cli.feedback import metrics, samples
 from edgeward.cli.observe import Follow, count, harmless
 from edgeward.cli.output import write
+from edgeward.cli.plain import plain
 from edgeward.cli.session import Session, UsageError, command
 from edgeward.cli.versions import Name, promote, rollback, versions
 from edgeward.cli.write import Files, seconds
@@ -74,7 +75,7 @@ def invoke(
             path, _data(data), query={k: v for k, v in query.items() if v}, content_type=content_type
         )
         if verbose:
-            print(f"status: {status}", *(f"{k}: {v}" for k, v in headers), sep="\n", file=sys.stderr)
+            print(f"status: {status}", *(plain(f"{k}: {v}") for k, v in headers), sep="\n", file=sys.stderr)
         for chunk in chunks:
             sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()

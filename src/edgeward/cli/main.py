@@ -21,6 +21,7 @@ import typer
 import typer.core
 import typer.main
 
+from edgeward.cli.plain import plain
 from edgeward.cli.session import UsageError, command, root_options
 from edgeward.core.errors import EdgewardError
 
@@ -184,7 +185,7 @@ def program() -> Any:
 def say(text: str) -> None:
     """One message on stderr; a closed stderr is no reason to fail."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(plain(text), file=sys.stderr, flush=True)
     except OSError:
         pass
 

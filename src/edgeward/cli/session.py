@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgeward.cli.plain import plain
 from edgeward.core.errors import EdgewardError, Unauthorized, Unreachable
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class Failures:
         """Prints the error; raises it again when nothing behind it can succeed either."""
         if isinstance(error, Unreachable | Unauthorized):
             raise error
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {plain(str(error))}", err=True)
         self.first = self.first or error
 
     def finish(self) -> None:

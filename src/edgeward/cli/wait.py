@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgeward.cli.output import full_name
+from edgeward.cli.plain import plain
 from edgeward.core.errors import EdgewardError, NotFound, Unreachable
 
 if TYPE_CHECKING:
@@ -139,9 +140,9 @@ class Progress:
             return
         self._shown[name] = text
         if self._status is not None:
-            self._status.update(", ".join(f"{n}: {t}" for n, t in self._shown.items() if t))
+            self._status.update(plain(", ".join(f"{n}: {t}" for n, t in self._shown.items() if t)))
         else:
-            print(f"{name}: {text}", file=sys.stderr, flush=True)
+            print(plain(f"{name}: {text}"), file=sys.stderr, flush=True)
 
 
 def wait_ready(

@@ -160,8 +160,9 @@ async def read_samples(folder: Path, args: dict[str, Any]) -> AsyncIterator[byte
         yield line + b"\n"
 
 
-def read_logs(folder: Path, args: dict[str, Any]) -> AsyncIterator[bytes]:
-    """The log of the function that ``args`` name, below the node's ``functions/``. Raises ``Invalid``, ``NotFound``."""
+def read_logs(folder: Path, args: dict[str, Any], node: str) -> AsyncIterator[bytes]:
+    """The log of the function that ``args`` name, below this node's ``functions/``. Raises ``Invalid``,
+    ``NotFound``."""
     name = str(args["name"])
     file = logs.LogFile(logs.log_path(folder, check_name(str(args["namespace"]), "", ""), check_name(name, "", "")), 0)
     if not file.path.exists():
@@ -176,6 +177,6 @@ def read_logs(folder: Path, args: dict[str, Any]) -> AsyncIterator[bytes]:
     tail, regex = int(args.get("tail", 200)), str(args.get("regex", ""))
     check_regex(regex)
     pieces: AsyncIterator[bytes] = logs.read(
-        file, wanted, tail, follow=bool(args.get("follow")), as_json=bool(args.get("json")), regex=regex
+        file, wanted, tail, follow=bool(args.get("follow")), as_json=bool(args.get("json")), regex=regex, node=node
     )
     return pieces

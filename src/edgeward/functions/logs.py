@@ -179,18 +179,31 @@ def text_of(line: Line) -> str:
     return f"{line.time} {line.level.upper():<7} {line.version}{where} {line.message}{fields}\n"
 
 
+def problem_line(why: str, node: str, *, as_json: bool) -> bytes:
+    """What stands where lines cannot be had."""
+    return _encode({"node": node, "error": why}) + b"\n" if as_json else f"edgeward: {why}\n".encode()
+
+
 async def read(
-    file: LogFile, is_wanted: Callable[[Line], bool], tail: int, *, follow: bool, as_json: bool, regex: str = ""
+    file: LogFile,
+    is_wanted: Callable[[Line], bool],
+    tail: int,
+    *,
+    follow: bool,
+    as_json: bool,
+    regex: str = "",
+    node: str = "",
 ) -> Any:
     """The last ``tail`` lines that are wanted, then what comes, as bytes; another process writes the file.
 
     ``regex``: of them only those with this expression in their message; one that takes too long ends it with a line
-    that says so.
+    that says so. ``node``: stands in each record (``as_json``), so that those of several nodes can be told apart.
     """
+    head = b'{"node":%b,' % _encode(node)
 
     def shown(lines: list[Line]) -> bytes:
         if as_json:
-            return b"".join(_encode(line) + b"\n" for line in lines)
+            return b"".join(head + _encode(line)[1:] + b"\n" for line in lines)
         return "".join(map(text_of, lines)).encode("utf-8", "replace")
 
     at = file.end()
@@ -207,7 +220,7 @@ async def read(
                 if found := await _sifted(sieve, found, len(found)):
                     yield shown(found)
         except Invalid as e:
-            yield f"edgeward: {e}\n".encode()
+            yield problem_line(str(e), node, as_json=as_json)
 
 
 async def _sifted(sieve: Sieve | None, lines: list[Line], tail: int) -> list[Line]:

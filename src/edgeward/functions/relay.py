@@ -18,7 +18,9 @@ from starlette.responses import Response, StreamingResponse
 from edgeward.core.describe import FOLLOW, Form
 from edgeward.core.errors import EdgewardError, Invalid, TooLarge, Unreachable
 from edgeward.core.invocation import MAX_BODY
+from edgeward.core.quantity import parse_duration
 from edgeward.core.streaming import flag, number
+from edgeward.functions.sieve import check as check_regex
 
 #: Seconds that an invocation from outside may take at most; a function's own limit is at most this.
 LONGEST = 900.0
@@ -60,7 +62,7 @@ def sample_args(namespace: str, name: str, request: Request) -> dict[str, Any]:
     return {
         "namespace": namespace,
         "name": name,
-        "since": request.query_params.get("since", "")[:64],
+        "since": _since(request),
         "limit": number(request, "limit", 100, high=10_000),
         "why": why,
     }
@@ -95,22 +97,40 @@ def call_args(
     }
 
 
+def _since(request: Request) -> str:
+    since = request.query_params.get("since", "")
+    try:
+        if since:
+            parse_duration(since)
+    except ValueError as e:
+        raise Invalid(str(e), field="?since") from None
+    return since
+
+
 def log_args(namespace: str, name: str, request: Request) -> dict[str, Any]:
-    """What is asked of a function's log."""
+    """What is asked of a function's log. Raises ``Invalid`` here, before an answer is begun."""
+    check_regex(request.query_params.get("regex", ""))
     return {
         "namespace": namespace,
         "name": name,
         "tail": number(request, "tail", 200, high=100_000),
         "follow": flag(request, "follow"),
         "json": flag(request, "json"),
-        **{
-            word: request.query_params.get(word, "")[:256] for word in ("since", "level", "grep", "regex", "invocation")
-        },
+        "since": _since(request),
+        **{word: request.query_params.get(word, "")[:256] for word in ("level", "grep", "regex", "invocation")},
     }
 
 
 #: What is done with dead letters; the hub's API has ``node`` beside.
 LETTERS: Mapping[str, tuple[Form, str]] = {"do": ("string", "replay: call it again with each; drop: forget them")}
+
+
+def doing(request: Request) -> str:
+    """What a POST about dead letters is to do. To list them takes another right. Raises ``Invalid``."""
+    do = request.query_params.get("do", "replay")
+    if do == "list":
+        raise Invalid("'list' is nothing that is done", field="?do", remedy="replay or drop; GET lists")
+    return do
 
 
 def letter_args(namespace: str, name: str, do: str) -> dict[str, Any]:
@@ -143,13 +163,15 @@ class Head(msgspec.Struct):
         own.append(("ew-duration", f"{self.duration:.6f}"))
         found = []
         for name, value in [*self.headers, *own]:
-            if value and name.lower() not in _CONNECTION and _NAME.fullmatch(name) and not set(value) & set("\r\n\0"):
+            if value and name.lower() not in _CONNECTION and _NAME.fullmatch(name) and _VALUE.fullmatch(value):
                 found.append((name.lower().encode("latin-1", "replace"), value.encode("latin-1", "replace")))
         return found
 
 
 #: What a function says is not trusted to be HTTP.
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
+#: Without control characters (RFC 9110, 5.5): the hub's server would break off an answer that has them.
+_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
 _CONNECTION = {
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding",
     "upgrade", "content-length",

@@ -35,6 +35,7 @@ from edgeward.core.scope import takes
 from edgeward.core.store import Store
 from edgeward.core.streaming import NDJSON, flag, json, ndjson, number, read_body
 from edgeward.functions.keeping import CloudHistory
+from edgeward.functions.logs import problem_line
 from edgeward.functions.relay import (
     INVOKE,
     LETTERS,
@@ -42,6 +43,7 @@ from edgeward.functions.relay import (
     SILENCE,
     answer,
     call_args,
+    doing,
     letter_args,
     log_args,
     sample_args,
@@ -295,7 +297,7 @@ class HubRoutes:
         media=NDJSON,
     )
     async def letters_done(self, request: Request) -> Response:
-        return self._letters(request, request.query_params.get("do", "replay"))
+        return self._letters(request, doing(request))
 
     def _letters(self, request: Request, do: str) -> Response:
         function = self._store.get(Key("Function", request.path_params["ns"], request.path_params["name"]))
@@ -316,10 +318,11 @@ class HubRoutes:
 
     async def _merge(self, nodes: list[str], args: dict[str, Any], verb: str = "logs") -> AsyncGenerator[bytes, None]:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(64)
-        several = len(nodes) > 1
+        several, records = len(nodes) > 1, verb == "function-logs" and bool(args["json"])
 
         async def one(node: str) -> None:
-            marked = Marked(f"[{node}] ".encode() if several else b"")
+            # records name their node themselves
+            marked = Marked(f"[{node}] ".encode() if several and not records else b"", whole=several)
             try:
                 if not self._nodes.is_online(node):
                     raise Unreachable(f"node {node} is not connected; its logs are on it")
@@ -328,10 +331,11 @@ class HubRoutes:
                         if data := marked.feed(piece):
                             await queue.put(data)
             except EdgewardError as e:
-                await queue.put(marked.rest() + f"edgeward: {e}\n".encode())
+                await queue.put(marked.rest() + problem_line(str(e), node, as_json=records))
             except Exception:
                 log.exception("%s of node %s", verb, node)
-                await queue.put(marked.rest() + b"edgeward: the hub failed; its log says why\n")
+                why = "the hub failed; its log says why"
+                await queue.put(marked.rest() + problem_line(why, node, as_json=records))
             # not where this is cancelled: then nobody takes anything out any more, and it would wait for ever
             await queue.put(marked.rest())
             await queue.put(None)

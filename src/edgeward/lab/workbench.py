@@ -256,7 +256,7 @@ class Workbench:
         namespace, _, name = key.partition("/")
         args = {"namespace": namespace, "name": name, "tail": 1000, "follow": follow, "invocation": invocation}
         try:
-            lines = functions.read_logs(self._folder, args)
+            lines = functions.read_logs(self._folder, args, NODE)
         except NotFound:
             return
         async for some in lines:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 _CHUNK = 64 * 1024
+#: Bytes of a line that is a record, and of no use in pieces.
+_RECORD = 2 * 1024 * 1024
 #: Seconds between two looks at a file that grew, and at one that does not.
 _LOOKS = (0.02, 0.2)
 GAP = b"[edgeward: it wrote faster than this was read: something may be missing here]\n"
@@ -189,18 +191,21 @@ def _behind(file: BinaryIO | None, end: int, newlines: int) -> bytes:
 
 
 class Marked:
-    """Puts a mark before each line of pieces that end anywhere; an empty mark lets everything through as it comes."""
+    """Puts a mark before each line of pieces that end anywhere.
 
-    def __init__(self, mark: bytes) -> None:
-        self._mark = mark
+    An empty mark lets everything through as it comes; with ``whole`` line by line, so that it can be mixed with others.
+    """
+
+    def __init__(self, mark: bytes, *, whole: bool = False) -> None:
+        self._mark, self._whole = mark, whole
         self._begun = b""
 
     def feed(self, piece: bytes) -> bytes:
         """The lines that ``piece`` completes."""
-        if not self._mark:
+        if not self._mark and not self._whole:
             return piece
         *lines, self._begun = (self._begun + piece).split(b"\n")
-        if len(self._begun) > _CHUNK:
+        if len(self._begun) > (_CHUNK if self._mark else _RECORD):
             lines, self._begun = [*lines, self._begun], b""
         return b"".join(b"%b%b\n" % (self._mark, line) for line in lines)
 
