@@ -211,6 +211,35 @@ def test_misses_of_the_same_are_one(rig: Rig, client: Connect) -> None:
     assert len(target.heads) == 1
 
 
+def test_a_client_that_sends_far_ahead_while_it_waits_is_read_on(rig: Rig, client: Connect) -> None:
+    go = asyncio.Event()
+
+    async def slow(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await target.request(reader)
+            await go.wait()
+            writer.write(b"HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\nContent-Length: 2\r\n\r\nok")
+            await writer.drain()
+
+    rig.route("/", rig.target(slow).port, cache=CacheConfig())
+    first = client().send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+
+    async def until(there: Callable[[], bool]) -> None:
+        async with asyncio.timeout(60):
+            while not there():  # noqa: ASYNC110 - looking, the gate has no event
+                await asyncio.sleep(0.01)
+
+    rig.do(until(lambda: bool(rig.gate.fetching)))
+    ahead = client()
+    one = b"GET / HTTP/1.1\r\nHost: h\r\nX-Much: " + b"x" * 4000 + b"\r\n\r\n"
+    ahead.send(one * 20)  # more than is read ahead, less than the kernel takes
+    rig.do(until(lambda: any(d.waiting and d._paused for d in rig.gate.doors)))
+    rig.call(go.set)
+    assert first.answer().body == b"ok"
+    assert [ahead.answer().body for _ in range(20)] == [b"ok"] * 20
+    assert ahead.get("/").body == b"ok", "and is read as before"
+
+
 def _waits(rig: Rig, c: Client) -> bool:
     port = c.socket.getsockname()[1]
     return any(d.waiting and d.transport.get_extra_info("peername")[1] == port for d in rig.gate.doors if d.transport)

@@ -154,6 +154,7 @@ class Door(Desk, asyncio.Protocol):
         self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def went_on(self) -> None:
+        self._pause(False)
         self._heads()
 
     # -- bodies --------------------------------------------------------------------------------------------------------
