@@ -158,6 +158,26 @@ def test_what_could_be_read_in_two_ways_is_refused(rig: Rig) -> None:
     assert ask(rig, "/a").body == b"ok"
 
 
+async def bodiless(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A server that reads no body of GET: what follows the head is the next request to it."""
+    while True:
+        target.heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await writer.drain()
+
+
+def test_the_body_of_a_get_is_nobodys_next_request(rig: Rig) -> None:
+    target = rig.target(bodiless)
+    rig.route("/", target.port)
+    client = Polite(rig.port)
+    for n in range(10):
+        smuggled = b"GET /admin HTTP/1.1\r\nX: "
+        assert client.get(f"/{n}", body=smuggled).body == b"ok"
+        assert client.get(f"/{n}/next").body == b"ok"
+    client.close()
+    assert all(any(h.startswith(b"GET /%d/next " % n) for h in target.heads) for n in range(10))
+
+
 CLAIMED = [
     "X-Forwarded-For: 9.9.9.9", "Forwarded: for=9.9.9.9", "X-Real-IP: 9.9.9.9", "X-Original-URL: /admin",
     "X_Forwarded_For: 9.9.9.9", "X-Edgeward-Identity: root", "Edgeward-Front-Client: 9.9.9.9", "X-HTTP-Method: PUT",

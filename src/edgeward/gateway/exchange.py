@@ -25,6 +25,7 @@ from edgeward.gateway.http1 import (
     CHUNKED,
     FALLBACK,
     REFUSED,
+    SAFE,
     UNANSWERED,
     UNTOUCHED,
     Headers,
@@ -198,6 +199,8 @@ class Exchange:
         self.sends += 1
         self._sent_before, self.sent = self.sent, True
         self.deadline = self.gate.loop.time() + self.rule.config.answer
+        # a server that reads no body there would take it for somebody's next request
+        connection.last = self.request.length != 0 and self.request.method in SAFE
         connection.begin(self, self.request.method, self._head(), done=self.body_done)
         for piece in self._pieces:
             connection.write(self._chunk(piece))

@@ -38,7 +38,8 @@ _PATH = (
 #: Method, Connection, fields that make a request the plane's, length, host twice, target. The bar between them is in
 #: none of them, a query's is the plane's: a field with bars could otherwise pass for all that follows it.
 _PLAIN = (
-    r"^(?:GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS)\|(?i:close|keep-alive)?\|\|(?:[0-9]{1,5})?\|"
+    r"^(?:(?:GET|HEAD|OPTIONS)\|(?i:close|keep-alive)?\|\||"
+    r"(?:POST|PUT|PATCH|DELETE)\|(?i:close|keep-alive)?\|\|(?:[0-9]{1,5})?)\|"
     r"([a-z0-9_](?:[a-z0-9._-]*[a-z0-9_])?)\|(?i:\1)(?::[0-9]{1,5})?\|" + _PATH
 )
 _PLAIN_KEY = (

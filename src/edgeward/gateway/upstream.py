@@ -47,6 +47,8 @@ class Connection(asyncio.Protocol):
         #: A request was sent before: its server may close it while the next one is on its way.
         self.used = False
         self.request_done = True
+        #: Nothing is asked on it after this request.
+        self.last = False
         self._method = ""
         self._buffer = b""
         self._response: Response | None = None
@@ -195,7 +197,7 @@ class Connection(asyncio.Protocol):
         response = self._response
         self.user = None
         self._response = None
-        if response is not None and response.keep and self.request_done and not excess and not self.closed:
+        if response is not None and response.keep and self.request_done and not (excess or self.closed or self.last):
             self.used = True
             self._pool.give(self)
         else:
