@@ -11,6 +11,7 @@ import pytest
 from tests.gateway.rig import Client, Rig, Target, plain
 
 from edgeward.core import clock
+from edgeward.core.errors import Invalid
 from edgeward.gateway import exchange
 from edgeward.gateway.cache import http_date
 from edgeward.gateway.rules import CacheConfig
@@ -342,8 +343,11 @@ def test_purge_and_explain(rig: Rig, client: Connect) -> None:
     assert verb("gateway.explain", url="http://h/b")["cache"] == {"state": "miss", "fwd": "uri-miss"}
     assert verb("gateway.explain", url="/a/../b")["status"] == 400
     assert verb("gateway.explain", url="/a", method="POST")["route"] == "default/a"
-    assert verb("gateway.purge", url="http://h/a") == {"purged": 1}
+    assert verb("gateway.purge", url="http://h/%61") == {"purged": 1}, "whichever way it is spelled"
     assert c.get("/a").body == b"2"
+    for bad in ({"prefix": "a"}, {"url": "http://[::1/a"}, {"url": "/a/../b"}, {"prefix": "/a//"}, {"url": "a"}):
+        with pytest.raises(Invalid, match=r"(begins with a slash|is no URL|nothing can be kept)"):
+            verb("gateway.purge", **bad)
     metrics = verb("gateway.stats")["metrics"]
     assert metrics['edgeward_gateway_requests_total{route="default/all",status="200"}'] == 2
     assert metrics['edgeward_gateway_cache_total{route="default/all",result="stored"}'] == 2

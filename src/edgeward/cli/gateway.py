@@ -38,7 +38,10 @@ def _direct(session: Session, url: str) -> Session:
     if session.at is not None:
         return session
     context = load_context(session.context)
-    asked = urlsplit(url).netloc
+    try:
+        asked = urlsplit(url).netloc
+    except ValueError:
+        raise UsageError(f"{url[:80]!r} is no URL: write http://host/path or /path") from None
     for node in context.nodes:
         if asked and node.gateway_url and urlsplit(node.gateway_url).netloc == asked:
             return replace(session, at=node.name)

@@ -160,10 +160,21 @@ def purge_args(args: dict[str, Any]) -> dict[str, str]:
     found = {k: str(args[k]) for k in ("path", "prefix", "tag", "host") if args.get(k)}
     url = str(args.get("url", ""))
     if url:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            raise Invalid(f"{url[:80]!r} is no URL", field="url", remedy="write http://host/path or /path") from None
         found["path"] = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         if parts.netloc:
             found["host"] = parts.netloc
+    for name in {"path", "prefix"} & found.keys():
+        asked = "prefix" if name == "prefix" else "url"
+        if not found[name].startswith("/"):
+            raise Invalid("a path begins with a slash", field=asked, remedy=f"write /{found[name][:80]}")
+        try:
+            found[name] = "".join(clean(found[name]))  # as it is kept
+        except Bad as e:
+            raise Invalid(f"nothing can be kept there: {e.why}", field=asked, remedy="write e.g. /news/") from None
     if len({"path", "prefix", "tag"} & found.keys()) != 1:
         raise Invalid("what is to be purged?", field="purge", remedy="give one of url, prefix, tag")
     return found
