@@ -224,8 +224,22 @@ def test_idle_connections_make_room_for_new_ones(rig: Rig, client: Connect, monk
     for _ in range(4):  # each takes the place of one that does nothing
         assert client().get("/").status == 200
     assert all(c.closed() for c in idle)
+    for _ in range(4):  # and of one that does not say its head to its end
+        slow = client().send(b"GET / HTTP/1.1\r\nHo")
+        rig.do(_begun(rig, slow))
+    assert client().get("/").status == 200
     rig.call(go.set)
     assert busy.answer().status == 200
+
+
+async def _begun(rig: Rig, c: Client) -> None:
+    """Until its first bytes are there."""
+    port = c.socket.getsockname()[1]
+    async with asyncio.timeout(30):
+        while not any(  # noqa: ASYNC110 - looking, the gate has no event
+            d.beginning and d.transport.get_extra_info("peername")[1] == port for d in rig.gate.doors if d.transport
+        ):
+            await asyncio.sleep(0.01)
 
 
 def test_a_client_that_asks_too_often(rig: Rig, client: Connect) -> None:

@@ -341,5 +341,10 @@ class Door(Desk, asyncio.Protocol):
         return self.exchange is None and not (self.waiting or self._buffer or self._body or self._full)
 
     @property
+    def beginning(self) -> bool:
+        """A head has begun, and nothing else is there."""
+        return self._head_begun and self.exchange is None and not (self.waiting or self._body or self._full)
+
+    @property
     def idle_since(self) -> float:
-        return self.deadline - (IDLE_TIME if self._served else HEAD_TIME)
+        return self.deadline - (IDLE_TIME if self._served and not self._head_begun else HEAD_TIME)

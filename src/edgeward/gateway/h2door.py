@@ -534,5 +534,9 @@ class H2Door(asyncio.Protocol):
         return not self.streams
 
     @property
+    def beginning(self) -> bool:
+        return False  # then it is idle: there is no stream yet
+
+    @property
     def idle_since(self) -> float:
         return self.deadline - (IDLE_TIME if self._served else HEAD_TIME)
