@@ -105,6 +105,30 @@ async def test_a_fetch_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @looped
+async def test_two_namespaces_that_want_the_same_archive_have_it_fetched_once(tmp_path: Path) -> None:
+    class Turns(Hub):
+        async def ask(self, verb: str, data: bytes, timeout: float) -> bytes:
+            await asyncio.sleep(0)  # as over a link: the others have their turn
+            return await super().ask(verb, data, timeout)
+
+    hub, said = Turns(), set[str]()
+    data, digest = packed(tmp_path / "src", "x = 1\n", os.urandom(300_000))
+    hub.blobs[digest] = data
+    async with stocked(tmp_path / "node", hub) as (stock, moved):
+
+        def both() -> bool:
+            missing = [stock.code(namespace, hex_of(digest)) for namespace in ("staging", "prod")]
+            stock.settle()
+            said.update(m.phase for m in missing if m is not None)
+            return not any(missing) and len(moved) >= 2
+
+        await until(both, 90)
+    assert said == {"Pending"}
+    assert len(hub.asked) == len(set(hub.asked)), "no piece came twice"
+    assert list((tmp_path / "node" / "blobs").iterdir()) == []
+
+
+@looped
 async def test_other_bytes_than_the_name_says_are_refused(tmp_path: Path) -> None:
     hub = Hub()
     data, digest = packed(tmp_path / "src", "x = 1\n")

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -119,6 +120,8 @@ class Stock:
         self._tasks: dict[Want, asyncio.Task[None]] = {}
         self._wake, self._hurry = asyncio.Event(), asyncio.Event()
         self._slots = asyncio.Semaphore(_AT_ONCE)
+        #: Of each blob that is being fetched: functions of two namespaces may want the same one.
+        self._fetching: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._target: Target | None = None
 
     # -- asked by edge.py ------------------------------------------------------------------------------------------
@@ -204,13 +207,17 @@ class Stock:
 
     async def _fetch(self, want: Want, lock: str) -> None:
         hex = want.hex if want.kind == CODE else hex_of(await self._bundle(want))
-        file = await self._blob(want.namespace, hex)
-        try:
-            await place(want.kind, file, self._folder(want), lock)
-        except Invalid:
+        alone = self._fetching.setdefault(hex, asyncio.Lock())
+        async with alone:
+            if self._folder(want).is_dir():
+                return  # it came for another namespace meanwhile
+            file = await self._blob(want.namespace, hex)
+            try:
+                await place(want.kind, file, self._folder(want), lock)
+            except Invalid:
+                file.unlink(missing_ok=True)
+                raise
             file.unlink(missing_ok=True)
-            raise
-        file.unlink(missing_ok=True)
 
     async def _bundle(self, want: Want) -> str:
         """The digest of the bundle for this node; waits while the hub makes it."""
