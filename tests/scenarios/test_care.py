@@ -98,6 +98,7 @@ def test_a_support_bundle_shows_the_system_and_no_secret(systems: Callable[..., 
     assert "NodeOnline" in entries["hub/events.json"]
     assert json.loads(entries["nodes/plant-1/version.json"])["role"] == "agent"
     assert "agent" in entries["nodes/plant-1/files/agent.log"]
+    assert "plane" in entries["nodes/plant-1/files/plane.log"]
     assert "edgeward_hub_resources" in entries["hub/metrics.txt"]
     assert {c["name"] for c in json.loads(entries["doctor.json"])["checks"]} >= {"clock", "disk", "cgroups"}
     assert "identity/ca.key" in entries["hub/files/listing.txt"]

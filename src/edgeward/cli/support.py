@@ -33,7 +33,7 @@ LOG_TAIL = 512 * 1024
 _DOCUMENT_MOST = 8 << 20
 _RECORDS = "500"
 _PATIENCE = 3.0
-_LOGS = ("hub.log", "agent.log", "nats/nats.log", "nats/nats.err")
+_LOGS = ("hub.log", "agent.log", "plane.log", "nats/nats.log", "nats/nats.err")
 _CONFIGS = ("hub.json", "node.json", "run.json", "nats/ports.json")
 
 
