@@ -298,6 +298,10 @@ async def play(hub: Loop, rule: str, script: list[tuple[Any, ...]], clocks: dict
     rule="cloud", script=[("hub", 1), ("heal",), ("site", None), ("push lost",), ("hub", 2), ("hub", None), ("site", 3)]
 )
 @example(rule="cloud", script=[("site", 0), ("heal",), ("hub", None), ("heal",), ("site", 0)])
+@example(rule="cloud", script=[("site", 0), ("push lost",), ("hub", None), ("site", None), ("push lost",), ("site", 0)])
+@example(rule="edge", script=[("site", 0), ("push lost",), ("hub", None), ("site", None), ("push lost",), ("site", 0)])
+@example(rule="cloud", script=[("site", 0), ("push lost",), ("hub", 2), ("site", 2), ("push lost",), ("site", 3)])
+@example(rule="cloud", script=[("site", 0), ("push lost",), ("site", 1), ("hub", None), ("push lost",), ("site", 2)])
 @example(rule="newest", script=[("hub", 1), ("heal",), ("site", 2), ("hub", None)])
 @example(rule="newest", script=[("hub", 1), ("heal",), ("hub", None), ("site", 2)])
 @given(rule=st.sampled_from(["cloud", "edge", "newest"]), script=st.lists(acts, max_size=14))

@@ -99,6 +99,9 @@ class Takeover:
                 if decided[-1].outcome == "accept" or (before is not None and decided[-1].outcome == "same"):
                     is_there = self._store.find(change.key) is not None
                     mine[change.key] = change.seq, self._revision(change.key), is_there
+                elif decided[-1].outcome in ("same", "reject") and 0 < change.first <= seq:
+                    # nothing was done: what the hub did meanwhile is still missed by whatever replaces this change
+                    mine[change.key] = change.seq, after, there
                 kept = [[k.kind, k.namespace, k.name, *v] for k, v in list(mine.items())[-_REMEMBERED:]]
                 fact = {"store": ask.store, "seq": done, "mine": kept}
                 # another process may have been asked the same meanwhile: then the node asks again
