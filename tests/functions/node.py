@@ -90,7 +90,7 @@ class Node:
 
     def log(self, name: str) -> LogFile:
         """What it wrote, all of it on the disk."""
-        self.d._write_logs()
+        self.d.flush_logs()
         file = self.d._functions[f"default/{name}"].log
         assert file
         return file

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.functions.node import function
 
 from edgeward.core.errors import Invalid
-from edgeward.functions.reach import Reach, Target, environment, parse, plausible
+from edgeward.functions.reach import Allowed, Target, environment, parse, plausible
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_the_field_is_named() -> None:
 
 
 def test_targets() -> None:
-    r = Reach(["192.0.2.0/24:502", "a.org:443", "b.org:443", "b.org:53/udp", "[2001:db8::]/32:80"])
+    r = Allowed(["192.0.2.0/24:502", "a.org:443", "b.org:443", "b.org:53/udp", "[2001:db8::]/32:80"])
     assert r.target("tcp", "192.0.2.9", 502) == Target("192.0.2.9", False)
     assert r.target("tcp", "::ffff:192.0.2.9", 502) == Target("192.0.2.9", False)
     assert r.target("tcp", "2001:db8::1%eth0", 80) == Target("2001:db8::1", False)
@@ -75,9 +75,11 @@ def test_targets() -> None:
 
 @given(st.ip_addresses(), st.integers(1, 65535))
 def test_nothing_is_reached_by_an_empty_list_or_anothers_port(address: object, port: int) -> None:
-    assert Reach([]).target("tcp", str(address), port) is None
+    assert Allowed([]).target("tcp", str(address), port) is None
     other = port % 65535 + 1
-    assert Reach([f"0.0.0.0/0:{other}", f"[::]/0:{other}"]).target("tcp", str(address).partition("%")[0], port) is None
+    assert (
+        Allowed([f"0.0.0.0/0:{other}", f"[::]/0:{other}"]).target("tcp", str(address).partition("%")[0], port) is None
+    )
 
 
 @pytest.mark.parametrize(

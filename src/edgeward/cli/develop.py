@@ -195,8 +195,11 @@ async def _run(data: Path, manifest: Path, port: int, stop: asyncio.Event) -> in
                         _show(await bench.take(*_read(manifest)), bench)
                     except EdgewardError as e:
                         write(f"* not taken: {e}" + ("" if not bench.resources else "; what ran before goes on"))
-                    for key in {f"{r.metadata.namespace}/{r.metadata.name}" for r in bench.resources} - readers.keys():
+                    keys = bench.functions()
+                    for key in keys - readers.keys():
                         readers[key] = asyncio.create_task(_print(bench, key))
+                    for key in readers.keys() - keys:
+                        readers.pop(key).cancel()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK):  # the period of looking at the files
                         await stop.wait()

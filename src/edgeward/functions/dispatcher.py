@@ -314,14 +314,11 @@ class Dispatcher:
         except (TypeError, ValueError, RecursionError):  # msgpack can say what JSON cannot
             first = f.log.add(msgspec.structs.replace(kept, fields={"fields": repr(line.fields)[:_SHOWN]}))
         if first and not self._unwritten:
-            asyncio.get_running_loop().call_later(_GATHER, self._write_logs)
+            asyncio.get_running_loop().call_later(_GATHER, self.flush_logs)
         self._unwritten.add(f.log)
 
     def flush_logs(self) -> None:
         """Writes what was said so far: a call's lines are here before its answer."""
-        self._write_logs()
-
-    def _write_logs(self) -> None:
         files, self._unwritten = self._unwritten, set()
         for file in files:
             file.flush()
@@ -417,7 +414,7 @@ class Dispatcher:
                     link.end(pool.failure("unavailable", "the node's plane is ending", link.job))
                 for job in pool.take_waiting():
                     pool.fail(job, pool.failure("unavailable", "the node's plane is ending", job))
-        self._write_logs()
+        self.flush_logs()
         await self.asks.memory.close()
         await self.nursery.close()
         await self._wasm.close()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeward.functions.kernel import pidfd_getfd
-from edgeward.functions.reach import Reach, plausible
+from edgeward.functions.reach import Allowed, plausible
 from edgeward.functions.seccomp import CALLS
 
 log = logging.getLogger("edgeward.functions")
@@ -88,7 +88,7 @@ async def look_up(loop: asyncio.AbstractEventLoop, name: str) -> list[Any]:
 class Guard:
     """Of one worker. ``told``: called with an address that it asked for and did not get, once for each."""
 
-    def __init__(self, reach: Reach, pid: int, listener: int, told: Callable[[str], None]) -> None:
+    def __init__(self, reach: Allowed, pid: int, listener: int, told: Callable[[str], None]) -> None:
         """``listener``: the number of the notification's descriptor in process ``pid``. Raises ``OSError``."""
         self._reach, self._told = reach, told
         self._loop = asyncio.get_running_loop()

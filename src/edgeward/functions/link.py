@@ -21,7 +21,7 @@ from edgeward.functions.asks import Tally, Work, refusal
 from edgeward.functions.guard import Guard
 from edgeward.functions.origins import Worker
 from edgeward.functions.output import Output
-from edgeward.functions.reach import Reach
+from edgeward.functions.reach import Allowed
 
 if TYPE_CHECKING:
     from edgeward.functions.pool import Pool
@@ -203,7 +203,7 @@ class Link(asyncio.Protocol):
             self.ready.set_exception(EdgewardError(f"this node cannot hold it to limits.network: {why}"))
             return
         try:
-            self.guard = Guard(Reach(reach), self.child.pid, jailed.listener, self._beyond)
+            self.guard = Guard(Allowed(reach), self.child.pid, jailed.listener, self._beyond)
         except OSError as e:
             self.ready.set_exception(EdgewardError(f"this node cannot hold it to limits.network: {e.strerror}"))
 

@@ -8,20 +8,16 @@ looks the name up when the function connects to it. So a function needs no DNS, 
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
+from edgeward.core.spans import Network, parse_span
+
 Protocol = Literal["tcp", "udp"]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 #: Entries at most.
 MOST = 64
-_ENTRY = re.compile(
-    r"(?P<host>\[[0-9A-Fa-f:.]+\](?:/\d{1,3})?|[^\s:\[\]]+):(?P<port>\*|\d{1,5}(?:-\d{1,5})?)(?P<udp>/udp)?"
-)
-_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 #: Of names: loopback addresses that nothing listens on (a node's own listeners are asked for by 127.0.0.1), and a
 #: network of RFC 4193 made for this.
 _V4 = int(ipaddress.IPv4Address("127.199.0.0"))
@@ -51,27 +47,12 @@ class Target(NamedTuple):
 
 def parse(text: str) -> Entry:
     """``host:port``, ``host:from-to`` or ``host:*``, with ``/udp`` behind it for UDP. Raises ``ValueError``."""
-    match = _ENTRY.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text[:80]!r} is no host:port")
-    host = match["host"]
-    low, _, high = match["port"].partition("-")
-    first, last = (1, 65535) if low == "*" else (int(low), int(high or low))
-    if not 1 <= first <= last <= 65535:
-        raise ValueError(f"{match['port']} is no port")
-    protocol: Protocol = "udp" if match["udp"] else "tcp"
-    try:
-        return Entry("", ipaddress.ip_network(host.replace("[", "").replace("]", "")), first, last, protocol)
-    except ValueError as e:
-        if "/" in host or host.startswith("[") or re.fullmatch(r"[0-9.]+", host):
-            raise ValueError(f"{host[:80]!r} is no address or network: {e}") from None
-    name = host.lower().rstrip(".")
-    if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):
-        raise ValueError(f"{host[:80]!r} is no name")
-    return Entry(name, None, first, last, protocol)
+    tcp = text.removesuffix("/udp")
+    span = parse_span(tcp, need_port=True)
+    return Entry(span.name, span.network, span.low, span.high, "tcp" if tcp == text else "udp")
 
 
-class Reach:
+class Allowed:
     """What one function may reach."""
 
     def __init__(self, entries: Iterable[str]) -> None:
@@ -120,4 +101,4 @@ def plausible(address: str) -> bool:
 
 def environment(entries: Sequence[str]) -> str:
     """``EDGEWARD_HOSTS``: what a worker's resolver gives out. ``name=v4,v6`` with blanks between."""
-    return " ".join(f"{name}={v4},{v6}" for name, (v4, v6) in Reach(entries).hosts().items())
+    return " ".join(f"{name}={v4},{v6}" for name, (v4, v6) in Allowed(entries).hosts().items())

@@ -8,16 +8,14 @@ are all interfaces, and only an entry that says just that allows them. What the 
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Iterable
 
 import msgspec
 
 from edgeward.core.errors import Invalid
+from edgeward.core.spans import Network, parse_span
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 LOOPBACK = ("127.0.0.0/8", "[::1]")
-_ENTRY = re.compile(r"(?:\[([0-9a-fA-F:.]+(?:/\d{1,3})?)\]|([0-9.]+(?:/\d{1,2})?))(?::(\d{1,5})(?:-(\d{1,5}))?)?")
 _FIELD = "$.gateway.allow"
 _REMEDY = 'write e.g. "192.0.2.10:443", "10.0.0.0/8:8000-8999" or "[::1]"'
 
@@ -44,18 +42,13 @@ def bounds(entries: object) -> list[Bound]:
 
 
 def _bound(n: int, entry: object) -> Bound:
-    match = _ENTRY.fullmatch(entry) if isinstance(entry, str) else None
     try:
-        if match is None:
-            raise ValueError
-        network = ipaddress.ip_network(match[1] or match[2])
-        low = int(match[3]) if match[3] else 1
-        high = int(match[4]) if match[4] else low if match[3] else 65535
-        if not 0 < low <= high < 65536:
-            raise ValueError
+        span = parse_span(str(entry))
     except ValueError:
-        raise Invalid(f"{str(entry)[:60]!r} is no address", field=f"{_FIELD}[{n}]", remedy=_REMEDY) from None
-    return Bound(network, low, high)
+        span = None
+    if not isinstance(entry, str) or span is None or span.network is None:
+        raise Invalid(f"{str(entry)[:60]!r} is no address", field=f"{_FIELD}[{n}]", remedy=_REMEDY)
+    return Bound(span.network, span.low, span.high)
 
 
 def why_not(address: str, port: int, allowed: Iterable[Bound]) -> str:

@@ -27,9 +27,9 @@ from edgeward.core.invocation import Call, CallFailed, Reply
 from edgeward.core.natsserver import free_port
 from edgeward.core.resource import Resource
 from edgeward.core.vault import Vault
+from edgeward.functions import archive, stock
 from edgeward.functions import edge as functions
 from edgeward.functions import spec as _functions_spec  # noqa: F401
-from edgeward.functions import stock
 from edgeward.functions.bundling import Source, make
 from edgeward.functions.parts import lock_digest
 from edgeward.functions.plane import FunctionsPart
@@ -43,8 +43,8 @@ from edgeward.lab.cases import Case, Outcome
 NODE, SITE = "local", "local"
 #: What a manifest may declare for a workbench; other kinds need a system around them.
 KINDS = ("Function", "Route", "Config", "Secret")
-#: Not part of a function's source, and not watched.
-IGNORED = frozenset({".git", ".hg", ".venv", "venv", "__pycache__", "node_modules", ".mypy_cache", ".ruff_cache"})
+#: Not watched: what is no part of an archive, and packages, which are thousands of files that nobody writes by hand.
+_UNWATCHED = archive.IGNORED | {"node_modules"}
 #: Files that are watched, at most.
 WATCHED = 2000
 #: Seconds until a version has either taken over or failed.
@@ -52,26 +52,17 @@ READY = 60.0
 _DONE = ("Running", "Failed", "Refused", "Degraded")
 
 
-def walk(root: Path) -> list[Path]:
-    """The files below a folder, sorted, without what tools leave there. Raises ``NotFound``, ``Invalid``."""
-    if not root.is_dir():
-        raise NotFound("is no folder", resource=str(root), remedy="check the path")
-    found: list[Path] = []
+def snapshot(root: Path) -> dict[str, tuple[int, int]]:
+    """What lies there, so that a change can be seen: path to (ns of its last change, size). Raises ``Invalid``."""
+    found: dict[str, tuple[int, int]] = {}
     for folder, names, files in os.walk(root):
-        names[:] = sorted(n for n in names if n not in IGNORED)
-        found += [Path(folder) / f for f in sorted(files) if not f.endswith((".pyc", "~", ".swp"))]
+        names[:] = [n for n in names if n not in _UNWATCHED]
+        for path in (Path(folder) / f for f in files if not f.endswith(".pyc")):
+            with contextlib.suppress(OSError):  # an editor replaces files
+                stat = path.stat()
+                found[str(path)] = (stat.st_mtime_ns, stat.st_size)
         if len(found) > WATCHED:
             raise Invalid(f"has more than {WATCHED} files", resource=str(root), remedy="name a folder of its own")
-    return found
-
-
-def snapshot(root: Path) -> dict[str, tuple[int, int]]:
-    """What lies there, so that a change can be seen: path to (ns of its last change, size)."""
-    found = {}
-    for path in walk(root):
-        with contextlib.suppress(OSError):  # an editor replaces files
-            stat = path.stat()
-            found[str(path)] = (stat.st_mtime_ns, stat.st_size)
     return found
 
 
@@ -114,8 +105,9 @@ class Workbench:
         self._parts, self._gate = parts(self._data, NODE, SITE, self._voice)
         self._functions = cast(FunctionsPart, self._parts["functions"])
         self._port = self._port or free_port("127.0.0.1")
-        self._tasks = [asyncio.create_task(p.run()) for p in self._parts.values()]
-        self._tasks.append(asyncio.create_task(self._listen()))
+        self._group = await asyncio.TaskGroup().__aenter__()  # what fails in there ends whoever works here
+        self._tasks = [self._group.create_task(p.run()) for p in self._parts.values()]
+        self._tasks.append(self._group.create_task(self._listen()))
         return self
 
     async def __aexit__(
@@ -124,7 +116,10 @@ class Workbench:
         await self._gate.drain(1.0)
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if kind is not None and issubclass(kind, asyncio.CancelledError):
+            await self._group.__aexit__(kind, e, at)  # by a part that failed, perhaps: then that is raised
+        else:
+            await self._group.__aexit__(None, None, None)  # an error of whoever worked here is raised as it is
 
     def _values(self, kind: str) -> functions.Lookup:
         def look(namespace: str, name: str) -> tuple[dict[str, str], str] | None:
@@ -161,7 +156,7 @@ class Workbench:
         for r in self.resources:
             r.metadata.generation = self._serial
         declared = [r for r in self.resources if r.kind == "Function"]
-        keys = {f"{r.metadata.namespace}/{r.metadata.name}" for r in declared}
+        keys = self.functions()
         routes = [r for r in self.resources if r.kind == "Route"]
         listen = [Listen("127.0.0.1", self._port)]
         try:
@@ -204,6 +199,10 @@ class Workbench:
     def status(self, key: str) -> dict[str, Any]:
         namespace, _, name = key.partition("/")
         return self._voice.statuses.get(("Function", namespace, name)) or {"phase": "Pending"}
+
+    def functions(self) -> set[str]:
+        """The Functions that are taken, by ``namespace/name``."""
+        return {f"{r.metadata.namespace}/{r.metadata.name}" for r in self.resources if r.kind == "Function"}
 
     def _settled(self, key: str) -> bool:
         status = self.status(key)
