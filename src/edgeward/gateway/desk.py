@@ -229,6 +229,17 @@ class Desk:
         exchange.attempt()
         self.body_may_come()
 
+    def _break(self, status: int, why: str) -> None:
+        """The body cannot go on: neither the target nor the client may take what came for the whole."""
+        exchange, self.exchange = self.exchange, None
+        answered = exchange is not None and exchange.answered
+        if exchange is not None:
+            exchange.give_up()
+        if answered:
+            self.drop()
+        else:
+            self.refuse(status, why)
+
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def give_kept(self, request: Request, kept: Kept, now: float) -> None:

@@ -170,7 +170,7 @@ class Door(Desk, asyncio.Protocol):
             try:
                 piece, rest = self._chunks.feed(data)
             except Bad as e:
-                self._break(e)
+                self._break(e.status, e.why)
                 return
             done = self._chunks.done
         else:
@@ -179,7 +179,7 @@ class Door(Desk, asyncio.Protocol):
             done = not self._left
         self._body_size += len(piece)
         if self._body_size > exchange.rule.config.body:
-            self._break(Bad(413, f"a body of more than {exchange.rule.config.body} bytes"))
+            self._break(413, f"a body of more than {exchange.rule.config.body} bytes")
             return
         if done:
             self._body = False
@@ -191,17 +191,6 @@ class Door(Desk, asyncio.Protocol):
         if done and self.exchange is exchange:
             self.deadline = now + IDLE_TIME
             exchange.on_request_end()
-
-    def _break(self, bad: Bad) -> None:
-        """The body cannot go on: neither the target nor the client may take what came for the whole."""
-        exchange, self.exchange = self.exchange, None
-        answered = exchange is not None and exchange.answered
-        if exchange is not None:
-            exchange.give_up()
-        if answered:
-            self.drop()
-        else:
-            self.refuse(bad.status, bad.why)
 
     def want_body(self, wanted: bool) -> None:
         self._pause(not wanted)
@@ -326,7 +315,7 @@ class Door(Desk, asyncio.Protocol):
         if self._lingering or self.transport is None:
             self.drop()
         elif self._body:
-            self._break(Bad(408, "the body comes too slowly"))
+            self._break(408, "the body comes too slowly")
         elif self.exchange is None and not self.waiting:
             if self._buffer:
                 self.refuse(408, "the head comes too slowly")

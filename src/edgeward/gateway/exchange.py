@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from edgeward.core import clock
 from edgeward.gateway import cache, squeeze
 from edgeward.gateway.answers import problem_parts
-from edgeward.gateway.balance import Endpoint, may_repeat
+from edgeward.gateway.balance import Circuit, Endpoint, may_repeat
 from edgeward.gateway.cache import Stored
 from edgeward.gateway.cors import with_cors
 from edgeward.gateway.entry import Damaged
@@ -244,7 +244,8 @@ class Exchange:
         if self.place.kind == "site" and REFUSED in response.fields:
             self._declined(response)
             return
-        self._good()
+        if (circuit := self._circuit()) is not None:
+            circuit.good()
         self._response = response
         self.deadline = self.gate.loop.time() + self.rule.config.idle
         if response.status == 101:
@@ -263,9 +264,9 @@ class Exchange:
             self.gate.forget(self.request)
         self._write_head(response, headers)
 
-    def _good(self) -> None:
-        if self.endpoint is not None and (circuit := self.place.balance.circuits.get(self.endpoint)) is not None:
-            circuit.good()
+    def _circuit(self) -> Circuit | None:
+        """Of the endpoint that is asked; it may be none of the place's any more."""
+        return self.place.balance.circuits.get(self.endpoint) if self.endpoint is not None else None
 
     def _declined(self, response: Response) -> None:
         """The other site's gateway says that it has no answer, and whether its target may have seen the request. It is
@@ -277,7 +278,7 @@ class Exchange:
             self.connection.abort()
             self.connection = None
         why = f"{self.place.target} cannot answer it either ({response.status})"
-        if self.endpoint is not None and (circuit := self.place.balance.circuits.get(self.endpoint)) is not None:
+        if (circuit := self._circuit()) is not None:
             circuit.bad(self.gate.loop.time())
         self._unserved(503 if untouched else response.status, why)
 
@@ -383,7 +384,6 @@ class Exchange:
     def on_body(self, data: bytes) -> None:
         if self._swallow:
             return
-        self.deadline = self.gate.loop.time() + self.rule.config.idle
         if self._storing is not None:
             self._storing.append(data)
             self._stored_size += len(data)
@@ -398,6 +398,11 @@ class Exchange:
                 self.connection.pause()
         if self._press is not None and self.door is not None:
             data = self._pressed(self._press.feed, data)
+        self._piece(data)
+
+    def _piece(self, data: bytes) -> None:
+        """Of the answer's body, as it goes to the client."""
+        self.deadline = self.gate.loop.time() + self.rule.config.idle
         self.size += len(data)
         if self.door is not None and data and self.request.method != "HEAD":
             self.door.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
@@ -436,10 +441,7 @@ class Exchange:
         if self._press is not None:
             press, self._press = self._press, None
             self.gate.presses.live -= 1
-            data = press.end()
-            self.size += len(data)
-            if self.door is not None:
-                self.door.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+            self._piece(press.end())
         if self._chunked and self.door is not None:
             self.door.write(b"0\r\n\r\n")
         self._done()
@@ -471,7 +473,7 @@ class Exchange:
         if stale:
             self._fresh = True
         if self.endpoint is not None:
-            circuit = self.place.balance.circuits.get(self.endpoint)
+            circuit = self._circuit()
             if stale:
                 if circuit is not None:
                     circuit.dropped()
@@ -677,7 +679,7 @@ class Exchange:
             self.connection = None
         if self.task is not None:
             self.task.cancel()
-        if self.endpoint is not None and (circuit := self.place.balance.circuits.get(self.endpoint)) is not None:
+        if (circuit := self._circuit()) is not None:
             circuit.dropped()
         self.status = self.status or 499
         self._storing = None

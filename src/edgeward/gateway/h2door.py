@@ -128,17 +128,6 @@ class Stream(Desk):
             self.deadline = self.gate.loop.time() + BODY_TIME
             self._acknowledge()
 
-    def _break(self, status: int, why: str) -> None:
-        """The body cannot go on: neither the target nor the client may take what came for the whole."""
-        exchange, self.exchange = self.exchange, None
-        answered = exchange is not None and exchange.answered
-        if exchange is not None:
-            exchange.give_up()
-        if answered:
-            self.drop()
-        else:
-            self.refuse(status, why)
-
     # -- the answer --------------------------------------------------------------------------------------------------
 
     def head(self, status: int, fields: Headers, reason: str = "") -> None:

@@ -302,12 +302,6 @@ class SiteExchange(Exchange):
         if self._chunked and self.door is not None:
             self.door.write(b"0\r\n\r\n")
 
-    def _piece(self, data: bytes) -> None:
-        if data and self.door is not None:
-            self.size += len(data)
-            self.deadline = self.gate.loop.time() + self.rule.config.idle
-            self.door.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-
 
 def sites(routes: Iterable[RouteConfig], old: Mapping[str, Site], data: Path) -> dict[str, Site]:
     """By route. A folder that would give away the node's own files, or all of the machine's, is none."""
