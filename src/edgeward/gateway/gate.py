@@ -42,6 +42,7 @@ from edgeward.gateway.shelf import Key, Shelf, key_of
 from edgeward.gateway.site import SiteExchange, sites
 from edgeward.gateway.squeeze import INLINE, Budget, eligible, press, pressed, takes, with_vary
 from edgeward.gateway.stats import disk_metrics, metrics
+from edgeward.gateway.statuses import statuses
 from edgeward.gateway.tls import Unseal
 from edgeward.gateway.upstream import Pool
 
@@ -283,41 +284,11 @@ class Gate:
         self.voice.event("Normal" if reason == "CacheDiskBack" else "Warning", reason, text, "", "", "Node")
 
     def _report(self) -> None:
-        shadowed = self.table.shadowed()
-        told: set[str] = set()
-        for rule in self.table.rules:
-            namespace, _, name = rule.key.partition("/")
-            ready = not rule.config.missing if rule.config.to == "function" else bool(rule.config.endpoints)
-            others = [str(p) for p in rule.places if p is not rule.home]
-            phase = "Ready" if ready else "Fallback" if others else "NoEndpoints"
-            status: dict[str, Any] = {"phase": phase, "target": rule.config.target}
-            if rule.config.to != "function":
-                status["endpoints"] = len(rule.config.endpoints)
-            if len(rule.places) > 1:
-                status["places"] = [p.kind if p is rule.home else str(p) for p in rule.places]
-            if not ready:
-                what = "is not on this node" if rule.config.missing else "has no running endpoint at this site"
-                becomes = f"go to {', then '.join(others)}" if others else f"get {404 if rule.config.missing else 503}"
-                status["message"] = f"{rule.config.target} {what}: requests {becomes}"
-            if rule.config.lacking:
-                status["message"] = "; ".join(filter(None, [status.get("message", ""), rule.config.lacking]))
-            if rule.site is not None:
-                status = {"phase": "Ready", "target": rule.config.target}
-                if rule.site.problem:
-                    status |= {"phase": "NoFiles", "message": f"{rule.site.problem}: requests get 503"}
-            if rule.guard is not None and rule.guard.broken:
-                status |= {"phase": "Closed", "message": f"nobody is let in (503): {rule.guard.broken}"}
-            if rule.key in shadowed:
-                status |= {
-                    "phase": "Shadowed",
-                    "message": f"Route/{shadowed[rule.key]} matches the same and comes first",
-                }
-            self.voice.report("Route", namespace, name, status)
-            told.add(rule.key)
-        for key in self._said - told:
+        told = statuses(self.table)
+        for key in [*told, *(self._said - told.keys())]:
             namespace, _, name = key.partition("/")
-            self.voice.report("Route", namespace, name, None)
-        self._said = told
+            self.voice.report("Route", namespace, name, told.get(key))
+        self._said = set(told)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
