@@ -260,14 +260,34 @@ class Answer(msgspec.Struct):
     body: bytes
 
 
-def plain(body: bytes = b"ok", *headers: str, status: str = "200 OK") -> Callable[..., Coroutine[Any, Any, None]]:
-    """A target that answers every request alike, with keep-alive."""
+class Pour:
+    """A target's script: one large answer, as fast as it is taken."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.sent, self.done = size, 0, False
+
+    async def __call__(self, target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await target.request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % self.size)
+        while self.sent < self.size:
+            writer.write(b"x" * 65536)
+            self.sent += 65536
+            await writer.drain()
+        self.done = True
+
+
+def plain(
+    body: bytes = b"ok", *headers: str, status: str = "200 OK", go: asyncio.Event | None = None
+) -> Callable[..., Coroutine[Any, Any, None]]:
+    """A target that answers every request alike, with keep-alive. ``go``: not before it is set (by ``rig.call``)."""
     lines = "".join(f"{h}\r\n" for h in headers)
     answer = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{lines}\r\n".encode() + body
 
     async def script(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             head = await target.request(reader)
+            if go is not None:
+                await go.wait()
             writer.write(answer if not head.startswith(b"HEAD") else answer[: len(answer) - len(body)])
             await writer.drain()
 

@@ -186,15 +186,7 @@ def test_renewed_behind_the_answer(rig: Rig, client: Connect, now: Clock) -> Non
 
 def test_misses_of_the_same_are_one(rig: Rig, client: Connect) -> None:
     go = asyncio.Event()
-
-    async def slow(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            await target.request(reader)
-            await go.wait()
-            writer.write(b"HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\nContent-Length: 2\r\n\r\nok")
-            await writer.drain()
-
-    target = rig.target(slow)
+    target = rig.target(plain(b"ok", "Cache-Control: max-age=60", go=go))
     rig.route("/", target.port, cache=CacheConfig())
     clients = [client().send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n") for _ in range(20)]
 
@@ -214,15 +206,7 @@ def test_misses_of_the_same_are_one(rig: Rig, client: Connect) -> None:
 
 def test_a_client_that_sends_far_ahead_while_it_waits_is_read_on(rig: Rig, client: Connect) -> None:
     go = asyncio.Event()
-
-    async def slow(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            await target.request(reader)
-            await go.wait()
-            writer.write(b"HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\nContent-Length: 2\r\n\r\nok")
-            await writer.drain()
-
-    rig.route("/", rig.target(slow).port, cache=CacheConfig())
+    rig.route("/", rig.target(plain(b"ok", "Cache-Control: max-age=60", go=go)).port, cache=CacheConfig())
     first = client().send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
 
     async def until(there: Callable[[], bool]) -> None:

@@ -28,7 +28,7 @@ from hyperframe.frame import (
     WindowUpdateFrame,
 )
 from tests.gateway.papers import Authority, certificate, listener
-from tests.gateway.rig import PATIENCE, Rig, Target, free_port, plain
+from tests.gateway.rig import PATIENCE, Pour, Rig, Target, free_port, plain
 
 from edgeward.core.invocation import Call, Reply
 from edgeward.gateway.rules import CacheConfig
@@ -284,29 +284,16 @@ def test_streams_go_beside_one_another(rig: Rig, connect: Connect) -> None:
 
 def test_an_answer_that_is_not_read_holds_up_no_other(rig: Rig, connect: Connect) -> None:
     """And its target is stopped: it does not pour all of it into the gateway's memory."""
-    sent = 0
-    all_sent = asyncio.Event()
-
-    async def script(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal sent
-        await target.request(reader)
-        size = 24 * 1024 * 1024
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
-        while sent < size:
-            writer.write(b"x" * 65536)
-            sent += 65536
-            await writer.drain()
-        all_sent.set()
-
-    rig.route("/large", rig.target(script).port)
+    pour = Pour(24 * 1024 * 1024)
+    rig.route("/large", rig.target(pour).port)
     rig.route("/", rig.target(plain(b"small")).port)
     c = H2Client(connect(), acknowledge=False, window=1024 * 1024)  # the connection has room, the stream has not
     large = c.ask("/large")
     c.until(lambda: len(c.answers[large].body) == 65535)
     for _ in range(20):
         assert c.get("/s").body == b"small"
-    assert not all_sent.is_set()
-    assert sent < 16 * 1024 * 1024
+    assert not pour.done
+    assert pour.sent < 16 * 1024 * 1024
     # the client goes on reading, and all of it comes
     c.acknowledge = True
     c.h2.acknowledge_received_data(65535, large)
@@ -478,13 +465,7 @@ def test_an_upload_that_is_taken_back_at_once_harms_no_other(rig: Rig, connect: 
 
 def test_a_client_that_goes_still_gets_its_answers(rig: Rig, connect: Connect) -> None:
     go = asyncio.Event()
-
-    async def script(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await target.request(reader)
-        await go.wait()
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-
-    rig.route("/slow", rig.target(script).port)
+    rig.route("/slow", rig.target(plain(go=go)).port)
     c = H2Client(connect())
     n = c.ask("/slow")
     c.sock.sendall(GoAwayFrame(0).serialize())
@@ -618,13 +599,7 @@ def test_frames_of_a_stream_that_was_refused(rig: Rig, connect: Connect) -> None
 
 def test_a_plane_that_ends_says_so_and_ends_what_it_began(rig: Rig, connect: Connect) -> None:
     go = asyncio.Event()
-
-    async def script(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await target.request(reader)
-        await go.wait()
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-
-    rig.route("/slow", rig.target(script).port)
+    rig.route("/slow", rig.target(plain(go=go)).port)
     rig.route("/", rig.target(plain(b"ok")).port)
     c = H2Client(connect())
     assert c.get("/").status == 200

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from tests.gateway.papers import Authority, certificate, listener
-from tests.gateway.rig import PATIENCE, Client, Rig, Target, free_port, plain
+from tests.gateway.rig import PATIENCE, Client, Pour, Rig, Target, free_port, plain
 
 from edgeward.gateway.auth import AuthConfig
 from edgeward.gateway.listens import CertConfig
@@ -439,35 +439,23 @@ def test_curl_and_openssl_get_along(rig: Rig, ca: Authority, port: int, tmp_path
 
 
 def test_a_client_that_does_not_read_stops_the_target(rig: Rig, ca: Authority, port: int, tls: Connect) -> None:
-    sent, size = 0, 48 * 1024 * 1024
-    all_sent = asyncio.Event()
-
-    async def script(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal sent
-        await target.request(reader)
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
-        while sent < size:
-            writer.write(b"x" * 65536)
-            sent += 65536
-            await writer.drain()
-        all_sent.set()
-
-    rig.route("/large", rig.target(script).port)
+    pour = Pour(48 * 1024 * 1024)
+    rig.route("/large", rig.target(pour).port)
     rig.route("/", rig.target(plain(b"ok")).port)
     rig.listeners = [listener(port, certificate(*ca.issue("a.example.org")))]
     rig.apply()
     c = tls()
     c.send(b"GET /large HTTP/1.1\r\nHost: a.example.org\r\n\r\n")
-    until(lambda: sent > 0)
+    until(lambda: pour.sent > 0)
     for _ in range(50):  # others are served meanwhile
         assert tls().get("/s", host="a.example.org").body == b"ok"
-    assert not all_sent.is_set()
-    assert sent < size // 2
+    assert not pour.done
+    assert pour.sent < pour.size // 2
     c.until(b"\r\n\r\n")
     got, room = len(c.rest_of_buffer()), bytearray(1024 * 1024)
-    while got < size:
+    while got < pour.size:
         got += c.socket.recv_into(room)
-    assert got == size
+    assert got == pour.size
 
 
 def test_a_websocket_by_tls(rig: Rig, ca: Authority, port: int, tls: Connect) -> None:
