@@ -51,7 +51,8 @@ async def api(
             async def usage(_: dict[str, Any]) -> AsyncIterator[bytes]:
                 yield msgspec.json.encode({"nodes": [{"name": node, "cpu": 0.5}], "apps": [{"name": f"on-{node}"}]})
 
-            return {"logs": logs_of_all or logs, "usage": usage, "function-logs": logs_of_all or logs}
+            verbs = ("logs", "function-logs", "function-samples", "function-deadletters")
+            return {"usage": usage, **dict.fromkeys(verbs, logs_of_all or logs)}
 
         routes = HubRoutes(
             store=f.store,
@@ -154,6 +155,26 @@ def test_records_of_several_nodes_are_records(tmp_path: Path) -> None:
             for bad in ("regex=(", "since=soon"):
                 refused(await client.get(f"{logs}?{bad}"), 422, field="?" + bad.partition("=")[0])
             refused(await client.post("/namespaces/default/functions/f/deadletters?do=list"), 422, field="?do")
+
+    asyncio.run(body())
+
+
+def test_a_node_that_breaks_off_leaves_no_half_a_record(tmp_path: Path) -> None:
+    async def said(args: dict[str, Any]) -> AsyncIterator[bytes]:
+        yield b'{"node": "x", "n": 1}\n{"node": "x", '
+        yield b'"n": 2}\n{"node": "x", "n'
+        raise NotFound("has no more")
+
+    async def body() -> None:
+        async with api(tmp_path, said) as (client, f, _):
+            await f.store.put(doc("Function", "f", {"runtime": "python", "source": {"inline": "x = 1"}}))
+            for what, field in (("samples", "unreadable"), ("deadletters", "error")):
+                text = (await client.get(f"/namespaces/default/functions/f/{what}")).text
+                lines = [json.loads(line) for line in text.splitlines()]
+                assert [line["n"] for line in lines if "n" in line] == [1, 2, 1, 2]
+                told = {line["node"]: line[field] for line in lines if field in line}
+                assert "not connected" in told.pop("plant-2")
+                assert all("has no more" in why for why in told.values()) and len(told) == 2
 
     asyncio.run(body())
 

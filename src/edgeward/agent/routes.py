@@ -20,7 +20,7 @@ from edgeward.agent.doors import GatewayRoutes
 from edgeward.agent.keeper import Keeper
 from edgeward.agent.replica import Replica
 from edgeward.core import daemon
-from edgeward.core.access import Action, declare, needs, record_routes, top_sift
+from edgeward.core.access import Action, declare, object_route, record_routes, top_sift
 from edgeward.core.describe import LOGS, described
 from edgeward.core.errors import NotFound
 from edgeward.core.invocation import MAX_BODY
@@ -76,46 +76,14 @@ class AgentRoutes:
 
     def routes(self) -> list[Route]:
         return [
-            Route(
-                "/api/v1/namespaces/{ns}/apps/{name}/logs",
-                needs("logs", "App", "object")(self._logs_route),
-                methods=["GET"],
-            ),
-            Route(
-                "/api/v1/namespaces/{ns}/functions/{name}/logs",
-                needs("logs", "Function", "object")(self._function_logs_route),
-                methods=["GET"],
-            ),
-            Route(
-                "/api/v1/namespaces/{ns}/functions/{name}/samples",
-                needs("logs", "Function", "object")(self._function_samples_route),
-                methods=["GET"],
-            ),
-            Route(
-                "/api/v1/namespaces/{ns}/functions/{name}/metrics",
-                needs("get", "Function", "object")(self._function_metrics_route),
-                methods=["GET"],
-            ),
-            Route(
-                "/api/v1/namespaces/{ns}/functions/{name}/versions",
-                needs("get", "Function", "object")(self._function_versions_route),
-                methods=["GET"],
-            ),
-            Route(
-                "/api/v1/namespaces/{ns}/functions/{name}/invoke",
-                needs("invoke", "Function", "object")(self._invoke_route),
-                methods=["POST"],
-            ),
-            Route(
-                "/api/v1/namespaces/{ns}/functions/{name}/deadletters",
-                needs("logs", "Function", "object")(self._letters_route),
-                methods=["GET"],
-            ),
-            Route(
-                "/api/v1/namespaces/{ns}/functions/{name}/deadletters",
-                needs("invoke", "Function", "object")(self._letters_done_route),
-                methods=["POST"],
-            ),
+            object_route("App", "logs", "logs", self._logs_route),
+            object_route("Function", "logs", "logs", self._function_logs_route),
+            object_route("Function", "samples", "logs", self._function_samples_route),
+            object_route("Function", "metrics", "get", self._function_metrics_route),
+            object_route("Function", "versions", "get", self._function_versions_route),
+            object_route("Function", "invoke", "invoke", self._invoke_route, "POST"),
+            object_route("Function", "deadletters", "logs", self._letters_route),
+            object_route("Function", "deadletters", "invoke", self._letters_done_route, "POST"),
             Route("/api/v1/top", declare(self._top_route, Action("own", ("top",), "Node")), methods=["GET"]),
             *self._doors.routes(),
             *record_routes(self._records),
@@ -174,12 +142,10 @@ class AgentRoutes:
         lines = read_logs(self._data / "functions", args, self._node)
         return StreamingResponse(lines, media_type="text/plain; charset=utf-8")
 
-    @described(
-        "Samples of a function on this node, one JSON object a line", query=SAMPLES, media="application/x-ndjson"
-    )
+    @described("Samples of a function on this node, one JSON object a line", query=SAMPLES, media=NDJSON)
     async def _function_samples_route(self, request: Request) -> Response:
         args = sample_args(*self._function_known(request), request)
-        return StreamingResponse(read_samples(self._data / "functions", args), media_type="application/x-ndjson")
+        return StreamingResponse(read_samples(self._data / "functions", args), media_type=NDJSON)
 
     @described("How a function does on this node since its plane started: calls, failures, latencies, instances")
     async def _function_metrics_route(self, request: Request) -> Response:

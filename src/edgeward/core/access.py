@@ -66,6 +66,12 @@ def needs(verb: str, kind: str, how: How = "whole") -> Callable[[Handler], Handl
     return lambda handler: declare(handler, Action(how, (verb,), kind))
 
 
+def object_route(kind: str, what: str, verb: str, handler: Handler, method: str = "GET") -> Route:
+    """``WHAT`` below the path of an object, for who may do ``verb`` with it; the hub's and a node's are one."""
+    path = f"/api/v1/namespaces/{{ns}}/{kinds.get(kind).plural}/{{name}}/{what}"
+    return Route(path, needs(verb, kind, "object")(handler), methods=[method])
+
+
 def signed_in(handler: Handler) -> Handler:
     """For everybody who is known: it tells nothing that a role could keep from them."""
     return declare(handler, Action("signed"))

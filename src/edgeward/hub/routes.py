@@ -20,6 +20,7 @@ from edgeward.core.access import (
     ask_of,
     declare,
     needs,
+    object_route,
     principal,
     record_routes,
     top_sift,
@@ -79,51 +80,15 @@ class HubRoutes:
     def routes(self) -> list[Route]:
         base = "/api/v1"
         return [
-            Route(
-                f"{base}/namespaces/{{ns}}/apps/{{name}}/logs",
-                needs("logs", "App", "object")(self.logs),
-                methods=["GET"],
-            ),
-            Route(
-                f"{base}/namespaces/{{ns}}/functions/{{name}}/logs",
-                needs("logs", "Function", "object")(self.function_logs),
-                methods=["GET"],
-            ),
-            Route(
-                f"{base}/namespaces/{{ns}}/functions/{{name}}/samples",
-                needs("logs", "Function", "object")(self.function_samples),
-                methods=["GET"],
-            ),
-            Route(
-                f"{base}/namespaces/{{ns}}/functions/{{name}}/metrics",
-                needs("get", "Function", "object")(self.function_metrics),
-                methods=["GET"],
-            ),
-            Route(
-                f"{base}/namespaces/{{ns}}/functions/{{name}}/versions",
-                needs("get", "Function", "object")(self.function_versions),
-                methods=["GET"],
-            ),
-            Route(
-                f"{base}/namespaces/{{ns}}/functions/{{name}}/invoke",
-                needs("invoke", "Function", "object")(self.invoke),
-                methods=["POST"],
-            ),
-            Route(
-                f"{base}/namespaces/{{ns}}/functions/{{name}}/deadletters",
-                needs("logs", "Function", "object")(self.letters),
-                methods=["GET"],
-            ),
-            Route(
-                f"{base}/namespaces/{{ns}}/functions/{{name}}/deadletters",
-                needs("invoke", "Function", "object")(self.letters_done),
-                methods=["POST"],
-            ),
-            Route(
-                f"{base}/namespaces/{{ns}}/overrides/{{name}}/promote",
-                needs("promote", "Override", "object")(self.promote),
-                methods=["POST"],
-            ),
+            object_route("App", "logs", "logs", self.logs),
+            object_route("Function", "logs", "logs", self.function_logs),
+            object_route("Function", "samples", "logs", self.function_samples),
+            object_route("Function", "metrics", "get", self.function_metrics),
+            object_route("Function", "versions", "get", self.function_versions),
+            object_route("Function", "invoke", "invoke", self.invoke, "POST"),
+            object_route("Function", "deadletters", "logs", self.letters),
+            object_route("Function", "deadletters", "invoke", self.letters_done, "POST"),
+            object_route("Override", "promote", "promote", self.promote, "POST"),
             Route(f"{base}/top", declare(self.top, Action("own", ("top",), "Node")), methods=["GET"]),
             Route(f"{base}/streams", needs("streams", "Export", "each")(self.streams), methods=["GET"]),
             Route(
@@ -238,28 +203,32 @@ class HubRoutes:
         "Samples of a function on all its nodes, one JSON object a line; a node that is away is a line with its name "
         "and error",
         query={"node": ("string", "On this node only"), **SAMPLES},
-        media="application/x-ndjson",
+        media=NDJSON,
     )
     async def function_samples(self, request: Request) -> Response:
         function = self._store.get(Key("Function", request.path_params["ns"], request.path_params["name"]))
         nodes = self._placed(function, request.query_params.get("node", ""))
         args = sample_args(function.metadata.namespace, function.metadata.name, request)
-        return StreamingResponse(self._samples(nodes, args), media_type="application/x-ndjson")
+        lines = self._one_by_one(nodes, "function-samples", args, field="unreadable", what="samples", timeout=10.0)
+        return StreamingResponse(lines, media_type=NDJSON)
 
-    async def _samples(self, nodes: list[str], args: dict[str, Any]) -> AsyncGenerator[bytes, None]:
-        """Node after node: a file of samples is a matter of seconds, and order is worth more."""
+    async def _one_by_one(
+        self, nodes: list[str], verb: str, args: dict[str, Any], *, field: str, what: str, timeout: float
+    ) -> AsyncGenerator[bytes, None]:
+        """Lines of node after node: order is worth more than haste. What is wrong with one is a line of its own, with
+        the reason in ``field``; half a line before it is left out."""
         for node in nodes:
             rest = b""
             try:
                 if not self._nodes.is_online(node):
-                    raise Unreachable("is not connected; its samples are on it")
-                async with contextlib.aclosing(call(self._nc, node, "function-samples", args)) as pieces:  # type: ignore[type-var]
+                    raise Unreachable(f"is not connected; its {what} are on it")
+                async with contextlib.aclosing(call(self._nc, node, verb, args, timeout=timeout)) as pieces:  # type: ignore[type-var]
                     async for piece in pieces:
                         whole, _, rest = (rest + piece).rpartition(b"\n")
                         if whole:
                             yield whole + b"\n"
             except EdgewardError as e:
-                yield msgspec.json.encode({"node": node, "unreadable": str(e)}) + b"\n"
+                yield msgspec.json.encode({"node": node, field: str(e)}) + b"\n"
 
     @described("How a function does on each of its nodes: calls, failures, latencies, instances")
     async def function_metrics(self, request: Request) -> Response:
@@ -303,18 +272,10 @@ class HubRoutes:
         function = self._store.get(Key("Function", request.path_params["ns"], request.path_params["name"]))
         nodes = self._placed(function, request.query_params.get("node", ""))
         args = letter_args(function.metadata.namespace, function.metadata.name, do)
-
-        async def each() -> AsyncGenerator[bytes, None]:
-            for node in nodes:
-                try:
-                    if not self._nodes.is_online(node):
-                        raise Unreachable("is not connected; its dead letters are on it")
-                    async for piece in call(self._nc, node, "function-deadletters", args, timeout=SILENCE):
-                        yield piece
-                except EdgewardError as e:
-                    yield msgspec.json.encode({"node": node, "error": e.message}) + b"\n"
-
-        return StreamingResponse(each(), media_type=NDJSON)
+        lines = self._one_by_one(
+            nodes, "function-deadletters", args, field="error", what="dead letters", timeout=SILENCE
+        )
+        return StreamingResponse(lines, media_type=NDJSON)
 
     async def _merge(self, nodes: list[str], args: dict[str, Any], verb: str = "logs") -> AsyncGenerator[bytes, None]:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(64)
@@ -417,7 +378,7 @@ class HubRoutes:
             "limit": ("integer", "At most so many; 0: all"),
             **FOLLOW,
         },
-        media="application/x-ndjson",
+        media=NDJSON,
     )
     async def stream(self, request: Request) -> Response:
         name = request.path_params["name"]
