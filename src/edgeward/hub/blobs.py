@@ -4,7 +4,8 @@ A blob lies as messages ``ew.blob.<hex>.p.<n>`` of ``PIECE`` bytes, then ``ew.bl
 whole. ``ew.blob.<hex>.ns.<namespace>`` says who holds it, and when it was last seen in use; a blob that nobody holds is
 gone. ``ew.bundle.<namespace>.<lock>.<hex>`` says that a blob is the bundle of a lock file, and for which wheels. So a
 cluster has everything on all its servers, and a backup takes it along as it takes every stream. Nothing is kept in this
-process but who is uploading. Who may do what is decided where it is called: ``blob_routes.py`` and ``bundles.py``.
+process but what the last sweep found without a holder. Who may do what is decided where it is called:
+``blob_routes.py`` and ``bundles.py``.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Blobs:
     def __init__(self, bus: Bus, settings: Settings, *, replicas: int = 1) -> None:
         self._bus, self.settings, self._replicas = bus, settings, replicas
         self._slots = asyncio.Semaphore(_UPLOADS)
-        self._uploading: set[str] = set()
+        #: Held while the store is changed by what it holds: there is room for one more, nobody needs this one.
         self._room = asyncio.Lock()
         #: Seen without a holder at the last sweep.
         self._orphans: set[str] = set()
@@ -174,12 +175,8 @@ class Blobs:
                     held = await self.held()
                     if (namespace, hex) not in held:
                         self._within(namespace, hex, size, held, quota)
-                    self._uploading.add(hex)
-                    try:
-                        await self._store(hex, file, size)
-                        await self._mark(namespace, hex, Mark(size, now))
-                    finally:
-                        self._uploading.discard(hex)
+                    await self._store(hex, file, size)
+                    await self._mark(namespace, hex, Mark(size, now))
                 return size
 
     async def _receive(self, hex: str, data: AsyncIterator[bytes], file: IO[bytes]) -> int:
@@ -252,6 +249,10 @@ class Blobs:
         A blob without a holder (an upload that broke off) goes at the second sweep that finds it so. Gives how many
         went.
         """
+        async with self._room:  # an upload that ends meanwhile would lose what it found, or what it brought
+            return await self._sweep(used, now)
+
+    async def _sweep(self, used: Collection[tuple[str, str]], now: float) -> int:
         locks = await self._subjects("ew.bundle.>")
         in_use = {(ns, hex) for _, _, ns, lock, hex in (s.split(".") for s in locks) if (ns, lock) in used}
         in_use |= set(used)
@@ -269,7 +270,7 @@ class Blobs:
                     if subject.startswith(f"ew.bundle.{namespace}.") and subject.endswith(f".{hex}"):
                         await self._purge(subject)
         there = {s.split(".")[2] for s in await self._subjects("ew.blob.>")}
-        orphans = there - held - self._uploading
+        orphans = there - held
         gone = orphans & self._orphans
         for hex in gone:
             await self._purge(f"ew.blob.{hex}.>")
