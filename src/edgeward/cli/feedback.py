@@ -8,14 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeward.cli.kinds import find_kind
 from edgeward.cli.observe import count, harmless
 from edgeward.cli.output import emit, print_rows, write
 from edgeward.cli.plain import plain
 from edgeward.cli.session import Session, UsageError
-from edgeward.cli.versions import Name
-from edgeward.cli.write import seconds
-from edgeward.core.resource import check_name
+from edgeward.cli.versions import Name, named
+from edgeward.cli.write import since_of
 
 Doc = dict[str, Any]
 Node = Annotated[str, typer.Option("--node", metavar="NODE", help="Only of this node.")]
@@ -24,8 +22,7 @@ _SHOWN = 60
 
 
 def _path(session: Session, api: Any, name: str, what: str) -> str:
-    kind = find_kind("function")
-    return f"{api.path(kind, session.one(kind), check_name(name.removeprefix('function/'), 'FUNCTION', ''))}/{what}"
+    return f"{api.path(*named(session, name))}/{what}"
 
 
 def _time(seconds: float) -> str:
@@ -104,8 +101,7 @@ def samples(
     output = session.output(allowed=("table", "jsonl"))
     query = {"limit": count(limit, "--limit"), "why": why, "node": node}
     if since:
-        seconds(since, "--since")
-        query["since"] = f"{since}s" if since.isdigit() else since
+        query["since"] = since_of(since)
     if why not in ("", "error", "rate", "score", "offered"):
         raise UsageError(f"--why {why}: error, rate, score or offered")
     rows: list[list[object]] = []

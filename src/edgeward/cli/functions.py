@@ -18,10 +18,9 @@ from edgeward.cli.observe import Follow, count, harmless
 from edgeward.cli.output import write
 from edgeward.cli.plain import plain
 from edgeward.cli.session import Session, UsageError, command
-from edgeward.cli.versions import Name, promote, rollback, versions
-from edgeward.cli.write import Files, seconds
+from edgeward.cli.versions import Name, named, promote, rollback, versions
+from edgeward.cli.write import Files, seconds, since_of
 from edgeward.core.errors import EdgewardError
-from edgeward.core.resource import check_name
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="What functions wrote, their versions and packages.")
 
@@ -58,19 +57,16 @@ def invoke(
     is being tried, NAME@stable the other. The exit code is 0 for an answer
     with a status below 400.
     """
-    from edgeward.cli.kinds import find_kind
-
     session.output(allowed=("table",))
-    kind = find_kind("function")
     name, at, alias = name.partition("@")
     if at and (version or alias not in ("stable", "canary")):
         raise UsageError("write NAME@stable or NAME@canary, or --version DIGEST")
-    function = check_name(name.removeprefix("function/"), "FUNCTION", "")
+    kind, namespace, function = named(session, name)
     query = {"node": node, "type": event_type, "version": version or alias, "key": key}
     if timeout:
         query["timeout"] = f"{seconds(timeout, '--timeout'):g}"
     with session.api() as api:
-        path = api.path(kind, session.one(kind), function) + "/invoke"
+        path = api.path(kind, namespace, function) + "/invoke"
         status, headers, chunks = api.call(
             path, _data(data), query={k: v for k, v in query.items() if v}, content_type=content_type
         )
@@ -102,17 +98,13 @@ def logs(
     node: Annotated[str, typer.Option("--node", metavar="NODE", help="Only of this node.")] = "",
 ) -> None:
     """Print what a function wrote, chosen on its nodes; with -o json one record a line."""
-    from edgeward.cli.kinds import find_kind
-
     output = session.output(allowed=("table", "json"))
-    kind = find_kind("function")
-    function = check_name(name.removeprefix("function/"), "FUNCTION", "")
+    kind, namespace, function = named(session, name)
     query = {"node": node, "level": level, "grep": grep, "regex": regex, "invocation": invocation}
     if tail:
         query["tail"] = count(tail, "--tail")
     if since:
-        seconds(since, "--since")
-        query["since"] = f"{since}s" if since.isdigit() else since
+        query["since"] = since_of(since)
     if follow:
         query["follow"] = "true"
     if output == "json":
@@ -120,7 +112,7 @@ def logs(
     if level and level not in ("debug", "info", "warning", "error"):
         raise UsageError(f"--level {level}: debug, info, warning or error")
     with session.api() as api:
-        path = api.path(kind, session.one(kind), function) + "/logs"
+        path = api.path(kind, namespace, function) + "/logs"
         for line in api.lines(path, query={k: v for k, v in query.items() if v}, accept="text/plain", follow=follow):
             write(harmless(line) if sys.stdout.isatty() else line)
             sys.stdout.flush()
@@ -180,18 +172,15 @@ def deadletters(
     With -o json one object a line. A letter whose call is answered now is gone; the exit code is 0 when none is left
     that was to go.
     """
-    from edgeward.cli.kinds import find_kind
-
     output = session.output(allowed=("table", "json"))
     if replay and drop:
         raise UsageError("--replay or --drop, not both")
-    kind = find_kind("function")
-    function = check_name(name.removeprefix("function/"), "FUNCTION", "")
+    kind, namespace, function = named(session, name)
     query = {"node": node} if node else {}
     do = "replay" if replay else "drop" if drop else ""
     bad = 0
     with session.api() as api:
-        path = api.path(kind, session.one(kind), function) + "/deadletters"
+        path = api.path(kind, namespace, function) + "/deadletters"
         if do:
             query["do"] = do
         method = "POST" if do else "GET"

@@ -18,7 +18,7 @@ import typer
 
 from edgeward.cli.output import Grid, emit, print_rows, record_rows, write
 from edgeward.cli.session import Session, UsageError
-from edgeward.cli.write import seconds
+from edgeward.cli.write import since_of
 from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.resource import check_name
 
@@ -62,8 +62,7 @@ def logs(
     if tail:
         query["tail"] = count(tail, "--tail")
     if since:
-        seconds(since, "--since")
-        query["since"] = f"{since}s" if since.isdigit() else since
+        query["since"] = since_of(since)
     if follow:
         query["follow"] = "true"
     with session.api() as api:

@@ -24,7 +24,8 @@ Name = Annotated[str, typer.Argument(metavar="FUNCTION", help="The function's na
 Wait = Annotated[bool, typer.Option("--wait", help="Until its nodes answer with it; fails when one cannot.")]
 
 
-def _named(session: Session, name: str) -> tuple[Kind, str | None, str]:
+def named(session: Session, name: str) -> tuple[Kind, str | None, str]:
+    """The kind, the namespace and the name of the one function that is meant."""
     kind = find_kind("function")
     return kind, session.one(kind), check_name(name.removeprefix("function/"), "FUNCTION", "")
 
@@ -64,7 +65,7 @@ def versions(session: Session, name: Name) -> None:
     from edgeward.functions.history import state_of
 
     output = session.output(allowed=("table", "json", "yaml"))
-    kind, namespace, function = _named(session, name)
+    kind, namespace, function = named(session, name)
     with session.api() as api:
         items: list[Doc] = api.request("GET", api.path(kind, namespace, function) + "/versions")["items"]
         status: Doc = api.get(kind, namespace, function).get("status") or {}
@@ -86,7 +87,7 @@ def promote(
 ) -> None:
     """Give a function's canary all calls."""
     session.output(allowed=("table",))
-    kind, namespace, function = _named(session, name)
+    kind, namespace, function = named(session, name)
     with session.api() as api:
         now = api.get(kind, namespace, function)
         spec, status = dict(now["spec"]), now.get("status") or {}
@@ -116,7 +117,7 @@ def rollback(
     session.output(allowed=("table",))
     if to and len(to) < 4:
         raise UsageError(f"--to {to}: at least four digits")
-    kind, namespace, function = _named(session, name)
+    kind, namespace, function = named(session, name)
     with session.api() as api:
         now = api.get(kind, namespace, function)
         items = api.request("GET", api.path(kind, namespace, function) + "/versions")["items"]

@@ -46,6 +46,12 @@ def seconds(text: str, option: str) -> float:
         raise UsageError(f"{option}: {e}") from None
 
 
+def since_of(text: str) -> str:
+    """What --since says, as the API asks for it."""
+    seconds(text, "--since")
+    return f"{text}s" if text.isdigit() else text
+
+
 # -- apply -------------------------------------------------------------------------------------------------------------
 
 
