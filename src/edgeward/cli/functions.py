@@ -197,7 +197,7 @@ def _letter(letter: dict[str, Any]) -> str:
     if "error" in letter:
         return f"{letter['node']}  {letter['error']}"
     said = f"{letter['node']}  {letter['at']}  {letter['outcome']}  {letter['subject']}  tried {letter['tries']} times"
-    return f"{said}  {letter['reason']}  {letter['data'][:60]!r}"
+    return f"{said}  {letter['reason']}" + (f"  {letter['data'][:60]!r}" if "data" in letter else "")
 
 
 app.command("logs")(command(logs))

@@ -115,11 +115,12 @@ async def listed(
             "at": headers.get("Ew-At", ""),
             "tries": int(headers.get("Ew-Tries", "0")),
             "bytes": len(event.data),
-            "data": event.data[:200].decode("utf-8", "replace"),
             "reason": headers.get("Ew-Reason", ""),
             "outcome": "kept",
         }
-        if do == "replay":
+        if do == "list":  # who may call it again or drop it may perhaps not read what it was
+            doc["data"] = event.data[:200].decode("utf-8", "replace")
+        elif do == "replay":
             why = await _again(invoke, key, event)
             doc |= {"outcome": "kept", "reason": why} if why else {"outcome": "answered"}
         elif do == "drop":
