@@ -20,8 +20,6 @@ from edgeward.core.errors import EdgewardError
 MAX_BODY = 6 * 1024 * 1024
 #: Bytes of one frame: a body, and what is around it.
 MAX_FRAME = MAX_BODY + 256 * 1024
-#: Seconds that a call may take where nothing says otherwise.
-DEFAULT_TIMEOUT = 10.0
 #: What one call may ask its node for (publish, state, samples): altogether, and at once, in number and in bytes.
 MAX_ASKS, MAX_OPEN, MAX_OPEN_BYTES = 10_000, 64, 16 * 1024 * 1024
 #: Bytes of one value of a function's state, characters of its key.
