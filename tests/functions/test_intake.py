@@ -64,12 +64,28 @@ async def test_each_message_is_a_call_and_poison_becomes_a_dead_letter_that_can_
         assert [e for e in p.voice.events if e.startswith("DeadLetter f: mqtt sensors/a/t, tried ")]
         (again,) = await p.letters("f", "replay")
         assert again["outcome"] == "kept"
+        assert "data" not in again, "whoever may call it may perhaps not read it"
         good = COUNTS.replace("raise ValueError(key)", "return")
         await p.take(broker.section(resource("f", good, trigger)))
         await p.listens("f")
         (again,) = await p.letters("f", "replay")
         assert again["outcome"] == "answered"
+        assert "data" not in again
         assert await p.letters("f") == []
+
+
+@looped
+async def test_a_wildcard_in_front_does_not_take_topics_with_a_dollar(tmp_path: Path) -> None:
+    async with Broker(tmp_path) as broker, plane(tmp_path) as p:
+        await p.take(broker.section(resource("f", COUNTS, {"mqtt": {"topic": "+/t", "backoff": "50ms"}})))
+        await p.listens("f")
+        device = broker.client()
+        for qos in (0, 1):
+            await broker.send(device, "$line/t", b"own%d" % qos, qos=qos)
+            await broker.send(device, "line/t", b"one%d" % qos, qos=qos)
+        # in order: what came before these was looked at before them
+        await until(lambda: {"one0", "one1"} <= p.state("f").keys(), 60)
+        assert set(p.state("f")) == {"one0", "one1", "last"}
 
 
 @looped
@@ -167,6 +183,7 @@ async def test_what_a_function_publishes_comes_once_to_who_listens_and_a_circle_
         assert sorted(set(got)) == [("ring/f", b"%d" % n) for n in range(1, 9)]
         assert p.state("f") == {f"n{n}": str(n) for n in range(9)}
         (letter,) = await p.letters("f", "drop")
+        assert "data" not in letter
         assert letter["outcome"] == "dropped"
         assert await p.letters("f") == []
 

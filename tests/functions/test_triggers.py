@@ -20,6 +20,7 @@ from edgeward.functions.triggers import (
     cover,
     cut,
     event_of,
+    is_meant,
     item_of,
     overlap,
     pause,
@@ -83,6 +84,15 @@ def test_covers_of_what_people_write() -> None:
 )
 def test_which_topics_a_filter_takes(pattern: str, topic: str, held: bool) -> None:
     assert covers(pattern, topic) is held
+
+
+def test_a_wildcard_in_front_is_not_meant_for_the_systems_own() -> None:
+    wide, own, bus = Taking("mqtt", "+/x", ["*.x"]), Taking("mqtt", "a/#", ["a.>", "a"]), Taking("bus", "a.*", ["a.*"])
+    assert [s for s in ("b.x", "$b.x", "ew.x", "_INBOX.x", "ewe.x", "ew//.x") if is_meant(wide, s)] == [
+        "b.x", "ewe.x", "ew//.x",
+    ]  # fmt: skip
+    assert is_meant(own, "a.$x")
+    assert is_meant(bus, "a.$x")
 
 
 def takings(*triggers: dict[str, Any]) -> list[Taking]:

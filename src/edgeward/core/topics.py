@@ -9,6 +9,11 @@ from __future__ import annotations
 from edgeward.core.errors import Invalid
 
 
+def is_own(level: str) -> bool:
+    """Whether topics with this first level are the system's own: a wildcard does not take them (MQTT 3.1.1, 4.7.2)."""
+    return level.startswith(("$", "_INBOX")) or level == "ew"
+
+
 def check_filter(topic: str, field: str) -> None:
     """Refuses what is no topic filter of MQTT 3.1.1, and topics that are the system's own."""
     if not topic or "\0" in topic or any(c in topic for c in " \t\r\n"):
@@ -19,7 +24,7 @@ def check_filter(topic: str, field: str) -> None:
             raise Invalid(f"{topic[:60]!r}: # stands alone, as the last level", field=field, remedy="e.g. sensors/#")
         if "+" in level and level != "+":
             raise Invalid(f"{topic[:60]!r}: + stands alone in its level", field=field, remedy="e.g. sensors/+/temp")
-    if levels[0].startswith(("$", "_INBOX")) or levels[0] == "ew":
+    if is_own(levels[0]):
         raise Invalid(f"{topic[:60]!r} is the system's own", field=field, remedy="name topics of devices")
     if topic == "#":
         raise Invalid("# would be everything", field=field, remedy="name a first level, e.g. sensors/#")
@@ -72,7 +77,7 @@ def filters(topic: str) -> list[str]:
 def covers(pattern: str, topic: str) -> bool:
     """Whether the topic filter takes the topic (no wildcards in it). A wildcard does not take the system's own."""
     levels, wanted = topic.split("/"), pattern.split("/")
-    if wanted[0] in ("+", "#") and (levels[0].startswith(("$", "_INBOX")) or levels[0] == "ew"):
+    if wanted[0] in ("+", "#") and is_own(levels[0]):
         return False
     for n, want in enumerate(wanted):
         if want == "#" and n == len(wanted) - 1:

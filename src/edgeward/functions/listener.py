@@ -35,6 +35,7 @@ from edgeward.functions.triggers import (
     consumer,
     cut,
     event_of,
+    is_meant,
     item_of,
     pause,
     waits,
@@ -158,6 +159,8 @@ class Listener:
         item.since = self._loop.time()
         if self.taking.kind == "event" and (msg.headers or {}).get(ABOUT_HEADER) == f"Function/{self.key}":
             await self._say(item, b"+ACK")  # what it causes itself would call it for ever
+        elif not is_meant(self.taking, item.subject):
+            await self._say(item, b"+ACK")
         elif self._skip and item.tries == 1:
             self._skip -= 1
             self.dropped += 1
@@ -185,6 +188,8 @@ class Listener:
         headers = msg.headers or {}
         if self.taking.durable and not headers.get("Nmqtt-Pub", "0").startswith("0"):
             return  # QoS 1 and 2 come by the consumer
+        if not is_meant(self.taking, msg.subject):
+            return
         if self._soft >= SOFT:
             self.dropped += 1
             return

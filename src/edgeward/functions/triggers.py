@@ -17,7 +17,7 @@ import msgspec
 
 from edgeward.core.invocation import HOPS, CallFailed, Event
 from edgeward.core.quantity import parse_duration
-from edgeward.core.topics import filters, to_topic
+from edgeward.core.topics import filters, is_own, to_topic
 
 #: nats-server's stream of MQTT messages of QoS 1 and 2, and its subjects.
 MQTT_STREAM, MQTT_PREFIX = "$MQTT_msgs", "$MQTT.msgs."
@@ -177,6 +177,11 @@ def item_of(subject: str, data: bytes, reply: str, headers: dict[str, str] | Non
     tries, seq, stamp = (parts[6], parts[7], parts[9]) if len(parts) >= 11 else (parts[4], parts[5], parts[7])
     hops = (headers or {}).get(HOPS_HEADER, "")
     return Item(subject.removeprefix(MQTT_PREFIX), data, reply, int(seq), int(tries), int(stamp), hops)
+
+
+def is_meant(plan: Taking, subject: str) -> bool:
+    """Whether a message that the plan's subjects let through is for it: NATS' wildcards take the system's own too."""
+    return plan.kind != "mqtt" or not plan.name.startswith("+") or not is_own(subject.split(".", 1)[0])
 
 
 def event_of(plan: Taking, item: Item, *, node: str, name: str, time: str) -> Event:
