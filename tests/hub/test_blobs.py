@@ -111,6 +111,28 @@ def test_a_full_store_refuses_and_what_broke_off_goes(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
+def test_an_upload_while_it_is_swept_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path / "hub") as f, store(f, tmp_path) as (blobs, _):
+            await f.hub.publish_acked(f"ew.blob.{HEX}.p.0", b"x")  # broke off
+            assert await blobs.sweep((), 1.0) == 0
+            look, brought = blobs._subjects, []
+
+            async def meanwhile(wanted: str) -> list[str]:
+                if wanted == "ew.blob.>":  # who holds what is known by now
+                    brought.append(asyncio.create_task(blobs.put("default", HEX, pieces(DATA), tmp_path, 1.0)))
+                    await asyncio.wait(brought, timeout=1.0)  # it comes through, or has to wait
+                found: list[str] = await look(wanted)
+                return found
+
+            monkeypatch.setattr(blobs, "_subjects", meanwhile)
+            await blobs.sweep((), 1.0)
+            await asyncio.gather(*brought)
+            assert (await blobs.read("default", HEX, 0, 10))[1] == DATA[:10]
+
+    asyncio.run(body())
+
+
 def test_what_nothing_refers_to_goes_after_a_while(tmp_path: Path) -> None:
     async def body() -> None:
         day = 86400.0
