@@ -110,6 +110,22 @@ def test_repeats_are_dropped_per_topic_also_after_a_restart(tmp_path: Path) -> N
     asyncio.run(main())
 
 
+def test_a_wildcard_in_front_does_not_take_topics_with_a_dollar(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Pair(tmp_path) as p:
+            await p.stream("s")
+            edge = Edge(p)
+            await edge.exports.apply([export(topic="+/t")])
+            async with publisher(p) as client:
+                await publish(client, "$line/t", range(5))
+                await publish(client, "line/t", range(5, 10))
+                got = await arrived(p, "s", 5)
+                assert [(m["topic"], m["payload"]["id"]) for m in got] == [("line/t", n) for n in range(5, 10)]
+            await edge.die()
+
+    asyncio.run(main())
+
+
 def test_an_export_removed_while_the_agent_was_down_leaves_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         async with Pair(tmp_path) as p:

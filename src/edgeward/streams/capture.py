@@ -27,7 +27,7 @@ from edgeward.core.errors import Conflict, EdgewardError, Refused, Unreachable
 from edgeward.core.files import remove, write_atomic
 from edgeward.core.jsread import Message, read_batch, stamp_of
 from edgeward.core.outqueue import Queue, Reading
-from edgeward.core.topics import filters, to_topic
+from edgeward.core.topics import filters, is_own, to_topic
 from edgeward.streams.dedupe import Window, identity_of
 from edgeward.streams.pace import Pace
 
@@ -288,6 +288,8 @@ class Capture:
 
     def _accept(self, topic: str, payload: bytes, fresh: dict[bytes, None]) -> bool:
         """Whether the reading is to be taken in; a new identity is noted in ``fresh``."""
+        if self.topic.startswith("+") and is_own(topic.split("/", 1)[0]):
+            return False  # NATS' wildcards take it, MQTT's do not
         counters = self._queue.counters
         if len(payload) > self._largest:
             counters.dropped_size += 1
