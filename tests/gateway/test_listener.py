@@ -50,6 +50,7 @@ def test_what_it_may_be() -> None:
     ("spec", "field"),
     [
         ({"port": 80, "address": "localhost"}, "$.spec.address"),
+        ({"port": 80, "address": "::1%lo"}, "$.spec.address"),
         ({"port": 443, "tls": tls({"secret": "s"}), "redirect": 443}, "$.spec.redirect"),
         ({"port": 443, "tls": tls({"hosts": ["a"]})}, "$.spec.tls.certificates[0]"),
         ({"port": 443, "tls": tls({"secret": "s", "platform": True})}, "$.spec.tls.certificates[0]"),
@@ -59,6 +60,8 @@ def test_what_it_may_be() -> None:
         ({"port": 443, "tls": tls({"hosts": ["a..b"], "secret": "s"})}, "$.spec.tls.certificates[0].hosts[0]"),
         ({"port": 443, "tls": tls({"hosts": ["a.*.b"], "secret": "s"})}, "$.spec.tls.certificates[0].hosts[0]"),
         ({"port": 443, "tls": tls({"hosts": ["0::1"], "secret": "s"})}, "$.spec.tls.certificates[0].hosts[0]"),
+        # the same address in another text: it could be the hub's own
+        ({"port": 443, "tls": tls({"hosts": ["fd00::1%x"], "platform": True})}, "$.spec.tls.certificates[0].hosts[0]"),
         ({"port": 443, "tls": tls({"hosts": ["*.a.org"], "acme": ACME})}, "$.spec.tls.certificates[0].hosts[0]"),
         ({"port": 443, "tls": tls({"hosts": ["localhost"], "platform": True})}, "$.spec.tls.certificates[0].hosts[0]"),
         ({"port": 443, "tls": tls({"hosts": ["127.0.0.2"], "platform": True})}, "$.spec.tls.certificates[0].hosts[0]"),

@@ -23,6 +23,15 @@ class Span(NamedTuple):
     high: int
 
 
+def is_address(text: str) -> bool:
+    """Whether it is an IPv4 or IPv6 address. One with a zone (``fe80::1%eth0``) is none: what stands behind the ``%``
+    makes two texts of one address, and no certificate and no other machine knows it."""
+    try:
+        return "%" not in text and bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
+
+
 def parse_span(text: str, *, need_port: bool = False) -> Span:
     """Raises ``ValueError`` with what is wrong."""
     match = _SPAN.fullmatch(text)

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from edgeward.core.errors import EdgewardError, Invalid, Refused
+from edgeward.core.spans import is_address
 
 Key = ec.EllipticCurvePrivateKey
 T = TypeVar("T")
@@ -178,20 +179,12 @@ def signed(key: Key, url: str, nonce: str, payload: object, account: str = "") -
 
 def identifiers(hosts: Sequence[str]) -> list[dict[str, str]]:
     """Names, and addresses as RFC 8738 has them."""
-    return [{"type": "ip" if _is_ip(h) else "dns", "value": h} for h in hosts]
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+    return [{"type": "ip" if is_address(h) else "dns", "value": h} for h in hosts]
 
 
 def csr(key: Key, hosts: Sequence[str]) -> str:
     """The request for a certificate, as ``finalize`` wants it."""
-    sans = [x509.IPAddress(ipaddress.ip_address(h)) if _is_ip(h) else x509.DNSName(h) for h in hosts]
+    sans = [x509.IPAddress(ipaddress.ip_address(h)) if is_address(h) else x509.DNSName(h) for h in hosts]
     made = (
         x509.CertificateSigningRequestBuilder()
         .subject_name(x509.Name([]))

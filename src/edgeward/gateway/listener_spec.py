@@ -22,6 +22,7 @@ from edgeward.core.errors import Invalid
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import NAME_PATTERN, Resource
 from edgeward.core.scope import takes
+from edgeward.core.spans import is_address
 
 _HOST = re.compile(r"(?=.{1,253}$)(\*\.)?[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 _HOSTS_MOST = 32
@@ -95,14 +96,6 @@ class ListenerSpec(Declared):
     placement: Annotated[Placement, Meta(description="Which nodes have it; empty: all")] = msgspec.field(
         default_factory=Placement
     )
-
-
-def is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _check_hosts(hosts: list[str], where: str, *, acme: bool, platform: bool) -> None:

@@ -12,13 +12,13 @@ Nothing that a person wrote stands here unquoted, and what cannot be quoted is l
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import msgspec
 
+from edgeward.core.spans import is_address
 from edgeward.gateway.http1 import CLAIMS, FALLBACK, FRONT_CLIENT, FRONT_HOST, FRONT_SCHEME, FRONT_TRIED, PLACE, REFUSED
 from edgeward.gateway.match import Table
 from edgeward.gateway.rules import GatewayConfig, Listen, RouteConfig, Rule
@@ -101,7 +101,7 @@ def why_not(rule: Rule) -> str:
     for e in config.endpoints:
         if e.tls:
             return "its target speaks TLS"
-        if not _is_address(e.host):
+        if not is_address(e.host):
             return "its target is a name"
     if not _ROUTE.fullmatch(config.key) or (config.send_host and not _AUTHORITY.fullmatch(config.send_host)):
         return "it has names that nginx would not take"
@@ -121,13 +121,6 @@ def _beyond(config: RouteConfig, *more: str) -> str:
         if f.default is not msgspec.NODEFAULT and getattr(config, f.name) != f.default:
             return f.name
     return ""
-
-
-def _is_address(text: str) -> bool:
-    try:
-        return "%" not in text and bool(ipaddress.ip_address(text))
-    except ValueError:
-        return False
 
 
 def quoted(text: str, shape: re.Pattern[str]) -> str:
@@ -229,7 +222,7 @@ def _log_format(n: int, route: str, target: str, cache: str) -> str:
 
 def _listen(listen: Listen) -> str:
     host = f"[{listen.host}]" if ":" in listen.host else listen.host
-    if not _is_address(listen.host):
+    if not is_address(listen.host):
         raise ValueError(f"{listen.host[:80]!r} is no address to listen on")
     return f"{host}:{listen.port}"
 

@@ -13,6 +13,7 @@ from msgspec import Meta
 from edgeward.core.errors import Invalid
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import CLUSTER, Resource, check_name
+from edgeward.core.spans import is_address
 
 
 class Coordinates(msgspec.Struct, forbid_unknown_fields=True):
@@ -84,10 +85,7 @@ def _is_address(text: str) -> bool:
         host, _, port = text.partition(":")
     if not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
         return False
-    try:
-        return "%" not in host and bool(ipaddress.ip_address(host))
-    except ValueError:
-        return _HOST.fullmatch(host) is not None and not host.rpartition(".")[2].isdigit()
+    return is_address(host) or (_HOST.fullmatch(host) is not None and not host.rpartition(".")[2].isdigit())
 
 
 def _node_refs(r: Resource) -> list[Ref]:
