@@ -260,6 +260,19 @@ class Answer(msgspec.Struct):
     body: bytes
 
 
+async def echo(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A target that gives back every body, in chunks."""
+    while True:
+        await target.request(reader)
+        body = target.bodies[-1]
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for at in range(0, len(body), 100_000):
+            piece = body[at : at + 100_000]
+            writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            await writer.drain()
+        writer.write(b"0\r\n\r\n")
+
+
 class Pour:
     """A target's script: one large answer, as fast as it is taken."""
 

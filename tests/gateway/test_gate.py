@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.gateway.rig import Client, Rig, Target, plain
+from tests.gateway.rig import Client, Rig, Target, echo, plain
 
 Connect = Callable[[], Client]
 
@@ -28,17 +28,6 @@ def test_a_request_and_the_next_on_the_same_connections(rig: Rig, client: Connec
 
 
 def test_bodies_go_both_ways(rig: Rig, client: Connect) -> None:
-    async def echo(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            await target.request(reader)
-            body = target.bodies[-1]
-            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-            for at in range(0, len(body), 100_000):
-                piece = body[at : at + 100_000]
-                writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-                await writer.drain()
-            writer.write(b"0\r\n\r\n")
-
     target = rig.target(echo)
     rig.route("/", target.port)
     large = bytes(range(256)) * 16384

@@ -28,7 +28,7 @@ from hyperframe.frame import (
     WindowUpdateFrame,
 )
 from tests.gateway.papers import Authority, certificate, listener
-from tests.gateway.rig import PATIENCE, Pour, Rig, Target, free_port, plain
+from tests.gateway.rig import PATIENCE, Pour, Rig, Target, echo, free_port, plain
 
 from edgeward.core.invocation import Call, Reply
 from edgeward.gateway.rules import CacheConfig
@@ -210,18 +210,6 @@ def connect(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], 
 
 
 Connect = Callable[[], socket.socket]
-
-
-async def echo(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while True:
-        await target.request(reader)
-        body = target.bodies[-1]
-        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-        for at in range(0, len(body), 100_000):
-            piece = body[at : at + 100_000]
-            writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-            await writer.drain()
-        writer.write(b"0\r\n\r\n")
 
 
 def test_requests_and_what_the_target_sees(rig: Rig, connect: Connect) -> None:
