@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from edgeward.core.errors import Invalid
+from edgeward.core.throttle import Throttle
 from edgeward.gateway.auth import AuthConfig, Guard
 from edgeward.gateway.balance import Balance, Budget, Endpoint
 from edgeward.gateway.cors import CorsConfig
 from edgeward.gateway.listens import ListenerConfig
 from edgeward.gateway.match import Table
-from edgeward.gateway.pace import Pace
 from edgeward.gateway.squeeze import CompressConfig
 from edgeward.gateway.static import StaticConfig
 
@@ -215,9 +215,9 @@ class Rule:
         self.budget: Budget = old.budget if old is not None and same else Budget(config.budget)
         self.counters: Counters = old.counters if old is not None else Counters()
         paced = old is not None and (old.config.rate, old.config.burst) == (config.rate, config.burst)
-        self.pace: Pace | None = None
+        self.pace: Throttle | None = None
         if config.rate:
-            self.pace = old.pace if old is not None and paced else Pace(config.rate, config.burst)
+            self.pace = old.pace if old is not None and paced else Throttle(burst=config.burst, rate=config.rate)
         #: Requests in progress.
         self.active: list[int] = old.active if old is not None else [0]
 
