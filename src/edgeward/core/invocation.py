@@ -20,6 +20,8 @@ from edgeward.core.errors import EdgewardError
 MAX_BODY = 6 * 1024 * 1024
 #: Bytes of one frame: a body, and what is around it.
 MAX_FRAME = MAX_BODY + 256 * 1024
+#: Lines of log of one call, the rest is counted; characters of one, and of a trace.
+MAX_LINES, MAX_LINE = 1000, 8192
 #: What one call may ask its node for (publish, state, samples): altogether, and at once, in number and in bytes.
 MAX_ASKS, MAX_OPEN, MAX_OPEN_BYTES = 10_000, 64, 16 * 1024 * 1024
 #: Bytes of one value of a function's state, characters of its key.

@@ -9,9 +9,8 @@ import asyncio
 from collections.abc import Callable
 
 from edgeward.core import invocation as wire
+from edgeward.core.invocation import MAX_LINE, MAX_LINES
 
-#: Bytes of one line, and lines of one call; what is more is dropped and counted.
-_LINE, _LINES = 8192, 1000
 #: How runtimes say that they had no memory left; where groups bound it, the kernel says so.
 _NO_MEMORY = ("heap out of memory", "process out of memory", "Out of memory!", "cannot allocate memory")
 _LEVEL = 20
@@ -36,7 +35,7 @@ class Output(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._spent(len(data))
         *lines, self._begun = (self._begun + data).split(b"\n")
-        if len(self._begun) > _LINE:
+        if len(self._begun) > MAX_LINE:
             lines, self._begun = [*lines, self._begun], b""
         for line in lines:
             self._line(line)
@@ -52,7 +51,7 @@ class Output(asyncio.Protocol):
             self._transport.close()
 
     def _line(self, data: bytes) -> None:
-        text = data[:_LINE].decode(errors="replace").rstrip("\r").replace("\0", "")
+        text = data[:MAX_LINE].decode(errors="replace").rstrip("\r").replace("\0", "")
         if not text.strip():
             return
         self.last = text
@@ -62,7 +61,7 @@ class Output(asyncio.Protocol):
             self._told_dropped()
             self._of, self._lines = call, 0
         self._lines += 1
-        if self._lines > _LINES:
+        if self._lines > MAX_LINES:
             self._dropped += 1
         else:
             self._say(wire.Log(call, _LEVEL, 0.0, text))

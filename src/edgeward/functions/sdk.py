@@ -32,15 +32,11 @@ from typing import Any
 import msgspec
 
 from edgeward.core import invocation as wire
-from edgeward.core.invocation import Event
+from edgeward.core.invocation import MAX_LINE, MAX_LINES, Event
 
 __all__ = ["Conflict", "Context", "Event", "Refused", "Response", "State", "serve"]
 
 SDK = "edgeward-python/1"
-#: Lines that one call may log; the rest is counted.
-MAX_LINES = 1000
-#: Characters of one line, and of a trace.
-MAX_LINE = 8192
 _JSON = "application/json"
 _TEXT = "text/plain; charset=utf-8"
 _READ = 256 * 1024

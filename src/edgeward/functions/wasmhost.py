@@ -22,8 +22,8 @@ import msgspec
 import wasmtime
 
 from edgeward.core import invocation as wire
+from edgeward.core.invocation import MAX_LINE, MAX_LINES
 from edgeward.functions import wasi
-from edgeward.functions.sdk import MAX_LINE, MAX_LINES
 from edgeward.functions.stdio import environment
 from edgeward.functions.wasmasks import Asking
 from edgeward.functions.wasmengine import Failed, Machine, Program
