@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from edgeward.core.blobs import DIGEST, hex_of
 from edgeward.core.resource import Resource
 
-_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+_DIGEST = re.compile(DIGEST)
 
 
 def lock_digest(text: str) -> str:
@@ -43,8 +44,8 @@ def _look(spec: Any, namespace: str, into: Parts) -> None:
         return
     archive = (spec.get("source") or {}).get("archive") if isinstance(spec.get("source"), dict) else None
     digest = archive.get("digest") if isinstance(archive, dict) else None
-    if isinstance(digest, str) and (found := _DIGEST.fullmatch(digest)):
-        into.archives.add((namespace, found[1]))
+    if isinstance(digest, str) and _DIGEST.fullmatch(digest):
+        into.archives.add((namespace, hex_of(digest)))
     dependencies = spec.get("dependencies")
     lock = dependencies.get("lock") if isinstance(dependencies, dict) else None
     if isinstance(lock, str) and lock:
