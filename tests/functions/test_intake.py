@@ -415,7 +415,9 @@ def handler(event, context):
         assert "an Export there is full" in await says(b"full/a/x")
         intake = p.part._inlets._intake
         assert intake is not None
-        intake._tokens["default/f"] = (0.0, asyncio.get_running_loop().time() + 3600)  # it has used up an hour
+        later = asyncio.get_running_loop().time() + 3600
+        while not intake._pace.take("default/f", later):
+            pass  # it has used up an hour
         assert (await says(b"free/a")).startswith("refused: more than 5000 messages a second")
 
 

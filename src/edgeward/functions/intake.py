@@ -24,6 +24,7 @@ from edgeward.core.bus import Bus
 from edgeward.core.errors import EdgewardError, Refused, Unreachable
 from edgeward.core.invocation import Call, CallFailed, Event, Reply
 from edgeward.core.mqtt import wake_broker
+from edgeward.core.throttle import Throttle
 from edgeward.core.topics import to_subject
 from edgeward.functions.deadletters import CONFIG as DEAD_CONFIG
 from edgeward.functions.deadletters import DeadLetters, listed, subject_of
@@ -81,7 +82,7 @@ class Intake:
         self._running: dict[str, tuple[Listener, asyncio.Task[None]]] = {}
         self._news = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
-        self._tokens: dict[str, tuple[float, float]] = {}
+        self._pace = Throttle(burst=_BURST, rate=_RATE)
         self._quiet: dict[str, tuple[float, int]] = {}
         self.dead: dict[str, int] = {}
         self.problem = ""
@@ -106,7 +107,6 @@ class Intake:
         for name, (listener, _) in self._running.items():
             if name in self._wanted and self._wanted[name][1] != listener.taking:
                 listener.adjust(self._wanted[name][1])
-        self._tokens = {k: v for k, v in self._tokens.items() if k in keys}
         self._news.set()
 
     async def run(self) -> None:
@@ -335,7 +335,8 @@ class Intake:
         bus, ears, reach = self._bus, self._ears, self.reach
         if bus is None or ears is None or reach is None:
             raise Unreachable("the node's broker is not there yet")
-        self._spend(key)
+        if self._pace.take(key, asyncio.get_running_loop().time()):
+            raise Refused(f"more than {_RATE:.0f} messages a second")
         subject = to_subject(topic)
         if any(overlap(closed, subject) for closed in reach.closed):
             raise Unreachable(f"the broker takes nothing on {topic[:80]!r}: an Export there is full")
@@ -343,14 +344,6 @@ class Intake:
         if qos:
             await bus.publish_acked(MQTT_PREFIX + subject, data, headers=headers)
         await ears.publish(subject, data, headers=headers)
-
-    def _spend(self, key: str) -> None:
-        now = asyncio.get_running_loop().time()
-        left, since = self._tokens.get(key, (_BURST, now))
-        left = min(_BURST, left + (now - since) * _RATE)
-        if left < 1:
-            raise Refused(f"more than {_RATE:.0f} messages a second")
-        self._tokens[key] = (left - 1, now)
 
     async def letters(self, key: str, do: str) -> AsyncIterator[dict[str, Any]]:
         """The function's dead letters; ``do``: list, replay or drop."""
