@@ -7,8 +7,6 @@ and a public key is never taken for a shared secret. What a token says, and to w
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import hmac
 from collections.abc import Mapping
@@ -20,6 +18,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
+from edgeward.core.b64url import unb64
+
 MAX_TOKEN = 16 * 1024
 ASYMMETRIC = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA")
 SYMMETRIC = ("HS256", "HS384", "HS512")
@@ -28,14 +28,6 @@ _CURVES: dict[str, tuple[str, type[ec.EllipticCurve], int]] = {
     "P-256": ("ES256", ec.SECP256R1, 32),
     "P-384": ("ES384", ec.SECP384R1, 48),
 }
-
-
-def unb64(text: str) -> bytes:
-    """base64url without padding. Raises ``ValueError``."""
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), b"-_", True)
-    except binascii.Error as e:
-        raise ValueError(str(e)) from None
 
 
 def _object(text: str) -> dict[str, Any]:

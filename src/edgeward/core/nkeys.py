@@ -20,6 +20,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from edgeward.core.b64url import b64
 from edgeward.core.errors import Invalid
 
 _PREFIX = {"operator": 14 << 3, "account": 0, "user": 20 << 3, "server": 13 << 3}
@@ -93,10 +94,6 @@ class KeyPair:
         return f"KeyPair({self.public})"
 
 
-def _b64(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
-
-
 def mint(
     issuer: KeyPair, subject: str, name: str, nats: Mapping[str, Any], *, expires: int = 0, issued: int = 0
 ) -> str:
@@ -106,9 +103,9 @@ def mint(
         claims["exp"] = expires
     claims["nats"] = {**nats, "version": 2}
     claims["jti"] = base64.b32encode(hashlib.sha256(json.dumps(claims).encode()).digest()).decode().rstrip("=")
-    head = _b64(json.dumps({"typ": "JWT", "alg": "ed25519-nkey"}).encode())
-    signed = f"{head}.{_b64(json.dumps(claims).encode())}"
-    return f"{signed}.{_b64(issuer.sign(signed.encode()))}"
+    head = b64(json.dumps({"typ": "JWT", "alg": "ed25519-nkey"}).encode())
+    signed = f"{head}.{b64(json.dumps(claims).encode())}"
+    return f"{signed}.{b64(issuer.sign(signed.encode()))}"
 
 
 def claims_of(jwt: str) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from edgeward.core.b64url import b64
 from edgeward.core.errors import Invalid, Refused
 
 MAGIC = b"EDGEWARD SEALED\n"
@@ -59,16 +60,12 @@ class Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-def _b64(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
-
-
 def _raw(text: object, size: int) -> bytes:
-    """Decodes what :func:`_b64` made. Raises ``ValueError``."""
+    """Decodes what :func:`b64` made. Raises ``ValueError``."""
     if not isinstance(text, str) or len(text) > 4 * size:
         raise ValueError("no key")
     raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-    if len(raw) != size or _b64(raw) != text:
+    if len(raw) != size or b64(raw) != text:
         raise ValueError("no key")
     return raw
 
@@ -94,7 +91,7 @@ class RecoveryKey:
     def text(self) -> str:
         """One word, with a check sum, that survives paper."""
         body = self.private + self.signer
-        return _KEY_WORD + _b64(body + hashlib.sha256(body).digest()[:4])
+        return _KEY_WORD + b64(body + hashlib.sha256(body).digest()[:4])
 
     @classmethod
     def parse(cls, text: str, *, file: str = "") -> RecoveryKey:
@@ -128,7 +125,7 @@ class SealingKey:
         return key_id(self.recipient)
 
     def document(self) -> dict[str, str]:
-        return {"recipient": _b64(self.recipient), "signer": _b64(self.signer), "seed": _b64(self.seed)}
+        return {"recipient": b64(self.recipient), "signer": b64(self.signer), "seed": b64(self.seed)}
 
     @classmethod
     def parse(cls, doc: object, *, file: str = "") -> SealingKey:
@@ -174,9 +171,9 @@ class Sealer:
         header = json.dumps(
             {
                 **notes,
-                "recipient": _b64(key.recipient),
-                "signer": _b64(key.signer),
-                "ephemeral": _b64(public),
+                "recipient": b64(key.recipient),
+                "signer": b64(key.signer),
+                "ephemeral": b64(public),
             },
             sort_keys=True,
         ).encode()

@@ -8,7 +8,6 @@ steps in their order, and the network, are in ``orders.py``.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import ipaddress
 import re
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
+from edgeward.core.b64url import b64
 from edgeward.core.errors import EdgewardError, Invalid, Refused
 from edgeward.core.spans import is_address
 
@@ -140,10 +140,6 @@ def secure(url: str) -> str:
 
 
 # --- signing ----------------------------------------------------------------------------------------------------------
-
-
-def b64(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def jwk(key: Key) -> dict[str, str]:

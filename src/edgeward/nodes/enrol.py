@@ -15,8 +15,6 @@ key that held a name and lost it is barred for ever. Who signs what over HTTP is
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import hmac
 from typing import Annotated, Literal
@@ -24,6 +22,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from edgeward.core.b64url import b64, unb64
 from edgeward.core.errors import Forbidden, Invalid, NotFound, Refused
 from edgeward.core.nkeys import KeyPair, verify
 
@@ -63,7 +62,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
 def encode_token(token: Token) -> str:
     body = msgspec.msgpack.encode(token)
     check = hashlib.sha256(body).digest()[:4]
-    return TOKEN_PREFIX + base64.urlsafe_b64encode(check + body).decode().rstrip("=")
+    return TOKEN_PREFIX + b64(check + body)
 
 
 def decode_token(text: str) -> Token:
@@ -74,7 +73,7 @@ def decode_token(text: str) -> Token:
             "that is no join token", remedy=f"it begins with {TOKEN_PREFIX}; `edgeward token create` prints it"
         )
     try:
-        raw = base64.b64decode(text[len(TOKEN_PREFIX) :] + "=" * (-len(text[len(TOKEN_PREFIX) :]) % 4), b"-_", True)
+        raw = unb64(text[len(TOKEN_PREFIX) :])
         if not hmac.compare_digest(hashlib.sha256(raw[4:]).digest()[:4], raw[:4]):
             raise ValueError
         version = msgspec.msgpack.decode(raw[4:])[0]
@@ -83,7 +82,7 @@ def decode_token(text: str) -> Token:
         token = msgspec.msgpack.decode(raw[4:], type=Token)
         if len(token.secret) != 32 or len(token.pin) != 32 or not token.urls or len(token.urls) > 16:
             raise ValueError
-    except (ValueError, binascii.Error, msgspec.DecodeError, TypeError, LookupError):
+    except (ValueError, msgspec.DecodeError, TypeError, LookupError):
         raise Invalid("the join token is damaged", remedy="copy all of it, or make a new one") from None
     return token
 
