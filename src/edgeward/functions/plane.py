@@ -107,7 +107,6 @@ class FunctionsPart:
             "invoke": self._invoke,
             "functions.stats": self._stats,
             "functions.numbers": self._numbers,
-            "functions.enforced": self._enforced,
             "functions.deadletters": self._deadletters,
         }
 
@@ -312,7 +311,3 @@ class FunctionsPart:
 
     async def _numbers(self, args: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         yield await asyncio.to_thread(with_memory, self.dispatcher.numbers(str(args.get("key", ""))))
-
-    async def _enforced(self, _: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        probed = self.dispatcher.probed
-        yield {} if probed is None else {"enforced": probed.enforced, "refused": probed.refused}

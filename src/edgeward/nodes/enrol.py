@@ -221,13 +221,6 @@ class TokenFacts(msgspec.Struct, frozen=True):
     replace: bool = False
 
 
-TokenState = Literal["ready", "used", "expired"]
-
-
-def token_state(used: bool, expires: float, now: float) -> TokenState:
-    return "used" if used else "expired" if now >= expires else "ready"
-
-
 def check_ttl(ttl: float) -> float:
     if not 1.0 <= ttl <= MAX_TTL:
         raise Invalid(f"{ttl:g} s is out of range", field="$.ttl", remedy="1s to 30d; 24h unless said")
