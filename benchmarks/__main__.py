@@ -33,6 +33,7 @@ from benchmarks.common import Row, save
 
 ALL: dict[str, Callable[[], list[Row]]] = {
     "up": spine.up,
+    "edge": spine.edge,
     "apply": spine.apply,
     "memory": spine.memory,
     "restart": spine.restart,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import statistics
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 
 from benchmarks import sources
-from benchmarks.common import Row, System, answers, bare_web, percentile, process_tree, row, system, wait, web
+from benchmarks.common import PYTHON, Row, System, answers, bare_web, percentile, process_tree, row, system, wait, web
 from edgeward.core.daemon import memory_mb
 from edgeward.core.errors import EdgewardError
 from edgeward.core.natsserver import find_binary
@@ -57,6 +58,17 @@ def up() -> list[Row]:
     return [
         row("up to ready, median of 3", statistics.median(took), "s", 5, base=("two bare nats-servers", _bare_nats()))
     ]
+
+
+def edge() -> list[Row]:
+    """The demo's first act: a request answered by the site, and the same by the cloud over the emulated 4g link."""
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [PYTHON, "-m", "edgeward", "demo", "--json", "--data", str(Path(folder) / "d")]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=True)
+    r = json.loads(done.stdout.splitlines()[-1])
+    what = "a request answered at the edge, p50, part of the same by the cloud over 4g"
+    by = f"by the cloud {r['cloud_p50_ms']:g} ms, at the edge {r['edge_p50_ms']:g} ms"
+    return [row(what, r["edge_p50_ms"] / r["cloud_p50_ms"], "", 0.1, base=(by, 1.0))]
 
 
 def apply() -> list[Row]:

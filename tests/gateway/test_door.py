@@ -242,6 +242,18 @@ async def _begun(rig: Rig, c: Client) -> None:
             await asyncio.sleep(0.01)
 
 
+def test_a_customer_of_ipv6_has_many_addresses_and_one_rate(rig: Rig, client: Connect) -> None:
+    rig.route("/", rig.target(plain(b"x")).port, rate=0.001, burst=2)
+    c = client()
+    assert c.get("/").status == 200, "the door is there, and has asked as 127.0.0.1"
+    (door,) = rig.gate.doors
+    for address, status in (
+        ("2001:db8::1", 200), ("2001:db8::2", 200), ("2001:db8:0:0:ffff::3", 429), ("2001:db8:0:1::1", 200),
+    ):  # fmt: skip
+        door.client = address
+        assert c.get("/").status == status, address
+
+
 def test_a_client_that_asks_too_often(rig: Rig, client: Connect) -> None:
     target = rig.target(plain(b"x", "Cache-Control: max-age=60"))
     rig.route("/", target.port, rate=0.001, burst=3)

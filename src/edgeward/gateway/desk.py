@@ -12,6 +12,7 @@ import re
 from typing import TYPE_CHECKING
 
 from edgeward.core import clock
+from edgeward.core.throttle import source_of
 from edgeward.gateway.answers import problem_parts
 from edgeward.gateway.auth import Denied, Guard
 from edgeward.gateway.cache import Stored, choose, http_date
@@ -181,7 +182,7 @@ class Desk:
         if rule.cors is not None and is_preflight(request) and request.length == 0:
             self._preflight(request, rule, rule.cors)
             return
-        if rule.pace is not None and (wait := rule.pace.take(self.client, gate.loop.time())):
+        if rule.pace is not None and (wait := rule.pace.take(source_of(self.client), gate.loop.time())):
             after = [("retry-after", str(max(1, round(wait))))]
             why = f"more than {config.burst} requests at once, or {config.rate:g} a second (limits.rate)"
             headers = with_cors(rule.cors, request, after)
