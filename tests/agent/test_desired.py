@@ -174,3 +174,14 @@ def test_a_node_says_where_an_app_runs_that_it_does_not_run(tmp_path: Path) -> N
     assert seen[other].elsewhere(Key("App", "default", "off")) == {"phase": "Stopped"}
     assert seen[other].elsewhere(Key("App", "default", "far"))["phase"] == "Pending"
     assert seen[other].elsewhere(Key("App", "default", "never")) == {}
+
+
+def test_an_app_is_as_its_site_has_it(tmp_path: Path) -> None:
+    per_site = {"plant": {"replicas": 3, "process": {"command": ["false"]}}, "shop": {"replicas": 0}}
+    spec = {"process": {"command": ["true"]}, "perSite": per_site}
+    r = replica(tmp_path, doc("App", "web", spec), doc("App", "off", {**spec, "perSite": {"plant": {"replicas": 0}}}))
+    found = [Desired(r, n, "plant").apps() for n in ("plant-1", "plant-2")]
+    assert sum(count for apps in found for _, count in apps.values()) == 3
+    one, _ = found[0]["default", "web"]
+    assert (one.spec.process.command, one.spec.perSite) == (["false"], {})
+    assert Desired(r, "plant-1", "plant").elsewhere(Key("App", "default", "off")) == {"phase": "Stopped"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 Program = Any
@@ -109,3 +110,18 @@ def test_overrides(edgeward: Program, hub: Any) -> None:
     assert hub.requests[-1][0] == "POST"
     assert edgeward("override", "drop", "two").stdout == "override/two dropped\n"
     edgeward("override", "drop", "two", code=5)
+
+
+def test_in_what_sites_differ(edgeward: Program, hub: Any) -> None:
+    spec = {"process": {"command": ["v1"]}, "perSite": {"berlin": {"replicas": 2, "process": {"command": ["v2"]}}}}
+    status = {"sites": {"berlin": {"wanted": 2, "running": 1, "version": "b"}, "bonn": {"wanted": 1, "running": 1}}}
+    hub.put({"kind": "App", "metadata": {"name": "web"}, "spec": spec}, status=status)
+    out = edgeward("persite", "list", "web").stdout
+    assert re.search(r"berlin +process,? ?replicas +1/2 +b\n", out), out
+    assert re.search(r"bonn +- +1/1", out), out
+    assert edgeward("persite", "promote", "web", "berlin").stdout == "app/web: site berlin promoted\n"
+    now = hub.docs["App", "default", "web"]["spec"]
+    assert now == {"process": {"command": ["v2"]}, "perSite": {"berlin": {"replicas": 2}}}
+    assert edgeward("persite", "drop", "app/web", "berlin").stdout == "app/web: site berlin dropped\n"
+    assert "perSite" not in hub.docs["App", "default", "web"]["spec"]
+    assert "says nothing of site 'berlin' alone" in edgeward("persite", "drop", "web", "berlin", code=5).stderr

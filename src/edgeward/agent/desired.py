@@ -10,6 +10,7 @@ from typing import Any
 from edgeward.agent.replica import Replica
 from edgeward.core.resource import CLUSTER, Key, Resource
 from edgeward.core.scope import NodeView, matches
+from edgeward.workloads.persite import effective, replicas_at
 from edgeward.workloads.placement import share
 
 
@@ -43,7 +44,7 @@ class Desired:
         for app in self._replica.items("App"):
             count = 0 if app.metadata.deletionTimestamp else share(app, nodes, self._node)
             if count:
-                found[app.metadata.namespace, app.metadata.name] = (app, count)
+                found[app.metadata.namespace, app.metadata.name] = (effective(app, self._site), count)
         return found
 
     def elsewhere(self, key: Key) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class Desired:
         app = self._replica.find(key)
         if app is None or app.metadata.deletionTimestamp:
             return {}
-        if not app.spec.replicas:
+        if not replicas_at(app, self._site):
             return {"phase": "Stopped"}
         nodes = self.nodes()
         found = sorted(n.metadata.name for n in nodes if share(app, nodes, n.metadata.name))

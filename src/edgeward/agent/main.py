@@ -97,7 +97,7 @@ class Agent:
         )
         self.records = SqliteRecords(data / "records.db")
         self.audit = Audit(data / "audit.db")
-        self.resources = Resources(self.replica, self.audit, self._may_write)
+        self.resources = Resources(self.replica, self.audit, self._may_write, site=self.site)
         self.link = NodeEdge(self.node, self.replica, self.records, self._flipped)
         self.link.on_strange = self._report_node
         self.desired = Desired(self.replica, self.node, self.site)

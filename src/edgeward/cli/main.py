@@ -69,6 +69,7 @@ COMMANDS: dict[str, Row] = {
     "journal": Row(f"{_CLI}.observe:journal", _SEE, "Changes that lost against the other side's."),
     "audit": Row(f"{_CLI}.observe:audit", _SEE, "Who wrote what, and when."),
     "override": Row(f"{_CLI}.overrides:app", _DATA, "What sites changed for themselves.", group=True),
+    "persite": Row(f"{_CLI}.persite:app", _DATA, "In what sites differ from an App's declaration.", group=True),
     "stream": Row(f"{_CLI}.streams:app", _DATA, "Read what sites delivered.", group=True),
     "gateway": Row(f"{_CLI}.gateway:app", _SEE, "What a node's gateway does with a request.", group=True),
     "steer": Row(f"{_CLI}.steer:steer", _SEE, "Which site serves a client, and why."),

@@ -2,13 +2,14 @@
 
 In: the namespace's quota, what is in it, and the resource that is to be written. Out: nothing, or a refusal that names
 the field and the numbers. What one resource uses is said by its kind (:attr:`~edgeward.core.registry.Kind.usage`), so
-nothing here knows an App. Replicas count per site, so sums are those of one site. A quota that is lowered below what is
-there ends nothing; it refuses growth.
+nothing here knows an App. Replicas count per site, so sums are those of one site; where a resource is not the same at
+all sites (:attr:`~edgeward.core.registry.Kind.at`), those of each site that one names are looked at. A quota that is
+lowered below what is there ends nothing; it refuses growth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from edgeward.core.errors import Invalid, Refused
 from edgeward.core.quantity import format_bytes
@@ -28,30 +29,41 @@ _REMEDY = {
 _UNBOUNDED = {"cpu": "$.spec.limits.cpu", "memory": "$.spec.limits.memory"}
 
 
-def used(resources: Iterable[Resource], leave: Key | None = None) -> dict[str, float]:
-    """What resources use together, without the one called ``leave``."""
+def used(resources: Iterable[Resource], leave: Key | None = None, site: str = "") -> dict[str, float]:
+    """What resources use together at a site, without the one called ``leave``; ``""``: at one that none names."""
     total: dict[str, float] = {}
     for r in resources:
         if r.key == leave or r.metadata.deletionTimestamp:
             continue
-        for name, value in kinds.get(r.kind).usage(r).items():
+        kind = kinds.get(r.kind)
+        for name, value in kind.usage(kind.at(r, site)).items():
             total[name] = total.get(name, 0.0) + (value or 0.0)
     return total
 
 
 def check(namespace: str, quota: Mapping[str, float], present: Iterable[Resource], new: Resource) -> None:
     """Raises when ``new`` takes more than ``quota`` leaves. ``present``: all in the namespace, ``new`` too."""
-    wanted = kinds.get(new.kind).usage(new)
+    present = list(present)
+    named = {s for r in (*present, new) for s in getattr(r.spec, "perSite", ())}
+    for site in ("", *sorted(named)):
+        _check_at(site, namespace, quota, present, new)
+
+
+def _check_at(
+    site: str, namespace: str, quota: Mapping[str, float], present: Sequence[Resource], new: Resource
+) -> None:
+    kind = kinds.get(new.kind)
+    wanted = kind.usage(kind.at(new, site))
+    where = f" at site {site}" if site else ""
     asked = {name: value for name, value in wanted.items() if name in quota}
     if not asked:
         return
-    present = list(present)
-    others = used(present, leave=new.key)
-    before = used(r for r in present if r.key == new.key)
+    others = used(present, leave=new.key, site=site)
+    before = used((r for r in present if r.key == new.key), site=site)
     for name, value in asked.items():
         if value is None:
             raise Invalid(
-                f"is required: namespace {namespace!r} has a quota of {name}",
+                f"is required{where}: namespace {namespace!r} has a quota of {name}",
                 resource=str(new.key),
                 field=_UNBOUNDED.get(name, "$.spec"),
                 remedy="set it",
@@ -59,7 +71,7 @@ def check(namespace: str, quota: Mapping[str, float], present: Iterable[Resource
         total = others.get(name, 0.0) + value
         if total > quota[name] and value > before.get(name, 0.0):
             raise Refused(
-                f"namespace {namespace!r} may have {_shown(name, quota[name])} of {name}, "
+                f"namespace {namespace!r} may have {_shown(name, quota[name])} of {name}{where}, "
                 f"it has {_shown(name, others.get(name, 0.0))} and this would take {_shown(name, value)}",
                 resource=str(new.key),
                 remedy=_REMEDY.get(name, "ask for a higher quota"),

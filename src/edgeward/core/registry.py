@@ -51,6 +51,10 @@ def _no_check(_: Resource) -> None:
     return None
 
 
+def _the_same(resource: Resource, _: str) -> Resource:
+    return resource
+
+
 def _no_usage(_: Resource) -> Mapping[str, float | None]:
     return {}
 
@@ -82,7 +86,9 @@ class Kind:
     refs: Callable[[Resource], list[Ref]] = _no_refs
     #: Checks over the whole resource; raises ``Invalid``.
     check: Callable[[Resource], None] = _no_check
-    #: What it takes of its namespace's quota (``core/quota.py``).
+    #: The resource as a site has it, where one declaration can differ by site; ``""``: a site that it does not name.
+    at: Callable[[Resource, str], Resource] = _the_same
+    #: What it takes of its namespace's quota (``core/quota.py``), of a resource as one site has it.
     usage: Callable[[Resource], Mapping[str, float | None]] = _no_usage
     columns: tuple[Column, ...] = ()
     #: Its status is made of what nodes report; nobody else writes it.

@@ -21,6 +21,7 @@ from edgeward.core.errors import Conflict, EdgewardError, Forbidden, Invalid, No
 from edgeward.core.kinds import quota_of
 from edgeward.core.registry import kinds
 from edgeward.core.resource import CLUSTER, Key, Resource, encode_stored, parse_revision
+from edgeward.core.scope import refs_at
 from edgeward.core.store import Store
 
 log = logging.getLogger("edgeward.resources")
@@ -49,9 +50,11 @@ Guard = Callable[[Resource | None, Resource | None], None]
 
 
 class Resources:
-    def __init__(self, store: Store, audit: Audit, guard: Guard | None = None) -> None:
-        """``guard`` gets (new or None, old or None) of every write and raises what may not be done here."""
+    def __init__(self, store: Store, audit: Audit, guard: Guard | None = None, *, site: str = "") -> None:
+        """``guard`` gets (new or None, old or None) of every write and raises what may not be done here. ``site``:
+        whose store it is; what a resource refers to at other sites is not there, and not its business."""
         self._guard = guard
+        self._site = site
         self.store = store
         self.audit = audit
         #: Of two writes that would each fit a quota alone, the second is checked with the first in place.
@@ -88,7 +91,7 @@ class Resources:
         if limits and not going:
             inside = [r for k in kinds for r in self.store.items(k.name, namespace) if k.namespaced]
             quota.check(namespace, limits, inside, resource)
-        for ref in () if going else kind.refs(resource):
+        for ref in () if going else refs_at(resource, self._site) if self._site else kind.refs(resource):
             if self.store.find(Key(ref.kind, ref.namespace, ref.name)) is None:
                 raise Invalid(
                     f"there is no {ref.kind} {ref.name!r}",

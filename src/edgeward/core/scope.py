@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from edgeward.core.errors import Invalid, Refused
-from edgeward.core.registry import kinds
+from edgeward.core.registry import Ref, kinds
 from edgeward.core.resource import Key, Resource
 
 
@@ -57,6 +57,12 @@ def placed_sites(resource: Resource) -> str:
     return str(getattr(getattr(resource.spec, "placement", None), "site", "") or "")
 
 
+def refs_at(resource: Resource, site: str) -> list[Ref]:
+    """What the resource refers to as the site has it: what another site has of it uses nothing here."""
+    kind = kinds.get(resource.kind)
+    return kind.refs(kind.at(resource, site))
+
+
 def view(node: NodeView, resources: Iterable[Resource]) -> dict[Key, Resource]:
     """The resources that concern ``node``, by key."""
     got: dict[Key, Resource] = {}
@@ -79,7 +85,7 @@ def view(node: NodeView, resources: Iterable[Resource]) -> dict[Key, Resource]:
         if any(Key(ref.kind, ref.namespace, ref.name) in got for ref in kinds.get(r.kind).refs(r)):
             got[r.key] = r
     for r in list(got.values()):
-        for ref in kinds.get(r.kind).refs(r):
+        for ref in refs_at(r, node.site):
             key = Key(ref.kind, ref.namespace, ref.name)
             if key in used:
                 got[key] = used[key]

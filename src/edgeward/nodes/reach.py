@@ -15,7 +15,7 @@ import msgspec
 from edgeward.core.errors import Invalid
 from edgeward.core.registry import kinds
 from edgeward.core.resource import Key, Resource, from_stored, to_stored
-from edgeward.core.scope import hub_fields, placed_sites
+from edgeward.core.scope import hub_fields, placed_sites, refs_at
 
 #: Written by the hub into a Node's status; a node's word on them counts for nothing.
 _HUBS = ("online", "since", "revoked", "notTold")
@@ -35,7 +35,7 @@ def check_refs(resource: Resource, site: str, known: Callable[[Key], bool], else
     Else a node could have any Secret sent to it by an App of its own that uses it.
     """
     kind = kinds.get(resource.kind)
-    for ref in kind.refs(resource):
+    for ref in refs_at(resource, site):
         key = Key(ref.kind, ref.namespace, ref.name)
         if not known(key):
             raise Invalid(

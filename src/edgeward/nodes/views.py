@@ -15,7 +15,7 @@ import msgspec
 
 from edgeward.core.registry import kinds
 from edgeward.core.resource import Key, Resource
-from edgeward.core.scope import NodeView, fingerprint, placed_sites, site_of, view
+from edgeward.core.scope import NodeView, fingerprint, placed_sites, refs_at, site_of, view
 from edgeward.core.store import Entry
 
 #: Kinds whose status is made at the hub and needed at the nodes.
@@ -200,7 +200,7 @@ class Views:
         uses = {
             Key(ref.kind, ref.namespace, ref.name)
             for r in (*got.values(), *follows)
-            for ref in kinds.get(r.kind).refs(r)
+            for ref in refs_at(r, site)
             if kinds.get(ref.kind).scope == "used"
         }
         for key in self._uses.get(site, set()) - uses:

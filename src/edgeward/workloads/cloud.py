@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgeward.core.resource import Resource
+from edgeward.workloads.persite import replicas_at
 from edgeward.workloads.placement import share
 
 
@@ -51,7 +52,11 @@ def fold(app: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, A
     if seen:
         # the least: what every node that runs it has taken over
         status["observedGeneration"] = min(seen)
-    if app.spec.replicas and not wanted:
+    if app.spec.perSite:
+        status["sites"] = _by_site(expected, {n.metadata.name: n.spec.site for n in nodes}, reports)
+        if empty := sorted(s for s in app.spec.perSite if s not in by_site and replicas_at(app, s)):
+            messages.append(f"no node at {', '.join(empty)} (named in perSite)")
+    if not wanted and (app.spec.replicas or any(replicas_at(app, s) for s in app.spec.perSite)):
         status["phase"] = "Pending"
         where = f"site {app.spec.placement.site}" if app.spec.placement.site else "any site"
         messages.insert(0, f"no node of {where} matches the placement")
@@ -61,6 +66,21 @@ def fold(app: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, A
     if messages:
         status["message"] = "; ".join(messages)
     return status
+
+
+def _by_site(
+    expected: Mapping[str, int], sites: Mapping[str, str], reports: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """``{site: {wanted, running, version}}`` of an App that is not the same at all sites."""
+    found: dict[str, dict[str, Any]] = {}
+    for node, count in sorted(expected.items()):
+        one = found.setdefault(sites[node], {"wanted": 0, "running": 0, "version": ""})
+        said = reports.get(node, {})
+        one["wanted"] += count
+        one["running"] += sum(i.get("phase") == "Running" for i in said.get("instances", []))
+        versions = {*one["version"].split(","), str(said.get("version", ""))} - {""}
+        one["version"] = ",".join(sorted(versions))
+    return found
 
 
 def fold_service(service: Resource, nodes: list[Resource], apps: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

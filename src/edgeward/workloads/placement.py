@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from edgeward.core.resource import Resource
 from edgeward.core.scope import takes
+from edgeward.workloads.persite import replicas_at
 
 
 def _rank(app: Resource, node: Resource) -> bytes:
@@ -21,5 +22,5 @@ def share(app: Resource, nodes_of_site: Sequence[Resource], node: str) -> int:
     names = [n.metadata.name for n in matching]
     if node not in names:
         return 0
-    each, rest = divmod(app.spec.replicas, len(names))
-    return int(each) + (1 if names.index(node) < rest else 0)
+    each, rest = divmod(replicas_at(app, matching[0].spec.site), len(names))
+    return each + (1 if names.index(node) < rest else 0)

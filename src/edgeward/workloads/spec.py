@@ -14,6 +14,7 @@ from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import Resource
+from edgeward.workloads.persite import checked, effective, with_sites
 
 Duration = Annotated[str, Meta(pattern=DURATION_PATTERN)] | float | int
 Size = Annotated[str, Meta(pattern=BYTES_PATTERN)] | int
@@ -128,6 +129,14 @@ class AppSpec(Declared):
     process: Annotated[Process | None, Meta(description="Runs a program of the node")] = None
     placement: Annotated[Placement, Meta(description="Where")] = msgspec.field(default_factory=Placement)
     replicas: Annotated[int, Meta(description="Instances per site, over its matching nodes", ge=0, le=1000)] = 1
+    perSite: Annotated[
+        dict[str, dict[str, Any]],
+        Meta(
+            description="What single sites have otherwise: site to a merge patch (RFC 7396) of this spec, e.g. "
+            "replicas; all but placement",
+            max_length=1000,
+        ),
+    ] = {}
     ports: Annotated[list[Port], Meta(description="What it listens on")] = []
     envFrom: Annotated[list[EnvFrom], Meta(description="Environment from Configs and Secrets")] = []
     files: Annotated[list[File], Meta(description="Files from Configs and Secrets")] = []
@@ -304,9 +313,11 @@ kinds.add(
         reported=True,
         doc="A program kept running at sites.",
         scope="placed",
-        check=_check_app,
-        refs=_app_refs,
+        newer={"perSite": 2},
+        check=checked(_check_app),
+        refs=with_sites(_app_refs),
         usage=_app_usage,
+        at=effective,
         columns=(
             Column("PHASE", lambda d: d.get("status", {}).get("phase", "Pending")),
             Column("READY", _ready),
