@@ -1,0 +1,95 @@
+"""When checks are due, and what they add up to."""
+
+from __future__ import annotations
+
+import math
+
+from tests.nodes.council import World
+
+from edgeward.nodes.probing import Check, Look, Probes
+
+PING = Check("ping", weight=1.0, interval=5.0, retries=2)
+WEB = Check("tcp", weight=2.0, port=80, interval=5.0, retries=0)
+
+
+def probes(*checks: Check, agent: float = 1.0) -> Probes:
+    made = Probes()
+    made.set(checks, agent, ["b"], 0.0)
+    return made
+
+
+def test_without_checks_only_reports_count() -> None:
+    assert probes().works("b", True) is None
+    assert probes().next() == math.inf
+
+
+def test_looks_are_due_once_and_again_after_their_result() -> None:
+    p = probes(PING, WEB)
+    assert p.due(0.0) == [Look("b", 0), Look("b", 1)]
+    assert p.due(1.0) == [], "they are out"
+    p.result(Look("b", 0), True, 1.0)
+    assert p.next() == 6.0
+    assert p.due(6.0) == [Look("b", 0)]
+
+
+def test_a_check_fails_after_its_retries_and_returns_after_two_successes() -> None:
+    p = probes(PING)
+    look = Look("b", 0)
+    p.result(look, True, 0.0)
+    for n in range(2):
+        p.result(look, False, n)
+        assert p.works("b", False) == 0.5
+        assert p.next() == n + 1.0, "what fails is looked at again soon"
+    p.result(look, False, 3.0)
+    assert p.works("b", False) == 0.0
+    assert p.failing("b") == ["ping"]
+    p.result(look, True, 4.0)
+    assert p.works("b", False) == 0.0
+    p.result(look, True, 5.0)
+    assert p.works("b", False) == 0.5
+
+
+def test_weights_add_up_and_unknown_ones_do_not_count() -> None:
+    p = probes(PING, WEB)
+    assert p.works("b", True) == 1.0
+    p.result(Look("b", 1), False, 0.0)
+    assert p.works("b", True) == 1 / 3
+    p.result(Look("b", 0), True, 1.0)
+    assert p.works("b", True) == 0.5
+    assert p.failing("b") == ["tcp:80"]
+
+
+def test_changed_checks_start_anew() -> None:
+    p = probes(PING)
+    p.due(0.0)
+    p.set([WEB], 1.0, ["b", "c"], 3.0)
+    p.result(Look("b", 0), True, 3.0)
+    assert p.due(3.0) == [Look("c", 0)]
+    p.set([WEB], 1.0, ["c"], 3.0)
+    p.result(Look("b", 0), True, 3.0)
+    assert p.failing("b") == []
+
+
+def test_a_machine_that_answers_is_not_dead_where_its_site_says_so() -> None:
+    """The agent is silent, its machine answers pings of more weight: unknown, so nothing moves."""
+    world = World(("a", "b", "c"))
+    world.run(6)
+    world.alive -= {"c"}
+    for name in "ab":
+        world.councils[name].checked("c", 0.75)
+    world.run(20)
+    assert world.states("a")["c"] == "unknown"
+    for name in "ab":
+        world.councils[name].checked("c", 0.25)
+    world.run(20)
+    assert world.states("a")["c"] == "dead"
+
+
+def test_a_majority_that_finds_no_answer_overrules_a_node_that_only_reports() -> None:
+    world = World(("a", "b", "c"))
+    world.run(6)
+    for name in "ab":
+        world.councils[name].checked("c", 0.25)
+    world.run(6)
+    assert world.states("a")["c"] == "dead"
+    assert world.states("b")["c"] == "dead"
