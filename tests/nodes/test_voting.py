@@ -1,4 +1,4 @@
-"""The vote in accelerated time: every partition times every set of killed nodes against an oracle; and what goes wrong."""
+"""The vote in accelerated time: every partition times every set of killed nodes against an oracle; liars, loss."""
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@ verdict for each node of the site, and what is to be said or passed on next. The
 signs.
 
 *Alive* needs a proof: a report, signed by the node itself, newer than any before. Nobody's word can stand in for it, so
-a liar cannot keep a dead node alive. *Dead* needs votes: more than half of all the site's nodes must miss the node, each
-saying so in a report of its own that is not old, so a liar cannot kill, and a part of the site that is not the majority
-decides nothing: to it all are *unknown*. Exactly half of them are enough where the hub cannot reach the missing one
-either. What was decided stands until a majority decides otherwise.
+a liar cannot keep a dead node alive. *Dead* needs votes: more than half of all the site's nodes must miss the node,
+each saying so in a report of its own that is not old, so a liar cannot kill, and a part of the site that is not the
+majority decides nothing: to it all are *unknown*. Exactly half of them are enough where the hub cannot reach the
+missing one either. What was decided stands until a majority decides otherwise.
 
 Two clocks come in: ``now`` is this node's monotonic one; a report carries its sender's steady one, of which only the
 advance is used: clocks may be wrong by any amount.
