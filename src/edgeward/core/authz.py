@@ -17,7 +17,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from edgeward.core import passage
 from edgeward.core.errors import EdgewardError, Forbidden
+from edgeward.core.passage import Passage
 from edgeward.core.selectors import parse_labels
 
 #: Every verb that a call can need, and what it stands for.
@@ -45,6 +47,7 @@ VERBS: Mapping[str, str] = {
     "metrics": "read the process's metrics from another machine",
     "backup": "make a backup, or a support bundle",
     "exec": "run something inside an app",
+    "tunnel": "reach a node through its tunnel; `tunnel:tcp:22`, `tunnel:exec` and the like for a part of it",
 }
 #: In a rule: every verb, kind or namespace, those of later releases too.
 ANY = "*"
@@ -54,6 +57,13 @@ WORK = "@work"
 SENSITIVE = frozenset({"Role", "AccessToken", "JoinToken", "Node", "Hub"})
 HUB = "Hub"
 
+#: What stands before a part of the verb ``tunnel`` (``core/passage.py``).
+TUNNEL = "tunnel"
+_PART = TUNNEL + ":"
+#: Uses of a tunnel that run something at the node or read its files: the verb ``exec`` on Node, or a part that names
+#: them, not ``tunnel`` as a whole.
+PROGRAMS = frozenset({"exec", "shell", "copy"})
+
 _MOST = 32
 Words = Annotated[list[str], Meta(max_length=_MOST)]
 
@@ -61,7 +71,7 @@ Words = Annotated[list[str], Meta(max_length=_MOST)]
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Allows the verbs on the kinds, in the namespaces, of objects that the selector takes."""
 
-    verbs: Annotated[Words, Meta(description="Verbs, e.g. get, list, logs; `*` is every verb")]
+    verbs: Annotated[Words, Meta(description="Verbs, e.g. get, list, logs, `tunnel:tcp:22`; `*` is every verb")]
     kinds: Annotated[
         Words, Meta(description="Kinds, e.g. App; `*` is every kind, `@work` all but those about access; `Hub`")
     ]
@@ -83,10 +93,13 @@ class Ask:
     namespace: str | None = None
     name: str = ""
     labels: Mapping[str, str] | None = None
+    #: Of the verb ``tunnel``: what for. None: for anything at all.
+    use: Passage | None = None
 
     def __str__(self) -> str:
         where = f" in namespace {self.namespace}" if self.namespace not in (None, "_", "default") else ""
-        return f"{self.verb} {self.kind}" + (f" {self.name}" if self.name else "") + where
+        use = f" for {self.use}" if self.use is not None else ""
+        return f"{self.verb} {self.kind}" + (f" {self.name}" if self.name else "") + where + use
 
 
 @lru_cache(maxsize=1024)
@@ -97,8 +110,35 @@ def _selector(text: str) -> Callable[[Mapping[str, str]], bool]:
         return lambda _: False  # a newer release's selector: what is not understood allows nothing
 
 
-def _has_verb(rule: Rule, verb: str) -> bool:
-    return verb in rule.verbs or ANY in rule.verbs
+def _has_verb(rule: Rule, verb: str, use: Passage | None = None) -> bool:
+    return ANY in rule.verbs or (verb in rule.verbs and (use is None or use.protocol not in PROGRAMS))
+
+
+def _parts_of_tunnel(rule: Rule) -> list[str]:
+    return [v.removeprefix(_PART) for v in rule.verbs if v.startswith(_PART)]
+
+
+def _may_use(rule: Rule, ask: Ask) -> bool:
+    """Whether the verb ``exec`` or a part of the verb ``tunnel`` is enough."""
+    if ask.use is not None and ask.use.protocol in PROGRAMS and "exec" in rule.verbs and ask.verb == TUNNEL:
+        return True
+    parts = _parts_of_tunnel(rule) if ask.verb == TUNNEL else []
+    return bool(parts) and (ask.use is None or passage.allowed(parts, ask.use))
+
+
+def _covers_verb(rule: Rule, verb: str) -> bool:
+    """Whether the rule has all of a verb, which may be a part of ``tunnel``."""
+    if ANY in rule.verbs or verb == ANY:
+        return ANY in rule.verbs
+    if verb in rule.verbs:
+        return True
+    if not verb.startswith(_PART):
+        return False
+    part = verb.removeprefix(_PART)
+    protocol = part.partition(":")[0]
+    if protocol in PROGRAMS:
+        return "exec" in rule.verbs or passage.covered(_parts_of_tunnel(rule), part)
+    return (TUNNEL in rule.verbs and protocol != ANY) or passage.covered(_parts_of_tunnel(rule), part)
 
 
 def _has_kind(rule: Rule, kind: str) -> bool:
@@ -113,7 +153,11 @@ def _has_namespace(rule: Rule, namespace: str | None) -> bool:
 
 def allows(rule: Rule, ask: Ask) -> bool:
     """Whether this rule allows the call. Unknown labels are taken by no selector."""
-    if not (_has_verb(rule, ask.verb) and _has_kind(rule, ask.kind) and _has_namespace(rule, ask.namespace)):
+    if not (
+        (_has_verb(rule, ask.verb, ask.use) or _may_use(rule, ask))
+        and _has_kind(rule, ask.kind)
+        and _has_namespace(rule, ask.namespace)
+    ):
         return False
     if not rule.labelSelector.strip():
         return True
@@ -128,7 +172,7 @@ def decide(rules: Iterable[Rule], ask: Ask) -> bool:
 def perhaps(rules: Iterable[Rule], verb: str, kind: str, namespace: str | None = None) -> bool:
     """Whether some object of that sort may be touched so: else a list is refused, not empty."""
     return any(
-        _has_verb(rule, verb)
+        (_has_verb(rule, verb) or _may_use(rule, Ask(verb, kind)))
         and _has_kind(rule, kind)
         and (bool(rule.namespaces) if namespace is None else _has_namespace(rule, namespace))
         for rule in rules
@@ -154,14 +198,14 @@ def beyond(have: Iterable[Rule], want: Iterable[Rule]) -> Ask | None:
     for rule in want:
         near = [h for h in mine if _within(h, rule)]
         if any(
-            all(_has_verb(h, v) if v != ANY else ANY in h.verbs for v in rule.verbs)
+            all(_covers_verb(h, v) for v in rule.verbs)
             and all(_has_kind(h, k) for k in rule.kinds)
             and all(ANY in h.namespaces or n in h.namespaces for n in rule.namespaces)
             for h in near
         ):
             continue
         for verb in dict.fromkeys(rule.verbs):
-            able = [h for h in near if (ANY in h.verbs or (verb != ANY and verb in h.verbs))]
+            able = [h for h in near if _covers_verb(h, verb)]
             for kind in dict.fromkeys(rule.kinds):
                 fit = [h for h in able if _has_kind(h, kind)]
                 for namespace in dict.fromkeys(rule.namespaces):

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from edgeward.core import clock
-from edgeward.core.authz import ANY, BUILT_IN, HUB, VERBS, WORK, Rule
+from edgeward.core import clock, passage
+from edgeward.core.authz import ANY, BUILT_IN, HUB, TUNNEL, VERBS, WORK, Rule
 from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import CLUSTER, Metadata, Resource, check_name
@@ -42,6 +42,14 @@ class AccessTokenSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=
     description: Annotated[str, Meta(description="Who has it, and what for", max_length=1024)] = ""
 
 
+def _check_part(text: str, where: str) -> None:
+    try:
+        passage.parse(text)
+    except EdgewardError as e:
+        e.field = where
+        raise
+
+
 def _check_role(r: Resource) -> None:
     built_in = BUILT_IN.get(r.metadata.name)
     if built_in is not None and tuple(r.spec.rules) != built_in:
@@ -49,7 +57,9 @@ def _check_role(r: Resource) -> None:
     for n, rule in enumerate(r.spec.rules):
         where = f"$.spec.rules[{n}]"
         for verb in rule.verbs:
-            if verb != ANY and verb not in VERBS:
+            if verb.startswith(f"{TUNNEL}:"):
+                _check_part(verb.removeprefix(f"{TUNNEL}:"), f"{where}.verbs")
+            elif verb != ANY and verb not in VERBS:
                 raise Invalid(f"there is no verb {verb[:40]!r}", field=f"{where}.verbs", remedy=", ".join(VERBS))
         for kind in rule.kinds:
             if kind not in (ANY, WORK, HUB):
