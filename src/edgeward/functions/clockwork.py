@@ -17,10 +17,10 @@ from zoneinfo import ZoneInfo
 import msgspec
 
 from edgeward.core import clock
+from edgeward.core.cron import Schedule, Timer
 from edgeward.core.errors import EdgewardError
 from edgeward.core.files import read_json, write_atomic
 from edgeward.core.invocation import Call, CallFailed, Event, Reply
-from edgeward.functions.cron import Schedule, Timer
 from edgeward.functions.versions import CronPlan
 
 log = logging.getLogger("edgeward.functions")

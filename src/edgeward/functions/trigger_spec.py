@@ -12,11 +12,11 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from msgspec import Meta
 
+from edgeward.core.cron import Schedule
 from edgeward.core.declared import Declared
 from edgeward.core.errors import Invalid
 from edgeward.core.quantity import DURATION_PATTERN, parse_duration
 from edgeward.core.topics import check_filter, check_subject
-from edgeward.functions.cron import Schedule
 from edgeward.functions.triggers import takings_of
 
 Duration = Annotated[str, Meta(pattern=DURATION_PATTERN)] | float | int

@@ -44,6 +44,7 @@ from edgeward.workloads.process import Runtime
 from edgeward.workloads.reader import LogReader
 from edgeward.workloads.spec import AppSpec
 from edgeward.workloads.state import KEEP, InstanceRow, WorkloadState
+from edgeward.workloads.times import Look, look
 from edgeward.workloads.usage import Meter
 from edgeward.workloads.watch import Watch
 from edgeward.workloads.wish import Source, digest, rules_of, snapshot
@@ -199,6 +200,9 @@ class AppsEdge:
                 wanted = state.candidate or state.current or ""
                 may_start = bool(wanted)
         again: float | None = None
+        timed = self._timed(key, found[0], state, wanted, rules) if found is not None and wanted else None
+        if timed is not None:
+            wanted, may_start, again = timed.version, may_start and state.due, timed.again
         for _ in range(20):
             instances = self._live.setdefault(key, {})
             now = [seen(i) for i in instances.values()]
@@ -208,7 +212,7 @@ class AppsEdge:
                 p = plan(wanted, rules, state, now, clock.steady(), may_start=may_start)
             done = await self._act(key, state, p, rules, wanted)
             if p.look_at != float("inf"):
-                again = max(0.0, p.look_at - clock.steady())
+                again = min(max(0.0, p.look_at - clock.steady()), timed.again if timed else float("inf"))
             if not done or (p.actions and isinstance(p.actions[-1], Gone)):
                 break
         else:
@@ -221,8 +225,30 @@ class AppsEdge:
             again = 0.2  # what it depends on tells by its phase, looked at again soon
         generation = found[0].metadata.generation if found else 0
         waits = f"waits for {', '.join(waits_for)}" if p.waits and waits_for else ""
+        if timed is not None and found is not None and state.due:  # the run may be over now
+            timed = self._timed(key, found[0], state, timed.version, rules) or timed
+            again = min(timed.again, again or timed.again) if not timed.began else 0.0
+        if timed is not None and not state.due:
+            p.phase = "Stopped"
+            message = message or "; ".join(
+                filter(None, (self._messages.get(key, ""), f"runs next at {clock.timestamp(timed.next)}"))
+            )
         self._tell(key, state, p, generation, message or p.message or waits or self._messages.get(key, ""))
         return again
+
+    def _timed(self, key: AppKey, app: Resource, state: State, wanted: str, rules: Rules) -> Look | None:
+        """What an App with a schedule is to do now; None for one that has none."""
+        if app.spec.schedule is None:
+            return None
+        was = msgspec.json.encode(state)
+        now = look(app.spec.schedule, state, wanted, rules.replicas, bool(self._live.get(key)), clock.now())
+        if msgspec.json.encode(state) != was:
+            self._save(key, state)
+        if now.began:
+            self._event("Normal", "RunBegins", f"a run of version {now.version[:8]}", *key)
+        if now.left_out:
+            self._event("Warning", "RunLeftOut", "the run before it still goes on", *key)
+        return now
 
     async def _act(self, key: AppKey, state: State, p: Plan, rules: Rules, wanted: str | None) -> bool:
         """Does the plan's actions; True when there is reason to plan again at once."""

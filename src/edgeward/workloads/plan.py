@@ -45,6 +45,9 @@ class State(msgspec.Struct):
     slots: dict[str, Slot] = {}
     #: When the current version took over.
     switched_at: float = 0.0
+    #: Of an App with a schedule: the time that was last run or passed over (Unix), and whether a run is not over yet.
+    ran: float = 0.0
+    due: bool = False
 
 
 class Seen(msgspec.Struct):

@@ -15,6 +15,7 @@ from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes,
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import Resource
 from edgeward.workloads.persite import checked, effective, with_sites
+from edgeward.workloads.times import Times, check_times
 
 Duration = Annotated[str, Meta(pattern=DURATION_PATTERN)] | float | int
 Size = Annotated[str, Meta(pattern=BYTES_PATTERN)] | int
@@ -145,6 +146,9 @@ class AppSpec(Declared):
     restart: Annotated[Restart, Meta(description="When it ends by itself")] = msgspec.field(default_factory=Restart)
     stop: Annotated[Stop, Meta(description="How it is ended")] = msgspec.field(default_factory=Stop)
     logs: Annotated[Logs, Meta(description="What is kept of its output")] = msgspec.field(default_factory=Logs)
+    schedule: Annotated[
+        Times | None, Meta(description="It runs at times and ends by itself; left out: it is kept running")
+    ] = None
     dependsOn: Annotated[
         list[str],
         Meta(
@@ -250,6 +254,8 @@ def _check_app(r: Resource) -> None:
     for n, e in enumerate(spec.envFrom):
         if bool(e.config) == bool(e.secret):
             raise Invalid("name a config or a secret", field=f"$.spec.envFrom[{n}]", remedy="exactly one of the two")
+    if spec.schedule is not None:
+        check_times(spec.schedule, spec.restart.policy)
     for part in ("health", "restart", "stop"):
         _durations(getattr(spec, part), f"$.spec.{part}")
     _sizes(spec)
@@ -313,7 +319,7 @@ kinds.add(
         reported=True,
         doc="A program kept running at sites.",
         scope="placed",
-        newer={"perSite": 2},
+        newer={"perSite": 2, "schedule": 2},
         check=checked(_check_app),
         refs=with_sites(_app_refs),
         usage=_app_usage,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeward.functions.cron import Schedule, Timer
+from edgeward.core.cron import Schedule, Timer
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
