@@ -15,6 +15,8 @@ def test_every_number_has_a_name_and_a_meaning() -> None:
         pending=2,
         memory=2.0**20,
         uptime=9.5,
+        mesh={"said": 8, "otherSite": 1},
+        peers=(2, 1),
     )
     assert found == {
         "edgeward_agent_revision": 7.0,
@@ -23,6 +25,10 @@ def test_every_number_has_a_name_and_a_meaning() -> None:
         "edgeward_agent_memory_bytes": 1048576.0,
         "edgeward_agent_uptime_seconds": 9.5,
         "edgeward_link_up": 1.0,
+        "edgeward_mesh_peers": 2.0,
+        "edgeward_mesh_linked": 1.0,
+        "edgeward_mesh_said_total": 8.0,
+        "edgeward_mesh_other_site_total": 1.0,
         "edgeward_link_beats_total": 4.0,
         "edgeward_link_full_syncs_total": 1.0,
         'edgeward_outbox_accepted_total{queue="a"}': 5.0,

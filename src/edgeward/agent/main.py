@@ -60,6 +60,8 @@ from edgeward.nodes.calls import CallServer
 from edgeward.nodes.door import Door
 from edgeward.nodes.edge import NodeEdge
 from edgeward.nodes.enrol_edge import Renewer, doors_of
+from edgeward.nodes.mesh import Mesh, settings_of
+from edgeward.nodes.mesh_wire import Known, known_of
 from edgeward.nodes.older import check_level
 from edgeward.nodes.wan import LinkWatch, redial
 from edgeward.streams.edge import ExportsEdge
@@ -111,6 +113,17 @@ class Agent:
             spawn=self._spawn,
             happened=self._happened,
         )
+        self.mesh = Mesh(
+            self.node,
+            self.site,
+            self.identity,
+            data / "mesh.json",
+            settings_of(config.get("mesh"), self.bind, self.address),
+            self._neighbours,
+            event=self.reports.event,
+            changed=lambda: self._report_node() if self._ready else None,
+        )
+        self.replica.listen(lambda change: self._spawn(self._look()) if change.key.kind == "Node" else None)
         self.apps = AppsEdge(
             node=self.node,
             site=self.site,
@@ -201,7 +214,7 @@ class Agent:
             async with server:
                 self.api_socket.chmod(0o600)
                 os.umask(old_umask)
-                works = [self.apps.run, self.plane.run, self.changes.run]
+                works = [self.mesh.run, self.apps.run, self.plane.run, self.changes.run]
                 works += [self._messages, self._token_uses, self._anchor, self.stock.run, self.orders.run]
                 if (listener := self.listener) is not None:
                     open_api = self._api(self._bearer)
@@ -333,6 +346,7 @@ class Agent:
         self.reports.event("Normal", "CredentialsRenewed", "the hub renewed this node's credentials")
         if self.listener is not None:
             self.listener.renewed()
+        self.mesh.renewed()
         self.plane.poke()  # Listeners may show the node's own certificate
         if await self.broker.dial_again(changed):
             self._say()
@@ -410,8 +424,19 @@ class Agent:
         )
 
     def _report_node(self) -> None:
-        about = about_node(self.address, self.apps, self.vault, self.link, self.replica, self._audit_head())
-        self.link.report_node(about)
+        self.link.report_node(
+            about_node(
+                self.address, self.apps, self.vault, self.link, self.replica, self._audit_head(), self.mesh.status()
+            )
+        )
+
+    def _neighbours(self) -> list[Known]:
+        """The nodes of this site, by the hub's word alone: what is written here makes nobody one of them."""
+        said = [(n.metadata.name, s) for n, s in self.replica.from_hub("Node") if n.spec.site == self.site]
+        return [known for node, status in said if (known := known_of(node, status)) is not None]
+
+    async def _look(self) -> None:
+        self.mesh.look()
 
     def _now(self) -> float:
         """The hub's time, as far as it is known: a token does not live longer because this box's clock is wrong."""
@@ -437,6 +462,8 @@ class Agent:
             pending=len(self.replica.pending()),
             memory=daemon.memory_mb(os.getpid()) * 2**20,
             uptime=clock.monotonic() - daemon.STARTED,
+            mesh=self.mesh.counters,
+            peers=(len(peers := self.mesh.peers()), sum(p.linked for p in peers.values())),
         )
         of_gateway, meanings = await self.doors.metrics()
         with contextlib.suppress(EdgewardError):  # a plane that does not answer has no numbers

@@ -27,6 +27,23 @@ HELP = {
     "edgeward_link_full_syncs_total": "Syncs that began from nothing.",
     "edgeward_link_pushed_total": "Local changes sent to the hub.",
     "edgeward_link_reports_total": "Reports of state.",
+    "edgeward_mesh_peers": "Other nodes of the site.",
+    "edgeward_mesh_linked": "Other nodes of the site with which keys were agreed on.",
+    "edgeward_mesh_said_total": "Datagrams sent to other nodes of the site.",
+    "edgeward_mesh_heard_total": "Datagrams of other nodes of the site that counted.",
+    "edgeward_mesh_cards_total": "Cards of runs of other nodes.",
+    "edgeward_mesh_garbage_total": "Datagrams that are none of ours.",
+    "edgeward_mesh_strange_total": "Datagrams of a node, or a run of one, that is not known here.",
+    "edgeward_mesh_other_site_total": "Cards of nodes that name another site.",
+    "edgeward_mesh_forged_total": "Datagrams that the node they name did not make.",
+    "edgeward_mesh_replayed_total": "Datagrams that had come before.",
+    "edgeward_mesh_future_total": "Datagrams dated later than they came.",
+    "edgeward_mesh_stale_total": "Datagrams that were held back.",
+    "edgeward_mesh_early_total": "Datagrams dropped because their sender's clock was not measured yet.",
+    "edgeward_mesh_flooded_total": "Datagrams and connections dropped because too many came.",
+    "edgeward_mesh_answered_total": "Questions of other nodes of the site.",
+    "edgeward_mesh_refused_total": "Connections that did not prove to be a node of the site.",
+    "edgeward_mesh_unsent_total": "Datagrams that could not be sent.",
     "edgeward_outbox_accepted_total": "Readings taken into the queue.",
     "edgeward_outbox_forwarded_total": "Readings that the hub acknowledged.",
     "edgeward_outbox_pending": "Readings that wait for the hub.",
@@ -49,11 +66,15 @@ def numbers(
     pending: int,
     memory: float,
     uptime: float,
+    mesh: Mapping[str, int],
+    peers: tuple[int, int],
 ) -> dict[str, float]:
     """The samples by their names. ``queues``: the outbox's counters, queue by queue; ``memory`` in bytes, ``uptime`` in
-    seconds."""
+    seconds; ``peers``: other nodes of the site, and those that are linked."""
     values = {f"edgeward_agent_{k}": float(v) for k, v in replica.items()}
     values |= {f"edgeward_link_{k}_total": float(v) for k, v in link.items()}
+    values |= {f"edgeward_mesh_{'other_site' if k == 'otherSite' else k}_total": float(v) for k, v in mesh.items()}
+    values["edgeward_mesh_peers"], values["edgeward_mesh_linked"] = map(float, peers)
     values["edgeward_link_up"] = float(online)
     values["edgeward_agent_pending_changes"] = float(pending)
     values["edgeward_agent_memory_bytes"] = memory

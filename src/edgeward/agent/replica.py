@@ -381,6 +381,10 @@ class Replica(Store):
         held = {k: r.hub_revision for k, r in self._rows.items() if r.hub is not None}
         return fingerprint((held | {k: revision for k, (revision, _) in self._strange.items()}).items())
 
+    def from_hub(self, kind: str) -> list[tuple[Resource, dict[str, Any]]]:
+        """The hub's own word of each object of a kind, and its status there: whatever was changed here meanwhile."""
+        return [(r.hub, r.hub_status) for k, r in self._rows.items() if k.kind == kind and r.hub is not None]
+
     def hub_keys(self) -> list[Key]:
         """All that the hub's side holds."""
         return [*(k for k, r in self._rows.items() if r.hub is not None and k not in self._strange), *self._strange]

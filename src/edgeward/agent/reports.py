@@ -80,12 +80,19 @@ class Reports:
 
 
 def about_node(
-    address: str, apps: AppsEdge, vault: Vault, link: NodeEdge, replica: Replica, head: Head | None
+    address: str,
+    apps: AppsEdge,
+    vault: Vault,
+    link: NodeEdge,
+    replica: Replica,
+    head: Head | None,
+    mesh: dict[str, Any],
 ) -> dict[str, Any]:
-    """What the node reports of itself. ``head``: the newest entry of its audit trail."""
+    """What the node reports of itself. ``head``: the newest entry of its audit trail; ``mesh``: the mesh's members."""
     return {
         "version": __version__,
         "address": address,
+        **mesh,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "enforced": apps.enforced(),
