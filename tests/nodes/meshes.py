@@ -13,7 +13,8 @@ from tests.core.pair import until
 from edgeward.core.certs import check_csr, key_pem, make_csr, new_key, pem
 from edgeward.core.identity import HubIdentity, NodeIdentity
 from edgeward.core.nkeys import public_raw
-from edgeward.nodes.mesh import Mesh, Settings
+from edgeward.nodes.mesh import Mesh
+from edgeward.nodes.mesh_sockets import Settings
 from edgeward.nodes.mesh_wire import Known, address_of
 
 

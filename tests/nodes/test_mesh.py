@@ -20,7 +20,8 @@ from tests.nodes.meshes import Site, enrol
 from edgeward.core.errors import Conflict, EdgewardError, Refused, Unreachable
 from edgeward.core.identity import NodeIdentity
 from edgeward.core.nkeys import public_raw
-from edgeward.nodes.mesh import Mesh, Settings, settings_of
+from edgeward.nodes.mesh import Mesh
+from edgeward.nodes.mesh_sockets import Settings, joined, settings_of
 from edgeward.nodes.mesh_tcp import MOST, Papers
 from edgeward.nodes.mesh_wire import Address, Heard, Known, address_of, sealed, shown, to_sign_certificate
 
@@ -481,10 +482,31 @@ def test_a_kept_port_that_somebody_took_is_changed(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
+def test_those_whose_place_nobody_knows_are_called(tmp_path: Path) -> None:
+    async def body() -> None:
+        site = Site(tmp_path)
+        called = Settings("127.0.0.1", multicast=True)
+        for name in "ab":
+            site.make(name, settings=called)
+        site._changed = lambda name: None  # type: ignore[method-assign]  # the hub tells nobody where they are
+        site.look()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                joined("127.0.0.1", probe).close()
+            except OSError as e:
+                pytest.skip(f"no multicast on the loopback here: {e}")
+        async with site.running():
+            assert all(k.address is None for k in site.told.values())
+            await site.linked()
+
+    asyncio.run(body())
+
+
 def test_what_node_json_says() -> None:
     assert settings_of(None, "127.0.0.1", "127.0.0.1") == Settings("127.0.0.1", 0, "127.0.0.1")
     assert settings_of({"listen": "10.0.0.1:700"}, "127.0.0.1", "x") == Settings("10.0.0.1", 700, "10.0.0.1")
     assert settings_of({"listen": "[::]:700"}, "::", "10.0.0.9").address == "10.0.0.9"
+    assert settings_of({"multicast": True}, "127.0.0.1", "x").multicast
     assert settings_of({"listen": ""}, "127.0.0.1", "x").host == ""
     assert "$.mesh.listen" in settings_of({"listen": "nonsense"}, "127.0.0.1", "x").problem
 

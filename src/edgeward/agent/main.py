@@ -60,7 +60,8 @@ from edgeward.nodes.calls import CallServer
 from edgeward.nodes.door import Door
 from edgeward.nodes.edge import NodeEdge
 from edgeward.nodes.enrol_edge import Renewer, doors_of
-from edgeward.nodes.mesh import Mesh, settings_of
+from edgeward.nodes.mesh import Mesh
+from edgeward.nodes.mesh_sockets import settings_of
 from edgeward.nodes.mesh_wire import Known, known_of
 from edgeward.nodes.older import check_level
 from edgeward.nodes.wan import LinkWatch, redial

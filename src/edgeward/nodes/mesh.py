@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import errno
 import hashlib
-import ipaddress
 import logging
 import socket
 from collections import OrderedDict
@@ -31,6 +30,7 @@ from edgeward.core.identity import NodeIdentity
 from edgeward.core.natsserver import free_port
 from edgeward.core.nkeys import public_raw
 from edgeward.nodes.mesh_links import Links
+from edgeward.nodes.mesh_sockets import GROUP, Datagrams, Settings, both, is_ip, joined
 from edgeward.nodes.mesh_tcp import Handler, Papers, Requests, whole
 from edgeward.nodes.mesh_wire import (
     Address,
@@ -51,40 +51,13 @@ log = logging.getLogger("edgeward.mesh")
 Hear = Callable[[str, bytes, Heard], None]
 Event = Callable[[str, str, str], None]
 
-#: Seconds between two tries to listen; two looks at whom the hub names; two writes of where peers are.
-_AGAIN, _LOOK, _KEEP = 5.0, 5.0, 60.0
+#: Seconds between two tries to listen; two looks at whom the hub names; two writes of where peers are; two calls to
+#: all who may hear.
+_AGAIN, _LOOK, _KEEP, _CALL = 5.0, 5.0, 60.0, 10.0
 #: Signatures that are remembered as good: reports come by many ways.
 _REMEMBERED = 4096
 #: Bytes that may wait to be sent; what comes on top of them is dropped, as a network would.
 _BACKLOG = 256 * 1024
-_REMEDY = "write ADDRESS:PORT, or nothing for a port of its own choice"
-_ALL = ("0.0.0.0", "::", "")  # noqa: S104 - compared, not bound
-
-
-class Settings(msgspec.Struct, frozen=True):
-    """``mesh`` of ``node.json``. ``host``: empty for nowhere; ``port`` 0: one of its own choice, kept."""
-
-    host: str
-    port: int = 0
-    #: What the others are told instead of ``host``.
-    address: str = ""
-    #: Why what is written cannot be done.
-    problem: str = ""
-
-
-def settings_of(given: Any, bind: str, address: str) -> Settings:
-    """What ``node.json`` says under ``mesh``. A mistake there is told and stops nothing but the mesh."""
-    config = given if isinstance(given, dict) else {}
-    listen = config.get("listen")
-    if listen is None:
-        return Settings(bind, 0, address)
-    if listen == "":
-        return Settings("")
-    at = address_of(listen)
-    if at is None:
-        wrong = f"{str(listen)[:80]!r} is no address"
-        return Settings("", problem=str(Invalid(wrong, file="node.json", field="$.mesh.listen", remedy=_REMEDY)))
-    return Settings(at[0], at[1], address if at[0] in _ALL else at[0])
 
 
 class Mesh:
@@ -252,12 +225,12 @@ class Mesh:
         """Both sockets on one port: the one that ``node.json`` names, or that of the run before, or a free one."""
         host, port = self._settings.host, self._settings.port
         if port:
-            return _both(host, port)
+            return both(host, port)
         tries = [p] if isinstance(p := self._kept.get("port"), int) else []
         tries += [free_port(host) for _ in range(8)]
         for n, port in enumerate(tries):
             try:
-                found = _both(host, port)
+                found = both(host, port)
             except OSError as e:
                 if e.errno != errno.EADDRINUSE or n == len(tries) - 1:
                     raise
@@ -271,11 +244,11 @@ class Mesh:
     async def _serve(self, udp: socket.socket, tcp: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         lost = loop.create_future()
-        transport, _ = await loop.create_datagram_endpoint(lambda: _Datagrams(self._received, lost), sock=udp)
+        transport, _ = await loop.create_datagram_endpoint(lambda: Datagrams(self._received, lost), sock=udp)
         self._transport = transport
         self._waiting = transport.get_write_buffer_size  # type: ignore[attr-defined]  # both loops' transports have it
         told = self._settings.address
-        host = told if _is_ip(told) else daemon.local(self._settings.host)
+        host = told if is_ip(told) else daemon.local(self._settings.host)
         self.address, problem, self.problem = text_of((host, tcp.getsockname()[1])), self.problem, ""
         if problem:
             self._event("Normal", "MeshUp", f"this node speaks with others of its site again, at {self.address}")
@@ -283,6 +256,8 @@ class Mesh:
         self._changed()
         try:
             async with asyncio.TaskGroup() as group:
+                if self._settings.multicast:
+                    group.create_task(self._call(udp))
                 group.create_task(self._requests.run(tcp))
                 group.create_task(self._ticks())
                 await lost
@@ -311,6 +286,28 @@ class Mesh:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(due - now, _LOOK)):
                     await self._wake.wait()
+
+    async def _call(self, udp: socket.socket) -> None:
+        """Hears those who call the whole network, and calls while somebody of the site is not linked."""
+        try:
+            sock = joined(self._settings.host, udp)
+        except OSError as e:
+            log.warning("no multicast on %s: %s", self._settings.host, e.strerror or e)
+            return
+        lost = asyncio.get_running_loop().create_future()
+        transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+            lambda: Datagrams(self._received, lost), sock=sock
+        )
+        try:
+            wait = 0.5
+            while True:
+                if not all(p.linked for p in self.peers().values()):
+                    self._links.out.append((self._links.cry(), GROUP))
+                    self._flush()
+                await asyncio.sleep(wait)  # the period
+                wait = min(_CALL, 2 * wait)
+        finally:
+            transport.abort()
 
     async def _keep_addresses(self) -> None:
         """So that a node that starts with no hub finds those that moved since it last heard the hub."""
@@ -374,43 +371,3 @@ class Mesh:
                 raise Refused("this node has no certificate yet", remedy="it comes with its enrolment")
             self._papers = Papers(self._identity, self.node)
         return self._papers
-
-
-class _Datagrams(asyncio.DatagramProtocol):
-    def __init__(self, received: Callable[[bytes, Address], None], lost: asyncio.Future[None]) -> None:
-        self._received, self._lost = received, lost
-
-    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
-        self._received(data, (str(addr[0]), int(addr[1])))
-
-    def error_received(self, exc: Exception) -> None:
-        """A peer's machine says that nobody listens there: as good as silence."""
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self._lost.done():
-            self._lost.set_result(None)
-
-
-def _both(host: str, port: int) -> tuple[socket.socket, socket.socket]:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    tcp = socket.socket(family, socket.SOCK_STREAM)
-    udp = socket.socket(family, socket.SOCK_DGRAM)
-    try:
-        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        for sock in (tcp, udp):
-            sock.setblocking(False)
-            sock.bind((host, port))
-        tcp.listen(64)
-    except BaseException:
-        tcp.close()
-        udp.close()
-        raise
-    return udp, tcp
-
-
-def _is_ip(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
