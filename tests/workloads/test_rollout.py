@@ -381,6 +381,8 @@ def test_pause_approve_cancel_and_resume() -> None:
     assert fleet.settle() == "RolledBack"
     assert fleet.running("old") == set(fleet.boxes)
     fleet.rules = msgspec.structs.replace(fleet.rules, cancelled="")
+    assert fleet.step().status.phase == "RolledBack"  # a manifest that is applied again starts nothing
+    fleet.rules = msgspec.structs.replace(fleet.rules, approved=fleet.rules.approved | {run})
     assert fleet.settle() == "Succeeded"
     assert fleet.running("new") == set(fleet.boxes)
 

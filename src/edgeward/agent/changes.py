@@ -44,9 +44,20 @@ class Changes:
         key = change.key
         if self._replica.local_change(key) or change.resource is None:
             self._link.wake_push()
-        if change.status_only and key.kind not in ("Service", "Site"):
+        if change.status_only and key.kind not in ("Service", "Site", "Rollout"):
             return
-        if key.kind in ("Site", "Route", "Listener", "Service", "App", "Node", "Function", "Config", "Secret"):
+        if key.kind in (
+            "Site",
+            "Route",
+            "Listener",
+            "Service",
+            "App",
+            "Node",
+            "Function",
+            "Config",
+            "Secret",
+            "Rollout",
+        ):
             self._plane.poke()
         if key.kind in ("Route", "Listener", "Function") and change.resource is None:
             self._link.report(key, None)
@@ -61,6 +72,6 @@ class Changes:
         elif key.kind in ("Config", "Secret", "Service"):
             for app in self._replica.items("App", key.namespace):
                 self._apps.poke(key.namespace, app.metadata.name)
-        elif key.kind in ("Node", "Override"):
+        elif key.kind in ("Node", "Override", "Rollout"):
             for app in self._replica.items("App"):
                 self._apps.poke(app.metadata.namespace, app.metadata.name)

@@ -5,9 +5,12 @@ Pure reading; every answer follows from the replica alone, so it is the same wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from edgeward.agent.replica import Replica
+from edgeward.agent.rolling import Rolling
+from edgeward.core import clock
 from edgeward.core.resource import CLUSTER, Key, Resource
 from edgeward.core.scope import NodeView, matches
 from edgeward.workloads.persite import effective, replicas_at
@@ -15,8 +18,9 @@ from edgeward.workloads.placement import share
 
 
 class Desired:
-    def __init__(self, replica: Replica, node: str, site: str) -> None:
+    def __init__(self, replica: Replica, node: str, site: str, now: Callable[[], float] = clock.now) -> None:
         self._replica = replica
+        self._rolling = Rolling(replica, node, now)
         self._node, self._site = node, site
         self._said: dict[Key, list[dict[str, Any]]] = {}
         #: Instances that served when the agent before us ended: they do until one of our own looks says otherwise.
@@ -41,9 +45,10 @@ class Desired:
         """Every App with instances on this node: (namespace, name) to (App, number of instances here)."""
         nodes = self.nodes()
         found: dict[tuple[str, str], tuple[Resource, int]] = {}
-        for app in self._replica.items("App"):
-            count = 0 if app.metadata.deletionTimestamp else share(app, nodes, self._node)
-            if count:
+        for declared in self._replica.items("App"):
+            app = self._rolling.of(declared)
+            count = 0 if app is None or app.metadata.deletionTimestamp else share(app, nodes, self._node)
+            if app is not None and count:
                 found[app.metadata.namespace, app.metadata.name] = (effective(app, self._site), count)
         return found
 
@@ -89,11 +94,9 @@ class Desired:
         # a node that its replica does not know yet is itself all the same
         labels = me.metadata.labels if me is not None else {}
         view = NodeView(self._node, self._site, (labels,))
-        return [
-            f
-            for f in self._replica.items("Function")
-            if not f.metadata.deletionTimestamp and matches(f.spec.placement, view)
-        ]
+        placed = [f for f in self._replica.items("Function") if matches(f.spec.placement, view)]
+        rolled = [self._rolling.of(f) for f in placed if not f.metadata.deletionTimestamp]
+        return [f for f in rolled if f is not None]
 
     def values(self, kind: str, namespace: str, name: str) -> tuple[dict[str, str], str] | None:
         """A Config's or Secret's data and revision."""

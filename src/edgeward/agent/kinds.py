@@ -8,6 +8,7 @@ _ROOMS = (
     "edgeward.core.kinds",
     "edgeward.nodes.spec",
     "edgeward.workloads.spec",
+    "edgeward.workloads.rollout_spec",
     "edgeward.streams.spec",
     "edgeward.functions.spec",
     "edgeward.gateway.spec",

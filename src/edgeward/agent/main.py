@@ -103,7 +103,7 @@ class Agent:
         self.resources = Resources(self.replica, self.audit, self._may_write, site=self.site)
         self.link = NodeEdge(self.node, self.replica, self.records, self._flipped)
         self.link.on_strange = self._report_node
-        self.desired = Desired(self.replica, self.node, self.site)
+        self.desired = Desired(self.replica, self.node, self.site, self._now)
         self.reports = Reports(
             self.node,
             replica=self.replica,

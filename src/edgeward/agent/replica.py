@@ -368,6 +368,11 @@ class Replica(Store):
         ]
         return sorted(got, key=lambda c: c.seq)
 
+    def hub_side(self, key: Key) -> Resource | None:
+        """The object as the hub has it, whatever this site has otherwise."""
+        row = self._rows.get(key)
+        return row.hub if row is not None else None
+
     def local_change(self, key: Key) -> bool:
         row = self._rows.get(key)
         return bool(row and row.op)

@@ -16,6 +16,7 @@ KIND_MODULES = (
     "edgeward.core.kinds",
     "edgeward.nodes.spec",
     "edgeward.workloads.spec",
+    "edgeward.workloads.rollout_spec",
     "edgeward.streams.spec",
     "edgeward.functions.spec",
     "edgeward.gateway.spec",

@@ -57,6 +57,9 @@ COMMANDS: dict[str, Row] = {
     "describe": Row(f"{_CLI}.read:describe", _RES, "Show one resource with its status and events."),
     "edit": Row(f"{_CLI}.edit:edit", _RES, "Change a resource in your editor."),
     "delete": Row(f"{_CLI}.write:delete", _RES, "Delete resources by name or by file."),
+    "rollout": Row(
+        f"{_CLI}.rollout:app", _RES, "How new versions go from group to group: status, approve.", group=True
+    ),
     "label": Row(f"{_CLI}.write:label", _RES, "Set and remove labels."),
     "diff": Row(f"{_CLI}.diff:diff", _RES, "What apply would change; exit code 1 if anything."),
     "explain": Row(f"{_CLI}.explain:explain", _RES, "What a kind or one of its fields means."),

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """That a resource names another one. ``path`` is where, for the error that says so."""
+    """That a resource names another one. ``path`` is where, for the error that says so. ``must``: a write is refused
+    when it is not there."""
 
     kind: str
     namespace: str
     name: str
     path: str
+    must: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ class Kind:
     at_hub_only: bool = False
     #: Top-level fields that only the hub's API writes, in what a site may change otherwise: they concern others.
     hub_fields: tuple[str, ...] = ()
+    #: Top-level fields that take effect at once, whatever a Rollout says: all others are a version, which it moves.
+    at_once: tuple[str, ...] = ()
     #: The level of the sync (``SyncAsk.level``) from which on agents know the kind; older ones do not get it.
     level: int = 0
     #: Fields that the kind got later, by their path in the spec (``health.grpc``), and the level from which on agents

@@ -92,7 +92,7 @@ class Resources:
             inside = [r for k in kinds for r in self.store.items(k.name, namespace) if k.namespaced]
             quota.check(namespace, limits, inside, resource)
         for ref in () if going else refs_at(resource, self._site) if self._site else kind.refs(resource):
-            if self.store.find(Key(ref.kind, ref.namespace, ref.name)) is None:
+            if ref.must and self.store.find(Key(ref.kind, ref.namespace, ref.name)) is None:
                 raise Invalid(
                     f"there is no {ref.kind} {ref.name!r}",
                     resource=what,

@@ -348,6 +348,7 @@ kinds.add(
         scope="placed",
         short=("fn",),
         level=2,
+        at_once=("placement", "scale", "concurrency", "logs", "samples"),
         check=_check,
         refs=_refs,
         columns=(

@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -60,12 +61,14 @@ from edgeward.hub.gateways import GatewayRelay
 from edgeward.hub.kinds import load
 from edgeward.hub.neighbours import Neighbours
 from edgeward.hub.oidc import SignIn
+from edgeward.hub.rollouts import Rollouts, baselines
 from edgeward.hub.routes import HubRoutes
 from edgeward.hub.steering import HubSteering
 from edgeward.hub.steering import Settings as SteeringSettings
 from edgeward.nodes.calls import call
 from edgeward.nodes.cloud import NodesCloud
 from edgeward.nodes.enrol_cloud import Enrolment
+from edgeward.nodes.wire import LEVEL
 from edgeward.streams.cloud import StreamsCloud
 
 log = logging.getLogger("edgeward.hub")
@@ -189,10 +192,12 @@ class Hub:
             scratch,
             revoked=lambda node: bool(self.enrolment.status(node)["revoked"]),
             leads=lambda: self.peers.leads,
-            kept=history.specs,
+            kept=lambda: chain(history.specs(), baselines(self.store)),
         )
         await self.bundles.open()
         neighbours = Neighbours(self.store, self.steering_settings.scheme, lambda: self.peers.leads)
+        levels = self.nodes.roster.levels
+        rollouts = Rollouts(self.store, self.records, lambda: self.peers.leads, lambda node: levels.get(node, LEVEL))
         self.steering = HubSteering(self.store, self.steering_settings, self._usage_of, neighbours)
         routes = HubRoutes(
             store=self.store,
@@ -273,6 +278,7 @@ class Hub:
                     self._anchor,
                     self.steering.run,
                     history.run,
+                    rollouts.run,
                     *more,
                 )
             finally:

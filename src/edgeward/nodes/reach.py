@@ -37,6 +37,8 @@ def check_refs(resource: Resource, site: str, known: Callable[[Key], bool], else
     kind = kinds.get(resource.kind)
     for ref in refs_at(resource, site):
         key = Key(ref.kind, ref.namespace, ref.name)
+        if not ref.must:
+            continue  # it brings nothing, and what it says of others is the hub's to say
         if not known(key):
             raise Invalid(
                 f"there is no {ref.kind} {ref.name!r} at site {site}",

@@ -19,7 +19,7 @@ from edgeward.core.scope import NodeView, fingerprint, placed_sites, refs_at, si
 from edgeward.core.store import Entry
 
 #: Kinds whose status is made at the hub and needed at the nodes.
-STATUS_DOWN = ("Service", "Site", "Node")
+STATUS_DOWN = ("Service", "Site", "Node", "Rollout")
 #: Leavings and late comings that a view remembers; a node that was away for more is told the names of all it may keep.
 REMEMBERED = 512
 

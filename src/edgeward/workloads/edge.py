@@ -182,7 +182,7 @@ class AppsEdge:
         rules = Rules(0)
         message = ""
         waits_for: list[str] = []
-        may_start = True
+        may_start, lacks = True, False
         state = self._states.get(key) or State()
         if found is not None:
             app, replicas = found
@@ -199,7 +199,9 @@ class AppsEdge:
                 # what runs goes on: a missing setting is no reason to stop anything
                 wanted = state.candidate or state.current or ""
                 may_start = bool(wanted)
+                lacks = True
         again: float | None = None
+        asked = wanted or ""
         timed = self._timed(key, found[0], state, wanted, rules) if found is not None and wanted else None
         if timed is not None:
             wanted, may_start, again = timed.version, may_start and state.due, timed.again
@@ -233,7 +235,8 @@ class AppsEdge:
             message = message or "; ".join(
                 filter(None, (self._messages.get(key, ""), f"runs next at {clock.timestamp(timed.next)}"))
             )
-        self._tell(key, state, p, generation, message or p.message or waits or self._messages.get(key, ""))
+        words = message or p.message or waits or self._messages.get(key, "")
+        self._tell(key, state, p, generation, words, "unknown" if lacks else asked)
         return again
 
     def _timed(self, key: AppKey, app: Resource, state: State, wanted: str, rules: Rules) -> Look | None:
@@ -397,10 +400,10 @@ class AppsEdge:
 
     # -- the report ----------------------------------------------------------------------------------------
 
-    def _tell(self, key: AppKey, state: State, p: Plan, generation: int, message: str) -> None:
+    def _tell(self, key: AppKey, state: State, p: Plan, generation: int, message: str, wanted: str) -> None:
         all_ = self._live.get(key, {}).values()
         wall = clock.now() - clock.steady()
-        status = told(self.node, self._address, all_, state, p, generation, message, wall)
+        status = told(self.node, self._address, all_, state, p, generation, message, wall, wanted)
         if p.phase != self._phases.get(key):
             self._phases[key] = p.phase
             for other in self._source.apps():

@@ -49,9 +49,18 @@ def seen(i: Live) -> Seen:
 
 
 def told(
-    node: str, address: str, all_: Iterable[Live], state: State, p: Plan, generation: int, message: str, wall: float
+    node: str,
+    address: str,
+    all_: Iterable[Live],
+    state: State,
+    p: Plan,
+    generation: int,
+    message: str,
+    wall: float,
+    wanted: str = "",
 ) -> dict[str, Any]:
-    """An app's status on this node. ``wall``: seconds to add to the steady clock's readings to have Unix time."""
+    """An app's status on this node. ``wall``: seconds to add to the steady clock's readings to have Unix time;
+    ``wanted``: the version that is asked for, said while another one serves (or none)."""
     instances = []
     enforced: set[str] = set()
     refused: dict[str, str] = {}
@@ -89,6 +98,10 @@ def told(
         "enforced": sorted(enforced),
         "notEnforced": [{"what": k, "why": v} for k, v in sorted(refused.items())],
     }
+    if wanted and wanted != state.current:
+        status["wanted"] = wanted[:12]
+    if wanted in state.bad:
+        status["takenBack"] = wanted[:12]
     if message:
         status["message"] = message
     return status

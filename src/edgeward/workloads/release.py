@@ -43,7 +43,7 @@ class Handled(msgspec.Struct, omit_defaults=True):
         return self.baseline is None or self.baseline.digest != self.digest
 
 
-class GroupStatus(msgspec.Struct, omit_defaults=True):
+class GroupStatus(msgspec.Struct):
     """A group of a run. ``nodes``: those that may take the new version; ``failed``: those of them that did badly, and
     why; ``late``: how many were left for later, for they were silent or held; ``until``: when those that have not taken
     it yet may not any more (seconds since 1970; 0: always)."""
@@ -68,7 +68,7 @@ class Trying(msgspec.Struct, omit_defaults=True):
     silent: float = 0.0
 
 
-class Status(msgspec.Struct, omit_defaults=True):
+class Status(msgspec.Struct):
     """A Rollout's status. Phases: Pending, Running, Paused, Succeeded, Failed, RolledBack."""
 
     phase: str = "Pending"

@@ -54,8 +54,11 @@ class Rules(msgspec.Struct, frozen=True):
     silent_after: float = 600.0
     timeout: float = 600.0
     paused: bool = False
+    #: ``run/group``: a group that may begin; ``run``: one that was cancelled and begins again.
     approved: frozenset[str] = frozenset()
     cancelled: str = ""
+    #: How what no group takes is moved.
+    rest: GroupRules = GroupRules(REST)
 
 
 class Step(msgspec.Struct):
@@ -108,7 +111,7 @@ def step(rules: Rules, old: Status, targets: list[Target], nodes: list[Node], no
     if not run:
         _rest(rules, s, old, targets)
         return s
-    resumed = status.cancelled and old.phase == "RolledBack" and rules.cancelled != run
+    resumed = status.cancelled and old.phase == "RolledBack" and rules.cancelled != run and run in rules.approved
     if run != status.run or resumed:
         _begin(rules, s, run, now)
     _regroup(rules, status)
@@ -198,7 +201,7 @@ def _watch(rules: Rules, s: Step, targets: list[Target], fleet: Mapping[str, Nod
     status = s.status
     by_name = {g.name: g for g in rules.groups}
     for group in status.groups:
-        how = by_name.get(group.name) or _after(rules)
+        how = by_name.get(group.name) or rules.rest
         closed = _renew(how, s, group, now)
         for name in list(group.nodes):
             node = fleet.get(name)
@@ -211,12 +214,6 @@ def _watch(rules: Rules, s: Step, targets: list[Target], fleet: Mapping[str, Nod
     if len(failed) > rules.failures.of(len(fleet)):
         first = sorted(failed)[0]
         _fail(s, f"{len(failed)} of {len(_touched(status))} nodes failed ({first}: {failed[first]})")
-
-
-def _after(rules: Rules) -> GroupRules:
-    """The rules of what no group takes: as the last group's."""
-    last = rules.groups[-1] if rules.groups else GroupRules(REST)
-    return GroupRules(REST, window=last.window, opens=last.opens)
 
 
 def _renew(how: GroupRules, s: Step, group: GroupStatus, now: float) -> bool:
@@ -299,7 +296,7 @@ def _let_on(rules: Rules, s: Step, targets: list[Target], fleet: Mapping[str, No
     for group in status.groups:
         if group.phase == "Succeeded":
             continue
-        how = by_name.get(group.name) or _after(rules)
+        how = by_name.get(group.name) or rules.rest
         if not _group(rules, how, s, group, fleet, now):
             _say(s, group)
             return

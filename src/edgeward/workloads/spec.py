@@ -320,6 +320,7 @@ kinds.add(
         doc="A program kept running at sites.",
         scope="placed",
         newer={"perSite": 2, "schedule": 2},
+        at_once=("replicas", "placement", "dependsOn"),
         check=checked(_check_app),
         refs=with_sites(_app_refs),
         usage=_app_usage,

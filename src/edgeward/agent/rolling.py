@@ -1,0 +1,143 @@
+"""What this node runs of what a Rollout governs: what is declared, the version before, or nothing of it yet.
+
+In: an App or Function of the replica and the Rollout that names it. Out: the same object, perhaps with the parts of
+another version; its generation is then that version's, and the node reports it. What decides is pure
+(``workloads/release.py``); here is what must be remembered on this node: which version it took, so that a site that
+holds stays where it is, and what people changed here themselves, which waits for nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from edgeward.agent.replica import Replica
+from edgeward.core import clock
+from edgeward.core.errors import EdgewardError
+from edgeward.core.registry import kinds
+from edgeward.core.resource import Key, Resource, Stored, from_stored, merge_patch, to_stored
+from edgeward.workloads.release import Declared, Version, choose, digest_of, parts_of, read_status, with_parts
+
+log = logging.getLogger("edgeward.agent")
+
+
+class Taken(msgspec.Struct, omit_defaults=True):
+    """What a node remembers of a target. ``version``: what it took last; ``own``: the digest of what was changed
+    here."""
+
+    uid: str
+    version: Version | None = None
+    own: str = ""
+
+
+class Rolling:
+    """``now``: the hub's time, as far as it is known here."""
+
+    def __init__(self, replica: Replica, node: str, now: Callable[[], float] = clock.now) -> None:
+        self._replica, self._node, self._now = replica, node, now
+        self._taken: dict[Key, Taken] = {}
+        #: What was made last of a target, and of what.
+        self._made: dict[Key, tuple[tuple[Any, ...], Resource]] = {}
+
+    def of(self, declared: Resource) -> Resource | None:
+        """What runs here of ``declared``; None: nothing yet."""
+        key = declared.key
+        rollout = self._governor(key)
+        if rollout is None:
+            self._forget(key)
+            return declared
+        if declared.metadata.deletionTimestamp:
+            return declared
+        taken = self._known(key, declared.metadata.uid)
+        hub = self._replica.hub_side(key)
+        if hub is None or self._replica.local_change(key):
+            # made here and not the hub's yet: it takes effect at once, and goes on to when the hub has it
+            self._keep(key, msgspec.structs.replace(taken, own=_version(declared).digest))
+            return declared
+        now = _version(hub)
+        if taken.own == now.digest:
+            return declared
+        status = read_status(rollout.status)
+        target = Declared(
+            key.kind, key.name, hub.metadata.uid, now.generation, now.digest, hub.metadata.creationTimestamp
+        )
+        has = taken.version is not None and taken.version.digest == now.digest
+        which = choose(status, rollout.metadata.creationTimestamp, target, self._node, self._now(), has=has)
+        base = next((t.baseline for t in status.targets if (t.kind, t.name) == (key.kind, key.name)), None)
+        version = now if which == "declared" else base if which == "baseline" else None
+        if rollout.spec.hold and taken.version is not None:
+            version = now if has else taken.version  # its site says when
+        if version is None:
+            return None
+        if taken.version is None or taken.version != version or taken.own:
+            self._keep(key, Taken(taken.uid, version))
+        return declared if version.digest == now.digest else self._with(declared, hub, version)
+
+    def _governor(self, key: Key) -> Resource | None:
+        """The Rollout that names it; of several the first by name."""
+        for rollout in self._replica.items("Rollout", key.namespace):
+            going = rollout.metadata.deletionTimestamp
+            if not going and any(t.kind == key.kind and t.name == key.name for t in rollout.spec.targets):
+                return rollout
+        return None
+
+    def _with(self, declared: Resource, hub: Resource, version: Version) -> Resource:
+        """The object with another version's parts, as this site has it (its Override)."""
+        key = declared.key
+        override = self._replica.override_of(key)
+        patch = override.spec.patch if override is not None else {}
+        made_of = (hub.revision, version.digest, version.generation, override.revision if override else 0)
+        known = self._made.get(key)
+        if known is not None and known[0] == made_of:
+            return known[1]
+        stored = to_stored(hub)
+        spec = with_parts(stored.spec, version.parts, kinds.get(key.kind).at_once)
+        meta = msgspec.structs.replace(declared.metadata, generation=version.generation)
+        try:
+            made = from_stored(Stored(key.kind, meta, merge_patch(spec, patch), stored.schema))
+        except EdgewardError as e:
+            log.error("the version before of %s is not understood here, what is declared runs: %s", key, e)
+            return declared
+        made.status = declared.status
+        self._made[key] = (made_of, made)
+        return made
+
+    # -- what is remembered ----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _meta(key: Key) -> str:
+        return f"rolling.{key.kind}.{key.namespace}.{key.name}"
+
+    def _known(self, key: Key, uid: str) -> Taken:
+        """Of this very object: one of the same name that was made anew is another one."""
+        found = self._taken.get(key)
+        if found is None:
+            text = self._replica.meta(self._meta(key))
+            try:
+                found = msgspec.json.decode(text, type=Taken) if text else Taken(uid)
+            except msgspec.MsgspecError:
+                found = Taken(uid)
+            self._taken[key] = found
+        return found if found.uid == uid else Taken(uid)
+
+    def _keep(self, key: Key, taken: Taken) -> None:
+        if self._taken.get(key) != taken:
+            self._replica.set_meta(self._meta(key), msgspec.json.encode(taken).decode())
+            self._taken[key] = taken
+
+    def _forget(self, key: Key) -> None:
+        if key in self._taken or key in self._made:
+            self._replica.set_meta(self._meta(key), "")
+            self._taken.pop(key, None)
+            self._made.pop(key, None)
+
+
+def _version(resource: Resource) -> Version:
+    parts = parts_of(msgspec.to_builtins(resource.spec), kinds.get(resource.kind).at_once)
+    return Version(resource.metadata.generation, digest_of(parts), parts)
+
+
+__all__ = ["Rolling"]

@@ -1,0 +1,193 @@
+"""Rollouts at the hub: what is declared and reported goes into a step of each run, and what follows is written.
+
+A loop per Rollout; changes of the store only say that it is time to look. What a step decides is pure
+(``workloads/rollout.py``); nodes follow the status by themselves. Of several hub processes the one that leads writes;
+everything a run is stands in the status, so another one goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+
+from edgeward.core import clock
+from edgeward.core.errors import Conflict, EdgewardError, NotFound
+from edgeward.core.reconcile import Loop
+from edgeward.core.records import Records
+from edgeward.core.registry import kinds
+from edgeward.core.resource import CLUSTER, Key, Resource
+from edgeward.core.scope import takes
+from edgeward.core.store import Change
+from edgeward.core.store_nats import NatsStore
+from edgeward.workloads.outcome import Node, Target
+from edgeward.workloads.placement import share
+from edgeward.workloads.release import digest_of, parts_of, read_status
+from edgeward.workloads.rollout import Step, step
+from edgeward.workloads.rollout_spec import rules_of
+
+log = logging.getLogger("edgeward.rollouts")
+
+#: Seconds that news is gathered for; until a status that another process wrote is looked at; between two looks at who
+#: leads.
+_GATHER, _LATER, _AGAIN = 0.3, 0.1, 5.0
+#: From this level on a node knows Rollouts.
+_LEVEL = 2
+
+
+class Rollouts:
+    """``leads``: whether this process is the one that writes; ``level``: of a node's release."""
+
+    def __init__(
+        self, store: NatsStore, records: Records, leads: Callable[[], bool], level: Callable[[str], int]
+    ) -> None:
+        self._store, self._records, self._leads, self._level = store, records, leads, level
+        self._loop: Loop[Key] = Loop("rollouts", self._look, workers=1)
+        #: What is in the loop's timers: to be gathered, not to be put off again.
+        self._gathered: set[Key] = set()
+        self._led = False
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        self._store.listen(self._changed)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._loop.run())
+            group.create_task(self._lead())
+
+    async def _lead(self) -> None:
+        """Whoever begins to lead looks at every Rollout once."""
+        while True:
+            led, self._led = self._led, self._leads()
+            if self._led and not led:
+                self._all()
+            await asyncio.sleep(_AGAIN)  # the pace of looking who leads
+
+    def _all(self) -> None:
+        for rollout in self._store.items("Rollout"):
+            self._soon(rollout.key)
+
+    def _soon(self, key: Key) -> None:
+        if key not in self._gathered:
+            self._gathered.add(key)
+            self._loop.add_after(key, _GATHER)
+
+    def _changed(self, change: Change) -> None:
+        """Within a change of the store."""
+        key = change.key
+        if key.kind == "Rollout":
+            if not change.status_only:
+                # its targets may have had another one, or have one no more
+                for rollout in self._store.items("Rollout", key.namespace):
+                    self._soon(rollout.key)
+        elif key.kind in ("Node", "Override"):
+            self._all()
+        elif kinds.get(key.kind).at_once:
+            for rollout in self._store.items("Rollout", key.namespace):
+                if any(t.kind == key.kind and t.name == key.name for t in rollout.spec.targets):
+                    self._soon(rollout.key)
+
+    # -- a look ------------------------------------------------------------------------------------------------------
+
+    async def _look(self, key: Key) -> float | None:
+        self._gathered.discard(key)
+        rollout = self._store.find(key)
+        if rollout is None or rollout.metadata.deletionTimestamp or not self._leads():
+            return None
+        done = self._step(rollout)
+        status = msgspec.to_builtins(done.status)
+        try:
+            if status != rollout.status:
+                await self._store.put_status(key, status, checked=True)
+        except Conflict:
+            return _LATER
+        except NotFound:
+            return None
+        for kind, reason, message in done.events:
+            with contextlib.suppress(EdgewardError):
+                record = {"type": kind, "reason": reason, "resource": str(key), "message": message}
+                await self._records.append("events", record)
+        return done.look if done.look is None else max(done.look, _GATHER)
+
+    def _step(self, rollout: Resource) -> Step:
+        nodes = self._store.items("Node")
+        return step(
+            rules_of(rollout.spec),
+            read_status(rollout.status),
+            self._targets(rollout, nodes),
+            self._nodes(rollout, nodes),
+            clock.now(),
+            rollout.metadata.creationTimestamp,
+        )
+
+    def _targets(self, rollout: Resource, nodes: list[Resource]) -> list[Target]:
+        """Those that are there and that no other Rollout has: of several the first by name."""
+        namespace = rollout.metadata.namespace
+        others = [r for r in self._store.items("Rollout", namespace) if r.metadata.name < rollout.metadata.name]
+        taken = {(t.kind, t.name) for r in others if not r.metadata.deletionTimestamp for t in r.spec.targets}
+        found = []
+        for t in rollout.spec.targets:
+            target = self._store.find(Key(t.kind, namespace, t.name))
+            if target is not None and not target.metadata.deletionTimestamp and (t.kind, t.name) not in taken:
+                found.append(_target(target, nodes))
+        return found
+
+    def _nodes(self, rollout: Resource, nodes: list[Resource]) -> list[Node]:
+        held = {o.spec.site: o.spec.patch["hold"] for o in self._store.items("Override") if _holds(o, rollout.key)}
+        return [
+            Node(
+                n.metadata.name,
+                n.spec.site,
+                n.metadata.labels,
+                online=bool(n.status.get("online")),
+                held=bool(held.get(n.spec.site, rollout.spec.hold)),
+                governed=self._level(n.metadata.name) >= _LEVEL,
+            )
+            for n in nodes
+        ]
+
+
+def baselines(store: NatsStore) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(namespace, parts of the spec) of every version that a Rollout may go back to: what these use is kept."""
+    for rollout in store.items("Rollout"):
+        for target in read_status(rollout.status).targets:
+            if target.baseline is not None:
+                yield rollout.metadata.namespace, target.baseline.parts
+
+
+def _holds(override: Resource, key: Key) -> bool:
+    """Whether a site's Override says something of its own of whether changes wait."""
+    t = override.spec.target
+    return (t.kind, t.namespace or CLUSTER, t.name) == (key.kind, key.namespace, key.name) and (
+        "hold" in override.spec.patch
+    )
+
+
+def _target(resource: Resource, nodes: list[Resource]) -> Target:
+    meta = resource.metadata
+    parts = parts_of(msgspec.to_builtins(resource.spec), kinds.get(resource.kind).at_once)
+    reports: dict[str, Any] = resource.status.get("nodes") or {}
+    return Target(
+        resource.kind,
+        meta.name,
+        meta.uid,
+        meta.generation,
+        digest_of(parts),
+        parts,
+        meta.creationTimestamp,
+        frozenset(_expected(resource, nodes)),
+        reports,
+    )
+
+
+def _expected(resource: Resource, nodes: list[Resource]) -> list[str]:
+    """The nodes that run it."""
+    if resource.kind != "App":
+        return [n.metadata.name for n in nodes if takes(resource, n)]
+    by_site: dict[str, list[Resource]] = {}
+    for n in nodes:
+        by_site.setdefault(n.spec.site, []).append(n)
+    return [n.metadata.name for n in nodes if share(resource, by_site[n.spec.site], n.metadata.name)]

@@ -1,0 +1,188 @@
+"""What a node runs while a Rollout is on its way, read from a real replica."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from tests.agent.test_desired import doc
+
+from edgeward.agent.desired import Desired
+from edgeward.agent.replica import Replica
+from edgeward.core.registry import kinds
+from edgeward.core.resource import Key, Resource, to_stored
+from edgeward.nodes.wire import HubObject
+from edgeward.workloads.release import digest_of, parts_of
+
+KEY = Key("App", "default", "web")
+MADE = "2026-02-01T00:00:00Z"
+
+
+def app(word: str, generation: int, **more: Any) -> Resource:
+    spec = {"process": {"command": ["run"], "args": [word]}, **more}
+    return doc("App", "web", spec, uid="u", generation=generation, creationTimestamp="2026-01-01T00:00:00Z")
+
+
+def version(of: Resource) -> dict[str, Any]:
+    parts = parts_of(to_stored(of).spec, kinds.get("App").at_once)
+    return {"generation": of.metadata.generation, "digest": digest_of(parts), "parts": parts}
+
+
+def status(phase: str, of: Resource, baseline: Resource | None, *nodes: str, until: float = 0.0) -> dict[str, Any]:
+    moved = version(of)
+    target = {"kind": "App", "name": "web", "uid": "u", "generation": moved["generation"], "digest": moved["digest"]}
+    if baseline is not None:
+        target["baseline"] = version(baseline)
+    groups = [{"name": "g", "nodes": list(nodes), "until": until}]
+    return {"phase": phase, "run": "r", "targets": [target], "groups": groups}
+
+
+class Plant:
+    """A node's replica, and what the hub tells it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.now, self.revision = path / "r.db", 0.0, 0
+        self.open()
+
+    def open(self) -> None:
+        self.replica = Replica(self.path, site="plant")
+        self.desired = Desired(self.replica, "plant-1", "plant", lambda: self.now)
+
+    def hear(self, *objects: Resource, rollout: dict[str, Any] | None = None, **spec: Any) -> None:
+        self.revision += 1
+        policy = doc("Rollout", "web", {"targets": [{"kind": "App", "name": "web"}], **spec}, creationTimestamp=MADE)
+        told = [doc("Node", "plant-1", {"site": "plant"}), *objects, *([policy] if rollout is not None else [])]
+        self.replica.apply_sync(
+            [
+                HubObject(
+                    r.kind, r.key.namespace, r.key.name, self.revision, to_stored(r),
+                    rollout if r.kind == "Rollout" else None,
+                )
+                for r in told
+            ],
+            revision=self.revision, epoch="e", full=True,
+        )  # fmt: skip
+
+    @property
+    def runs(self) -> tuple[int, str] | None:
+        """Generation and word of what runs here."""
+        found = self.desired.apps().get(("default", "web"))
+        return (found[0].metadata.generation, found[0].spec.process.args[0]) if found else None
+
+
+def test_what_is_declared_only_when_the_run_has_come_here(tmp_path: Path) -> None:
+    plant = Plant(tmp_path)
+    old, new = app("old", 1), app("new", 2)
+    plant.hear(old)
+    assert plant.runs == (1, "old")
+    plant.hear(old, rollout=status("Succeeded", old, old))
+    plant.hear(new, rollout=status("Succeeded", old, old))
+    assert plant.runs == (1, "old"), "the hub has not begun"
+    plant.hear(new, rollout=status("Running", new, old, "other"))
+    assert plant.runs == (1, "old")
+    plant.hear(new, rollout=status("Running", new, old, "plant-1"))
+    assert plant.runs == (2, "new")
+    plant.open()  # the agent is started again, with or without a link
+    assert plant.runs == (2, "new")
+    plant.hear(new, rollout=status("Failed", new, old, "plant-1"))
+    assert plant.runs == (1, "old")
+    plant.hear(new)
+    assert plant.runs == (2, "new"), "without its Rollout nothing keeps it back"
+
+
+def test_what_takes_effect_at_once_does_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    plant = Plant(tmp_path)
+    old, new = app("old", 1), app("new", 2)
+    plant.hear(new, rollout=status("Running", new, old, "plant-1"))
+    more = app("new", 3, replicas=4)
+    plant.hear(more, rollout=status("Running", new, old, "plant-1"))
+    assert plant.runs == (3, "new"), "more instances of what it has, not a step back"
+    plant.hear(more, rollout=status("Running", new, old, "other"))
+    assert plant.runs == (1, "old")
+    assert plant.desired.apps()["default", "web"][1] == 4
+
+
+def test_what_came_after_its_rollout_waits(tmp_path: Path) -> None:
+    plant = Plant(tmp_path)
+    late = app("new", 1)
+    late.metadata.creationTimestamp = "2026-03-01T00:00:00Z"
+    plant.hear(late, rollout={})
+    assert plant.runs is None
+    plant.hear(late, rollout=status("Running", late, None, "other"))
+    assert plant.runs is None
+    plant.hear(late, rollout=status("Running", late, None, "plant-1"))
+    assert plant.runs == (1, "new")
+
+
+def test_a_site_that_holds_stays_where_it_is_until_it_says_so(tmp_path: Path) -> None:
+    plant = Plant(tmp_path)
+    old, new, newer = app("old", 1), app("new", 2), app("newer", 3)
+    plant.hear(old, rollout=status("Succeeded", old, old))
+    assert plant.runs == (1, "old")
+    plant.hear(new, rollout=status("Running", new, old, "plant-1"), hold=True)
+    assert plant.runs == (1, "old")
+    plant.hear(newer, rollout=status("Running", newer, new, "plant-1"), hold=True)
+    plant.open()
+    assert plant.runs == (1, "old"), "even though the hub does not say any more what that was"
+    plant.hear(newer, rollout=status("Running", newer, new, "plant-1"), hold=False)
+    assert plant.runs == (3, "newer")
+    plant.hear(newer, rollout=status("Failed", newer, new, "plant-1"), hold=True)
+    assert plant.runs == (3, "newer")
+
+
+def test_who_heard_of_it_after_the_window_does_not_begin(tmp_path: Path) -> None:
+    plant = Plant(tmp_path)
+    old, new = app("old", 1), app("new", 2)
+    plant.hear(old, rollout=status("Succeeded", old, old))
+    plant.now = 101.0
+    plant.hear(new, rollout=status("Running", new, old, "plant-1", until=100.0))
+    assert plant.runs == (1, "old")
+    plant.hear(new, rollout=status("Running", new, old, "plant-1", until=200.0))
+    assert plant.runs == (2, "new")
+    plant.now = 300.0
+    assert plant.runs == (2, "new"), "a window that closes takes nothing back"
+
+
+def test_what_people_change_here_waits_for_nobody(tmp_path: Path) -> None:
+    plant = Plant(tmp_path)
+    old, mine = app("old", 1), app("mine", 1)
+    plant.hear(old, rollout=status("Succeeded", old, old))
+    assert plant.runs == (1, "old")
+    asyncio.run(plant.replica.put(mine))
+    assert plant.runs == (2, "mine")
+    change = plant.replica.pending()[0]
+    taken = app("mine", 2)
+    plant.replica.resolve(change.seq, HubObject(*(KEY.kind, KEY.namespace, KEY.name), 9, to_stored(taken)))
+    assert not plant.replica.local_change(KEY)
+    assert plant.runs == (2, "mine"), "the hub has taken it over: no step back until its run comes here"
+    plant.open()
+    assert plant.runs == (2, "mine")
+    newer = app("newer", 3)
+    plant.hear(newer, rollout=status("Succeeded", taken, taken))
+    assert plant.runs == (2, "mine"), "and what the hub declares next is a run as any"
+
+
+def test_an_override_of_the_site_holds_for_the_baseline_too(tmp_path: Path) -> None:
+    plant = Plant(tmp_path)
+    old, new = app("old", 1), app("new", 2)
+    patch = {"process": {"command": ["mine"]}, "replicas": 3}
+    own = doc(
+        "Override",
+        "o",
+        {"target": {"kind": "App", "name": "web", "namespace": "default"}, "site": "plant", "patch": patch},
+    )
+    plant.hear(new, own, rollout=status("Running", new, old, "other"))
+    found, count = plant.desired.apps()["default", "web"]
+    assert (found.spec.process.command, found.spec.process.args, count) == (["mine"], ["old"], 3)
+
+
+def test_an_app_that_was_made_anew_is_another_one(tmp_path: Path) -> None:
+    plant = Plant(tmp_path)
+    old = app("old", 1)
+    plant.hear(old, rollout=status("Succeeded", old, old))
+    assert plant.runs == (1, "old")
+    anew = app("anew", 1)
+    anew.metadata.uid, anew.metadata.creationTimestamp = "v", "2026-05-01T00:00:00Z"
+    plant.hear(anew, rollout=status("Succeeded", old, old), hold=True)
+    assert plant.runs is None
