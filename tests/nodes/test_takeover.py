@@ -191,3 +191,81 @@ def test_a_site_reaches_nothing_of_others(tmp_path: Path) -> None:
             assert (spec.displayName, spec.prefixes, spec.addresses) == ("P", [], [])
 
     asyncio.run(body())
+
+
+def change(seq: int, replicas: int | None, base: int = 0, name: str = "mine", **more: Any) -> LocalChange:
+    stored = to_stored(app(name, "plant", replicas=replicas)) if replicas is not None else None
+    op = "put" if stored else "delete"
+    return LocalChange(seq, "App", "default", name, op, base, 1.0, "ann", stored, **more)
+
+
+def test_a_change_on_top_of_another_nodes_is_no_conflict_with_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            key = Key("App", "default", "mine")
+
+            async def push(node: str, store: str, what: LocalChange) -> str:
+                answer = await f.ask(node, "push", PushAsk(store, [what]), PushAnswer)
+                assert not answer.error, answer.error
+                return str(answer.decided[0].outcome)
+
+            assert await push("plant-1", "one", change(1, 2)) == "accept"
+            # it had the base that the first one had, and says that it was made on top of it
+            assert await push("plant-2", "two", change(1, 3, over=[("plant-1", "one", 1)])) == "accept"
+            assert f.store.get(key).spec.replicas == 3
+            # the first node goes on from there, as long as nothing else happened
+            over = [("plant-1", "one", 1), ("plant-2", "two", 1)]
+            assert await push("plant-1", "one", change(2, None, over=over)) == "accept"
+            assert f.store.find(key) is None
+            over[0] = ("plant-1", "one", 2)
+            assert await push("plant-2", "two", change(2, 4, over=over)) == "accept"
+            # who did not know of it meets a conflict, and so does whoever missed what the hub did since
+            assert await push("plant-1", "one", change(3, 5, over=[("plant-2", "two", 1)], base=1)) == "reject"
+            await f.store.put(app("mine", "plant", replicas=6))
+            assert await push("plant-1", "one", change(4, 7, over=[("plant-2", "two", 2)])) == "reject"
+            # nodes of other sites, and replicas that nobody has, stand for nothing
+            assert await push(
+                "plant-1", "one", change(5, 7, over=[("shop-1", "x", 9), ("plant-2", "new", 9)], base=1)
+            ) == ("reject")
+            assert f.store.get(key).spec.replicas == 6
+
+    asyncio.run(body())
+
+
+def test_a_node_has_the_changes_of_a_silent_one_decided(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            key = Key("App", "default", "mine")
+
+            async def push(node: str, *what: LocalChange, of: str = "", store: str = "one") -> list[str]:
+                answer = await f.ask(node, "push", PushAsk(store, list(what), of), PushAnswer)
+                assert not answer.error, answer.error
+                return [d.outcome for d in answer.decided]
+
+            mine, other = change(2, 2), change(1, 9, name="other")
+            assert await push("plant-2", mine, of="plant-1") == ["accept"]
+            assert await push("plant-2", mine, of="plant-1") == ["same"], "only the answer was lost"
+            await until(lambda: f.journal() == [("App/mine", "accept")])
+            (said,) = f.records.items("journal")
+            assert (said["node"], said["sentBy"]) == ("plant-1", "plant-2")
+            # the hub goes on; the silent node comes back with all that it had
+            theirs = app("mine", "plant", replicas=3)
+            theirs.metadata.conflict = "edge"
+            await f.store.put(theirs)
+            assert await push("plant-1", other, mine) == ["accept", "same"], "what came before it is not taken for done"
+            assert f.store.get(key).spec.replicas == 3
+            # a number that somebody else took for another change is decided on its own
+            assert await push("plant-2", change(3, 4), of="plant-1") == ["accept"], "the rule is edge"
+            assert await push("plant-1", change(3, 5, base=f.store.get(key).revision)) == ["accept"]
+            # a replica that the node does not have any more
+            assert await push("plant-2", change(1, 8, name="old"), of="plant-1", store="former") == ["accept"]
+            assert await push("plant-1", change(3, 5)) == ["same"]
+
+            # nobody speaks for nodes of other sites, nor for one that was revoked
+            assert await push("shop-1", change(9, 9, name="far"), of="plant-1") == ["invalid"]
+            f.nodes.takeover.revoked = lambda node: node == "plant-1"
+            assert await push("plant-2", change(10, 9, name="far"), of="plant-1") == ["invalid"]
+            assert f.store.find(Key("App", "default", "far")) is None
+            await until(lambda: f.journal()[-2:] == [("App/far", "invalid")] * 2)
+
+    asyncio.run(body())

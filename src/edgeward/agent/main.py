@@ -64,6 +64,7 @@ from edgeward.nodes.mesh import Mesh
 from edgeward.nodes.mesh_sockets import settings_of
 from edgeward.nodes.mesh_wire import Known, known_of
 from edgeward.nodes.older import check_level
+from edgeward.nodes.siblings_edge import Siblings
 from edgeward.nodes.wan import LinkWatch, redial
 from edgeward.streams.edge import ExportsEdge
 from edgeward.streams.turnstile import Turnstile
@@ -94,7 +95,8 @@ class Agent:
             self.identity.trust()
         self.renewer = Renewer(self.identity, self.node, self._doors, self._renewed, self._kept_out)
         self.vault = Vault.open(data / "identity")
-        self.replica = Replica(data / "replica.db", site=self.site, vault=self.vault)
+        self.replica = Replica(data / "replica.db", site=self.site, vault=self.vault, node=self.node)
+        self.replica.hub_time = self._now
         self.broker = Broker(
             self.node, bind=self.bind, hub=self.hub, identity=self.identity, doors=self._doors, replica=self.replica
         )
@@ -124,6 +126,10 @@ class Agent:
             event=self.reports.event,
             changed=lambda: self._report_node() if self._ready else None,
         )
+        self.siblings = Siblings(
+            self.node, self.site, replica=self.replica, records=self.records, link=self.link, mesh=self.mesh
+        )
+        self.replica.listen(lambda change: self.siblings.changed())
         self.replica.listen(lambda change: self._spawn(self._look()) if change.key.kind == "Node" else None)
         self.apps = AppsEdge(
             node=self.node,
@@ -215,7 +221,7 @@ class Agent:
             async with server:
                 self.api_socket.chmod(0o600)
                 os.umask(old_umask)
-                works = [self.mesh.run, self.apps.run, self.plane.run, self.changes.run]
+                works = [self.mesh.run, self.siblings.run, self.apps.run, self.plane.run, self.changes.run]
                 works += [self._messages, self._token_uses, self._anchor, self.stock.run, self.orders.run]
                 if (listener := self.listener) is not None:
                     open_api = self._api(self._bearer)

@@ -13,12 +13,14 @@ stays as it was last understood, :meth:`Replica.strange` says so, and an agent o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
+from edgeward.agent.shared import SCHEMA as SHARED
+from edgeward.agent.shared import Row, SharedRows
 from edgeward.core import clock
 from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.registry import kinds
@@ -32,7 +34,7 @@ from edgeward.core.resource import (
     to_stored,
 )
 from edgeward.core.scope import check_reach, fingerprint
-from edgeward.core.store import Entry, Store, same_desired
+from edgeward.core.store import Entry, same_desired
 from edgeward.core.store_sqlite import open_database
 from edgeward.core.vault import Plain, Vault
 from edgeward.nodes.ancestry import Ancestor, newer_than
@@ -50,23 +52,6 @@ CREATE TABLE IF NOT EXISTS meta(k TEXT PRIMARY KEY, v TEXT) WITHOUT ROWID;
 """
 
 
-class _Row(msgspec.Struct):
-    revision: int = 0
-    seen: int = 0
-    hub_revision: int = 0
-    hub: Resource | None = None
-    hub_status: dict[str, Any] = {}
-    op: str = ""
-    local: Resource | None = None
-    seq: int = 0
-    base: int = 0
-    changed_at: float = 0.0
-    actor: str = ""
-    status: dict[str, Any] = {}
-    #: The first change since the hub's last answer; ``seq`` is the last one.
-    first: int = 0
-
-
 class Kept(NamedTuple):
     """What a site had of a restored hub's lost time: what stays as its own change, and what only the hub may write."""
 
@@ -74,18 +59,20 @@ class Kept(NamedTuple):
     lost: list[Key]
 
 
-class Replica(Store):
+class Replica(SharedRows):
     """A :class:`Store` for the node's API and loops, with the sync's own side door."""
 
-    def __init__(self, path: Path | str, *, site: str, vault: Vault | None = None) -> None:
+    def __init__(self, path: Path | str, *, site: str, vault: Vault | None = None, node: str = "") -> None:
         super().__init__()
+        self._open_shared()
+        self.node = node
         self._vault = vault or Plain()
         self.site = site
         #: Who makes the change being written, for the journal.
         self.actor = "local"
-        self._rows: dict[Key, _Row] = {}
+        self._rows: dict[Key, Row] = {}
         self._db = open_database(path)
-        self._db.executescript(_SCHEMA)
+        self._db.executescript(_SCHEMA + SHARED)
         if "first" not in {column[1] for column in self._db.execute("PRAGMA table_info(replica)")}:
             self._db.execute("ALTER TABLE replica ADD COLUMN first INTEGER")
         meta = dict(self._db.execute("SELECT k, v FROM meta"))
@@ -107,6 +94,7 @@ class Replica(Store):
         self.store_id = meta.get("store") or self.set_meta("store", clock.new_id(12))
         self.revision = int(meta.get("revision", 0))
         plain = [key for row in self._db.execute("SELECT * FROM replica") if (key := self._load(row)) is not None]
+        self._load_shared()
         if plain:
             self._save(plain)  # from a release that kept secrets in plain
         if self._strange or self._unread or meta.get("level") != str(LEVEL):
@@ -136,7 +124,7 @@ class Replica(Store):
             if hub:
                 self._strange[Key(kind, ns, name)] = (hub_rev, str(e))
             return None
-        self._rows[Key(kind, ns, name)] = _Row(
+        self._rows[Key(kind, ns, name)] = Row(
             revision,
             seen,
             hub_rev,
@@ -197,7 +185,7 @@ class Replica(Store):
 
     # -- rows and transactions ----------------------------------------------------------------------------------------
 
-    def _save(self, keys: Iterable[Key], **meta: str) -> None:
+    def _save(self, keys: Collection[Key], **meta: str) -> None:
         """Writes the rows and meta values in one transaction."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
@@ -228,6 +216,7 @@ class Replica(Store):
                         row.first,
                     ),
                 )
+            self._save_shared(keys)
             for k, v in meta.items():
                 self._db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (k, v))
             self._db.execute("COMMIT")
@@ -235,7 +224,7 @@ class Replica(Store):
             self._db.rollback()  # also when SQLite has done so itself, as on a full disk
             raise
 
-    def _commit(self, before: dict[Key, _Row | None], **meta: str) -> None:
+    def _commit(self, before: dict[Key, Row | None], **meta: str) -> None:
         """Makes the touched rows durable, then tells the watchers what changed in effect; undoes them on failure."""
         touched = list(before)
         revision = self.revision
@@ -287,6 +276,7 @@ class Replica(Store):
                 meta["strange"] = text
             self._save(touched, revision=str(revision), seq=str(self._seq), **meta)
         except BaseException:
+            self._new_finished = []
             for key, was in before.items():
                 if was is None:
                     self._rows.pop(key, None)
@@ -300,28 +290,30 @@ class Replica(Store):
                     self._by_kind.setdefault("Override", {})[key] = entry
             raise
         self._strange_kept = meta.get("strange", self._strange_kept)
+        self._saved_shared()
         for rev, key, resource, status_only in moved:
             self._changed(rev, key, resource, status_only=status_only)
 
-    def _touch(self, before: dict[Key, _Row | None], key: Key) -> _Row:
+    def _touch(self, before: dict[Key, Row | None], key: Key) -> Row:
         row = self._rows.get(key)
         if key not in before:
             before[key] = msgspec.structs.replace(row) if row else None
         if row is None:
-            row = self._rows[key] = _Row()
+            row = self._rows[key] = Row()
         return row
 
     # -- local writes ----------------------------------------------------------------------------------------------
 
-    def _local(self, row: _Row, op: str) -> None:
+    def _local(self, row: Row, op: str) -> None:
         if not row.op:
             row.base = row.hub_revision if row.hub is not None else 0
+        self._stamp_local(row)
         self._seq += 1
-        row.first = row.first if row.op else self._seq
+        row.first = (row.first if row.op else 0) or self._seq
         row.op, row.seq, row.changed_at, row.actor = op, self._seq, clock.steady(), self.actor
 
     async def _put(self, resource: Resource, old: Entry | None) -> Resource:
-        before: dict[Key, _Row | None] = {}
+        before: dict[Key, Row | None] = {}
         row = self._touch(before, resource.key)
         self._local(row, "put")
         row.local = resource
@@ -331,7 +323,7 @@ class Replica(Store):
     async def remove(self, key: Key, *, expect: int | None = None) -> None:
         self.get(key)
         self.check_expected(key, self._entries.get(key), expect)
-        before: dict[Key, _Row | None] = {}
+        before: dict[Key, Row | None] = {}
         row = self._touch(before, key)
         self._local(row, "delete")
         # also of what the hub never told of: it may have taken it over, and only the answer was lost
@@ -342,30 +334,15 @@ class Replica(Store):
         row = self._rows.get(key)
         if row is None or row.status == status:
             return
-        before: dict[Key, _Row | None] = {}
+        before: dict[Key, Row | None] = {}
         self._touch(before, key).status = status
         self._commit(before)
 
     # -- the sync ----------------------------------------------------------------------------------------------------
 
     def pending(self) -> list[LocalChange]:
-        """Undecided local changes, oldest first."""
-        got = [
-            LocalChange(
-                r.seq,
-                k.kind,
-                k.namespace,
-                k.name,
-                r.op,
-                r.base,
-                r.changed_at,
-                r.actor,
-                to_stored(r.local) if r.local else None,
-                r.first,
-            )
-            for k, r in self._rows.items()
-            if r.op
-        ]
+        """Undecided changes made here, oldest first."""
+        got = [self._local_change(k, r) for k, r in self._rows.items() if r.op and not r.foreign]
         return sorted(got, key=lambda c: c.seq)
 
     def hub_side(self, key: Key) -> Resource | None:
@@ -411,7 +388,7 @@ class Replica(Store):
         """
         limit = newer_than(self.epoch, self.line, epoch, line) if full else None
         ahead = self._ahead(limit) if limit is not None else {}
-        before: dict[Key, _Row | None] = {}
+        before: dict[Key, Row | None] = {}
         strange = dict(self._strange)
         for o in objects:
             row = self._touch(before, o.key)
@@ -455,7 +432,7 @@ class Replica(Store):
                 found[at] = (mine, held.hub_revision)
         return found
 
-    def _keep(self, ahead: dict[Key, tuple[Resource, int]], before: dict[Key, _Row | None]) -> Kept:
+    def _keep(self, ahead: dict[Key, tuple[Resource, int]], before: dict[Key, Row | None]) -> Kept:
         kept = Kept([], [])
         overrides = {k: r.hub for k, r in self._rows.items() if k.kind == "Override" and r.hub is not None}
         for key, (mine, base) in sorted(ahead.items(), key=lambda item: (_sending(item[0]), item[0])):
@@ -483,7 +460,7 @@ class Replica(Store):
                 return _patched(base, o) or base
         return base
 
-    def _set_hub(self, key: Key, row: _Row, o: HubObject | None) -> None:
+    def _set_hub(self, key: Key, row: Row, o: HubObject | None) -> None:
         self._strange.pop(key, None)
         if o is None or o.stored is None:
             row.hub, row.hub_status = None, {}
@@ -508,11 +485,13 @@ class Replica(Store):
         row = self._rows.get(key)
         if row is None:
             return
-        before: dict[Key, _Row | None] = {}
+        before: dict[Key, Row | None] = {}
         self._touch(before, key)
-        if row.seq == seq:
-            row.op, row.local = "", None
-            row.base, row.seq, row.first = 0, 0, 0
+        self._finish_own(seq, now)
+        if row.seq == seq and not row.foreign:
+            row.settle()
+        elif row.foreign:
+            row.first = 0  # a sibling's is on top of it, and says so to the hub itself
         else:
             row.base = now.revision if now.stored is not None else 0
             row.first = row.seq

@@ -82,6 +82,10 @@ class SqliteRecords(Records):
         self._appended: dict[str, int] = {}
 
     async def append(self, name: str, record: Record, *, unique: str = "") -> None:
+        self.keep(name, record)
+
+    def keep(self, name: str, record: Record) -> None:
+        """:meth:`append` for who must not be interrupted before it is kept."""
         record = {"time": clock.timestamp(), **record}
         cur = self._db.execute("INSERT INTO records(name, doc) VALUES(?,?)", (name, msgspec.json.encode(record)))
         appended = self._appended.get(name, 0)

@@ -99,6 +99,7 @@ class NodesCloud:
         #: Where each node is and what it sees; and what the sites have changed by themselves.
         self.roster = Roster(store)
         self.takeover = Takeover(store, records, write, self.roster)
+        self.takeover.revoked = lambda node: bool(self.identity(node)["revoked"])
         self.run_id = peers.id if peers else clock.new_id(12)
         self._peers = peers
         #: Nodes heard of that the other hub processes were not told of yet.

@@ -35,6 +35,7 @@ from edgeward.nodes.wire import (
     LEVEL,
     BeatAnswer,
     BeatAsk,
+    Decided,
     HubObject,
     LocalChange,
     Ok,
@@ -456,6 +457,11 @@ class NodeEdge:
                 self.counters["pushed"] += 1
             if by_seq:
                 raise EdgewardError(f"the hub left {len(by_seq)} local changes undecided")
+
+    async def push_for(self, node: str, store: str, changes: list[LocalChange]) -> list[Decided]:
+        """What the hub decides of changes that another node of this site made. Raises ``Unreachable``."""
+        answer = await self._request("push", PushAsk(store, changes, node), PushAnswer, timeout=30)
+        return answer.decided
 
     def _dated(self, changes: list[LocalChange]) -> list[LocalChange]:
         """With the times by the hub's clock, for the rule ``newest``."""

@@ -8,6 +8,7 @@ store, and an entry in the journal with whatever lost. What the site may change 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,6 +58,52 @@ class _Doubt(NamedTuple):
     journal: dict[str, Any]
 
 
+class _Past(msgspec.Struct):
+    """What the hub's store remembers of the changes made in a node's replica ``store``."""
+
+    #: The fact that it is: of the replica that the node has now, or of a former one that only others remember.
+    name: str
+    store: str
+    revision: int
+    #: The last number that the node itself sent; all before were decided.
+    done: int = 0
+    #: key -> (number, revision after, whether it was there then) of changes taken over: where the answer was lost the
+    #: node's next change has the old base, and its own doing is nothing that it missed
+    mine: dict[Key, tuple[int, int, bool]] = {}
+    #: Those that other nodes had decided: number -> mark.
+    ahead: dict[int, str] = {}
+
+    @classmethod
+    def of(cls, facts: NatsStore, node: str, store: str, *, own: bool = False) -> _Past:
+        """``own``: the node itself speaks, so that this is the replica that it has now."""
+        name = f"pushed.{node}"
+        saved = facts.fact(name)
+        last = msgspec.json.decode(saved) if saved else {}
+        if not own and last and last.get("store") != store:
+            name = f"pushed.{node}.former"
+            saved = facts.fact(name)
+            last = msgspec.json.decode(saved) if saved else {}
+        known = last if last.get("store") == store else {}
+        mine = {Key(*k): (seq, after, there) for *k, seq, after, there in known.get("mine", [])}
+        ahead = {int(seq): mark for seq, mark in known.get("ahead", [])}
+        return cls(name, store, facts.fact_revision(name), known.get("seq", 0), mine, ahead)
+
+    async def keep(self, facts: NatsStore) -> None:
+        self.ahead = {seq: mark for seq, mark in list(self.ahead.items())[-_REMEMBERED:] if seq > self.done}
+        kept = [[k.kind, k.namespace, k.name, *v] for k, v in list(self.mine.items())[-_REMEMBERED:]]
+        fact: dict[str, Any] = {"store": self.store, "seq": self.done, "mine": kept}
+        if self.ahead:
+            fact["ahead"] = list(self.ahead.items())
+        await facts.set_fact(self.name, msgspec.json.encode(fact), expect=self.revision)
+        self.revision = facts.fact_revision(self.name)
+
+
+def _mark(change: LocalChange) -> str:
+    """What a change is: a number alone could be taken by who sends it in another's name."""
+    spec = change.stored.spec if change.stored is not None else None
+    return hashlib.sha256(msgspec.json.encode([str(change.key), change.op, spec], order="sorted")).hexdigest()[:16]
+
+
 class Takeover:
     """Takes over the local changes of all sites, one node's after the other."""
 
@@ -64,50 +111,91 @@ class Takeover:
         self._store, self._records, self._roster = store, records, roster
         #: ``await write(resource | None, key, expect, actor)``: a validated write (the hub's Resources).
         self._write = write
+        #: Whether a node's identity was taken from it.
+        self.revoked: Callable[[str], bool] = lambda node: False
         self._pushing: dict[str, asyncio.Lock] = {}
         #: Changes whose write or record may have happened; the nodes send them again.
         self._in_doubt: dict[tuple[str, Key], _Doubt] = {}
 
     async def push(self, node: str, site: str, ask: PushAsk) -> PushAnswer:
-        """What became of each change that a node of ``site`` sends. ``Conflict``, or an error of the store: no word on
-        the rest, the node sends it again."""
-        async with self._pushing.setdefault(node, asyncio.Lock()):
-            saved = self._store.fact(f"pushed.{node}")
-            last = msgspec.json.decode(saved) if saved else {}
-            revision = self._store.fact_revision(f"pushed.{node}")
-            known = last if last.get("store") == ask.store else {}
-            done = known.get("seq", 0)
-            # key -> (seq, revision after, whether it was there then) of changes taken over from this node: where the
-            # answer was lost the node's next change has the old base, and its own doing is nothing that it missed
-            mine = {Key(*k): (seq, after, there) for *k, seq, after, there in known.get("mine", [])}
+        """What became of each change that a node of ``site`` sends, its own or, ``ask.of``, those of another node of
+        the site. ``Conflict``, or an error of the store: no word on the rest, the node sends it again."""
+        origin = ask.of or node
+        if ask.of and (why := self._silenced(origin, site)):
+            return PushAnswer([await self._refused(node, site, origin, change, why) for change in ask.changes])
+        async with self._pushing.setdefault(origin, asyncio.Lock()):
+            past = _Past.of(self._store, origin, ask.store, own=not ask.of)
             decided: list[Decided] = []
             for change in ask.changes:
-                if change.seq <= done:
+                mark = _mark(change)
+                if change.seq <= past.done or past.ahead.get(change.seq) == mark:
                     # decided before, only the answer was lost
                     decided.append(Decided(change.seq, "same", "taken over before", self._now(node, change)))
                     continue
-                if (before := await self._settled(node, change)) is not None:
-                    mine[change.key] = before, self._revision(change.key), self._store.find(change.key) is not None
-                theirs = {k for k, (_, at, _) in mine.items() if at == self._revision(k)}
-                seq, after, there = mine.pop(change.key, (0, 0, False))
-                seen = change.base
-                if 0 < change.first <= seq:
-                    now = after in (self._revision(change.key), self._store.was.get(change.key))
-                    seen = self._base_of(change.key) if now else after if there else 0
-                decided.append(await self._decide(node, site, msgspec.structs.replace(change, base=seen), theirs))
-                done = change.seq
-                if decided[-1].outcome == "accept" or (before is not None and decided[-1].outcome == "same"):
-                    is_there = self._store.find(change.key) is not None
-                    mine[change.key] = change.seq, self._revision(change.key), is_there
-                elif decided[-1].outcome in ("same", "reject") and 0 < change.first <= seq:
+                key = change.key
+                if (before := await self._settled(origin, change)) is not None:
+                    past.mine[key] = before, self._revision(key), self._store.find(key) is not None
+                theirs = {k for k, (_, at, _) in past.mine.items() if at == self._revision(k)}
+                seq, after, there = past.mine.pop(key, (0, 0, False))
+                known = [(after, there)] if 0 < change.first <= seq else []
+                seen = self._seen(change, known + self._of_siblings(change, origin, theirs))
+                decision = await self._decide(origin, site, msgspec.structs.replace(change, base=seen), theirs, node)
+                decided.append(decision)
+                if ask.of:  # what its origin made before may be still to come
+                    past.ahead[change.seq] = mark
+                else:
+                    past.done = change.seq
+                if decision.outcome == "accept" or (before is not None and decision.outcome == "same"):
+                    past.mine[key] = change.seq, self._revision(key), self._store.find(key) is not None
+                elif decision.outcome in ("same", "reject") and 0 < change.first <= seq:
                     # nothing was done: what the hub did meanwhile is still missed by whatever replaces this change
-                    mine[change.key] = change.seq, after, there
-                kept = [[k.kind, k.namespace, k.name, *v] for k, v in list(mine.items())[-_REMEMBERED:]]
-                fact = {"store": ask.store, "seq": done, "mine": kept}
+                    past.mine[key] = change.seq, after, there
                 # another process may have been asked the same meanwhile: then the node asks again
-                await self._store.set_fact(f"pushed.{node}", msgspec.json.encode(fact), expect=revision)
-                revision = self._store.fact_revision(f"pushed.{node}")
+                await past.keep(self._store)
             return PushAnswer(decided)
+
+    def _silenced(self, origin: str, site: str) -> str:
+        """Why nobody may send changes in this node's name; empty where the nodes of its site may."""
+        if self._roster.site_of.get(origin) != site:
+            return f"there is no node {origin} at site {site}"
+        return f"node {origin} is revoked" if self.revoked(origin) else ""
+
+    async def _refused(self, by: str, site: str, node: str, change: LocalChange, why: str) -> Decided:
+        key = change.key
+        journal: dict[str, Any] = {
+            "resource": str(key), "kind": key.kind, "namespace": key.namespace, "name": key.name,
+            "site": site, "node": node, "sentBy": by, "actor": change.actor, "op": change.op,
+            "madeAt": clock.timestamp(made_at(change.made or change.time, clock.now())),
+            "outcome": "invalid", "loser": "edge", "why": f"refused by the hub: {why}",
+        }  # fmt: skip
+        if change.stored is not None:
+            lost = {"kind": key.kind, "metadata": {"name": key.name}, "spec": change.stored.spec}
+            journal["lost"] = redact(lost)
+        await self._journal(journal, node, change)
+        return Decided(change.seq, "invalid", journal["why"], self._now(by, change), journal)
+
+    def _seen(self, change: LocalChange, known: list[tuple[int, bool]]) -> int:
+        """The base of a change, where it was made on top of others that were taken over since: the site's own doing is
+        nothing that it missed. ``known``: the revision after each of those, and whether the object was there then."""
+        if not known:
+            return change.base
+        after, there = max(known)
+        if after in (self._revision(change.key), self._store.was.get(change.key)):
+            return self._base_of(change.key)
+        return after if there else 0
+
+    def _of_siblings(self, change: LocalChange, origin: str, theirs: set[Key]) -> list[tuple[int, bool]]:
+        """What was taken over of the changes of other nodes that this one was made on top of."""
+        found = []
+        for node, store, last in change.over:
+            if node == origin or self._roster.site_of.get(node) != self._roster.site_of.get(origin):
+                continue
+            seq, after, there = _Past.of(self._store, node, store).mine.get(change.key, (0, 0, False))
+            if 0 < seq <= last:
+                found.append((after, there))
+                if after == self._revision(change.key):
+                    theirs.add(change.key)
+        return found
 
     def forget(self, node: str) -> None:
         self._in_doubt = {k: doubt for k, doubt in self._in_doubt.items() if k[0] != node}
@@ -147,8 +235,9 @@ class Takeover:
         sites = [s for s, nodes in self._roster.nodes_at.items() if nodes]
         return self._roster.views.elsewhere(key, site, sites, self._store.revision)
 
-    async def _decide(self, node: str, site: str, change: LocalChange, theirs: set[Key]) -> Decided:
-        """``theirs``: objects that are as this node wrote them, though they may not be in its view yet."""
+    async def _decide(self, node: str, site: str, change: LocalChange, theirs: set[Key], by: str) -> Decided:
+        """``theirs``: objects that are as this node wrote them, though they may not be in its view yet.
+        ``by``: the node that sends it."""
         key = change.key
         made = made_at(change.made, clock.now()) if change.made else change.time
 
@@ -161,6 +250,8 @@ class Takeover:
             "resource": str(key), "kind": key.kind, "namespace": key.namespace, "name": key.name,
             "site": site, "node": node, "actor": change.actor, "op": change.op, "madeAt": clock.timestamp(made),
         }  # fmt: skip
+        if by != node:
+            journal["sentBy"] = by
         try:
             level = self._roster.levels.get(node, LEVEL)
             local = from_stored(put_back(change.stored, hub, level)) if change.stored is not None else None
@@ -215,11 +306,11 @@ class Takeover:
                 lost_doc = {"kind": key.kind, "metadata": {"name": key.name}, "spec": change.stored.spec}
                 journal["lost"] = redact(lost_doc)
             await self._journal(journal, node, change)
-            return Decided(change.seq, "invalid", merged_why, self._now(node, change), journal)
+            return Decided(change.seq, "invalid", merged_why, self._now(by, change), journal)
         if merged.outcome != "same":
             await self._journal(journal, node, change)
         self._in_doubt.pop((node, key), None)
-        return Decided(change.seq, merged.outcome, merged.why, self._now(node, change), journal)
+        return Decided(change.seq, merged.outcome, merged.why, self._now(by, change), journal)
 
     async def _settled(self, node: str, change: LocalChange) -> int | None:
         """The number of this change, or of one that it replaces, if what nobody confirmed of it did happen."""

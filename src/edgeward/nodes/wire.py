@@ -44,6 +44,8 @@ class LocalChange(msgspec.Struct, omit_defaults=True):
     first: int = 0
     #: ``time`` by the hub's clock, as the node knows it; 0: it does not.
     made: float = 0.0
+    #: Changes of the site's nodes that this one was made on top of: (node, store, seq), the last one of each store.
+    over: list[tuple[str, str, int]] = []
 
     @property
     def key(self) -> Key:
@@ -90,6 +92,8 @@ class SyncAnswer(msgspec.Struct, omit_defaults=True):
 class PushAsk(msgspec.Struct, omit_defaults=True):
     store: str  #: id of the node's replica, so that a wiped node's sequence numbers mean nothing
     changes: list[LocalChange]
+    #: The node of the same site that made them, when another one sends them in its name. From level 2 on.
+    of: str = ""
 
 
 class Decided(msgspec.Struct, omit_defaults=True):

@@ -1,0 +1,385 @@
+"""The side of the replica that the nodes of a site have in common: changes of others, beside one's own.
+
+A row's local side may be another node's change. Its origin, its stamp and what it was made on top of lie in tables of
+their own (an earlier release finds such a row as a change made here, and sends it as one). What comes from a sibling is
+checked as the hub would check it, is on the disk with what it replaces before anybody sees it, and whoever lost is in
+the journal before that. The decisions are ``nodes/siblings.py``'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from edgeward.core import clock
+from edgeward.core.errors import EdgewardError, Invalid
+from edgeward.core.registry import kinds
+from edgeward.core.resource import Key, Resource, check_name, from_stored, to_stored
+from edgeward.core.scope import check_reach
+from edgeward.core.store import Store, same_desired
+from edgeward.nodes.siblings import (
+    MOST,
+    SEEN_MOST,
+    TICK,
+    Answer,
+    Digest,
+    Dot,
+    Finished,
+    Horizon,
+    Lost,
+    SiteChange,
+    answer,
+    meet,
+    together,
+)
+from edgeward.nodes.wire import HubObject, LocalChange
+
+log = logging.getLogger("edgeward.agent")
+
+#: Finished changes of which is remembered what the hub said.
+_REMEMBERED = 2000
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS site_changes(
+  kind TEXT, namespace TEXT, name TEXT, at INTEGER, node TEXT, store TEXT, seq INTEGER, stamp REAL, seen TEXT,
+  PRIMARY KEY (kind, namespace, name)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS site_finished(
+  n INTEGER PRIMARY KEY AUTOINCREMENT, node TEXT, store TEXT, seq INTEGER, doc BLOB);
+CREATE TABLE IF NOT EXISTS site_horizons(origin TEXT PRIMARY KEY, doc TEXT) WITHOUT ROWID;
+"""
+
+
+class Row(msgspec.Struct):
+    """One object's two sides. ``node``, ``store``, ``number``: of a local side that is another node's change."""
+
+    revision: int = 0
+    seen: int = 0
+    hub_revision: int = 0
+    hub: Resource | None = None
+    hub_status: dict[str, Any] = {}
+    op: str = ""
+    local: Resource | None = None
+    seq: int = 0
+    base: int = 0
+    changed_at: float = 0.0
+    actor: str = ""
+    status: dict[str, Any] = {}
+    #: The first change of one's own since the hub's last answer; ``seq`` is the last one.
+    first: int = 0
+    node: str = ""
+    store: str = ""
+    number: int = 0
+    stamp: float = 0.0
+    #: What the local side replaces: origin -> number.
+    over: dict[str, int] = {}
+
+    @property
+    def foreign(self) -> bool:
+        return bool(self.store)
+
+    def settle(self) -> None:
+        """There is no local side any more."""
+        self.op, self.local, self.base, self.seq, self.first = "", None, 0, 0, 0
+        self.node, self.store, self.number, self.stamp, self.over = "", "", 0, 0.0, {}
+
+
+class SharedRows(Store):
+    """What :class:`~edgeward.agent.replica.Replica` has of this."""
+
+    site: str
+    node: str
+    store_id: str
+    epoch: str
+    hub_revision: int
+    _rows: dict[Key, Row]
+    _db: Any
+    _seq: int
+    _last_stamp: float
+
+    def _open_shared(self) -> None:
+        #: The time by the hub's clock, as far as it is known.
+        self.hub_time: Callable[[], float] = clock.now
+        #: Called with each loss before it is made durable: writes the journal.
+        self.on_lost: Callable[[Lost, Resource | None], None] = lambda lost, resource: None
+        self._finished: dict[Dot, Finished] = {}
+        self._horizons: dict[str, Horizon] = {}
+        self._new_finished: list[Finished] = []
+        #: Changes of siblings that cannot be taken, and why.
+        self.refused: dict[Dot, str] = {}
+        #: One more whenever what is open is another.
+        self.open_version = 0
+
+    def _load_shared(self) -> None:
+        self._last_stamp = float(self.meta("stamp") or 0.0)
+        for kind, ns, name, at, node, store, seq, stamp, seen in self._db.execute("SELECT * FROM site_changes"):
+            row = self._rows.get(Key(kind, ns, name))
+            if row is None or not row.op:
+                continue
+            row.stamp, row.over = stamp, msgspec.json.decode(seen, type=dict[str, int])
+            if at == row.seq:
+                row.node, row.store, row.number = node, store, seq
+            else:  # an earlier release wrote on top of it
+                row.stamp += TICK
+                row.over = together(row.over, {f"{node}/{store}": seq} if store else {})
+        for row in self._rows.values():
+            row.stamp = row.stamp or row.changed_at
+        for (doc,) in self._db.execute("SELECT doc FROM site_finished ORDER BY n"):
+            known = msgspec.msgpack.decode(doc, type=Finished)
+            self._finished[known.dot] = known
+        for origin, text in self._db.execute("SELECT * FROM site_horizons"):
+            self._horizons[origin] = msgspec.json.decode(text, type=Horizon)
+
+    # -- in the replica's transaction ------------------------------------------------------------------------------
+
+    def _save_shared(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            at, row = (key.kind, key.namespace, key.name), self._rows.get(key)
+            if row is None or not row.op:
+                self._db.execute("DELETE FROM site_changes WHERE kind=? AND namespace=? AND name=?", at)
+                continue
+            seen = msgspec.json.encode(row.over).decode()
+            mine = (row.seq, row.node, row.store, row.number, row.stamp, seen)
+            self._db.execute("INSERT OR REPLACE INTO site_changes VALUES(?,?,?,?,?,?,?,?,?)", (*at, *mine))
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES('stamp', ?)", (repr(self._last_stamp),))
+        for known in self._new_finished:
+            self._db.execute(
+                "INSERT INTO site_finished(node, store, seq, doc) VALUES(?,?,?,?)",
+                (*known.dot, msgspec.msgpack.encode(known)),
+            )
+        if self._new_finished:
+            self._db.execute(
+                "DELETE FROM site_finished WHERE n <= (SELECT max(n) FROM site_finished) - ?", (_REMEMBERED,)
+            )
+
+    def _saved_shared(self) -> None:
+        """What was to be remembered is on the disk."""
+        for known in self._new_finished:
+            self._finished[known.dot] = known
+        self._new_finished = []
+        while len(self._finished) > _REMEMBERED:
+            del self._finished[next(iter(self._finished))]
+        self.open_version += 1
+
+    # -- a change made here --------------------------------------------------------------------------------------------
+
+    def _stamp_local(self, row: Row) -> None:
+        """A change made here is on top of what the row had as its local side, whoever's it was. Called before it is."""
+        # later than all that was made here: what a change is said to replace is always of an earlier stamp
+        stamp = max(self.hub_time(), self._last_stamp + TICK, row.stamp + TICK if row.op else 0.0)
+        if row.hub is not None and row.hub.metadata.updateTimestamp:
+            stamp = max(stamp, clock.parse_timestamp(row.hub.metadata.updateTimestamp) + TICK)
+        if row.op:
+            row.over = together(row.over, {self._dot(row).origin: self._dot(row).seq})
+        row.node, row.store, row.number, row.stamp = "", "", 0, stamp
+        self._last_stamp = stamp
+
+    def _dot(self, row: Row) -> Dot:
+        return Dot(row.node, row.store, row.number) if row.foreign else Dot(self.node, self.store_id, row.seq)
+
+    def _finish_own(self, seq: int, now: HubObject) -> None:
+        """The hub decided a change of this node: the others will ask."""
+        self._new_finished.append(
+            Finished(self.node, self.store_id, seq, now.kind, now.namespace, now.name, now, self.epoch)
+        )
+
+    # -- what the others ask -------------------------------------------------------------------------------------------
+
+    def open_changes(self) -> dict[Key, SiteChange]:
+        """Every change that the hub did not decide yet, of whichever node."""
+        return {k: self._change(k, r) for k, r in self._rows.items() if r.op}
+
+    def _change(self, key: Key, row: Row) -> SiteChange:
+        stored = to_stored(row.local) if row.local else None
+        at = (key.kind, key.namespace, key.name)
+        return SiteChange(*self._dot(row), *at, row.op, row.base, row.stamp, row.actor, stored, row.over)
+
+    def digest(self) -> Digest:
+        """What this node asks another with."""
+        held = [(k.kind, k.namespace, k.name, *self._dot(r)) for k, r in self._rows.items() if r.op]
+        return Digest(self.node, self.store_id, held[:MOST])
+
+    def answer(self, ask: Digest) -> Answer:
+        """What another node lacks."""
+        return answer(ask, self._seq, self.open_changes(), self._gone, (self.node, self.store_id))
+
+    def _gone(self, dot: Dot, key: Key) -> Finished | None:
+        now = self._now(key)
+        if (known := self._finished.get(dot)) is not None:
+            newer = known.now is None or known.epoch != self.epoch or now.revision > known.now.revision
+            return msgspec.structs.replace(known, now=now, epoch=self.epoch) if newer else known
+        if dot.origin == Dot(self.node, self.store_id, 0).origin:
+            row = self._rows.get(key)
+            if dot.seq > self._seq or (row is not None and row.op and not row.foreign and row.seq == dot.seq):
+                return None
+        elif (horizon := self._horizons.get(dot.origin)) is None or not horizon.finished(dot.seq):
+            return None
+        return Finished(*dot, key.kind, key.namespace, key.name, now, self.epoch)
+
+    def _now(self, key: Key) -> HubObject:
+        row = self._rows.get(key)
+        if row is None or row.hub is None:
+            return HubObject(key.kind, key.namespace, key.name, self.hub_revision)
+        return HubObject(
+            key.kind, key.namespace, key.name, row.hub_revision, to_stored(row.hub), row.hub_status or None
+        )
+
+    # -- what they answer ------------------------------------------------------------------------------------------
+
+    def take(self, got: Answer) -> list[Finished]:
+        """Takes what another node answered: changes it has, and which are open no more. In one transaction.
+
+        Gives the changes of *this* node that another one had the hub decide. Raises ``Refused`` when the disk is full.
+        """
+        before: dict[Key, Row | None] = {}
+        mine = [f for f in got.finished if self._finish(before, f)]
+        for change in got.changes:
+            try:
+                self._take(before, change)
+            except EdgewardError as e:
+                if change.dot not in self.refused:
+                    log.warning("a change of %s that came from node %s is not taken: %s", change.key, got.node, e)
+                while len(self.refused) >= MOST:
+                    del self.refused[next(iter(self.refused))]
+                self.refused[change.dot] = str(e)
+        self._learn(got)
+        if before or self._new_finished:
+            self._commit(before)
+        return mine
+
+    def finish(self, known: Finished) -> None:
+        """The hub decided a change of another node, asked by this one."""
+        before: dict[Key, Row | None] = {}
+        self._finish(before, known)
+        self._commit(before)
+
+    def _learn(self, got: Answer) -> None:
+        origin = Dot(got.node, got.store, 0).origin
+        horizon = Horizon(got.upto, got.mine)
+        if got.more or horizon == self._horizons.get(origin):
+            return
+        text = msgspec.json.encode(horizon).decode()
+        self._db.execute("INSERT OR REPLACE INTO site_horizons VALUES(?,?)", (origin, text))
+        self._horizons[origin] = horizon
+
+    def _finish(self, before: dict[Key, Row | None], known: Finished) -> bool:
+        """True where it is this node's own change, and was open."""
+        row = self._rows.get(known.key)
+        open_here = row is not None and bool(row.op) and self._dot(row) == known.dot
+        if known.dot not in self._finished and (known.outcome or open_here):
+            self._new_finished.append(known)
+        if row is None or not open_here:
+            return False
+        own = not row.foreign
+        row = self._touch(before, known.key)
+        row.settle()
+        now = known.now
+        fresh = now is not None and now.key == known.key and known.epoch == self.epoch
+        if now is not None and fresh and now.revision > max(row.hub_revision, self.hub_revision):
+            self._set_hub(known.key, row, now)
+        elif row.hub is None:
+            del self._rows[known.key]
+        return own
+
+    def _take(self, before: dict[Key, Row | None], change: SiteChange) -> None:
+        key, dot = change.key, change.dot
+        if dot.origin == Dot(self.node, self.store_id, 0).origin:
+            self._seq = max(self._seq, dot.seq)  # a file put back from a copy must not count again from there
+            return
+        row = self._rows.get(key)
+        held = self._change(key, row) if row is not None and row.op else None
+        if (held is None or held.dot != dot) and self._gone(dot, key) is not None:
+            return
+        wanted = self._checked(change)
+        meeting = meet(held, change)
+        if meeting.lost is not None:
+            self._say_lost(meeting.lost, row)
+        if not meeting.take and held is not None and meeting.seen == held.seen:
+            return
+        row = self._touch(before, key)
+        row.over = meeting.seen
+        if not meeting.take:
+            return
+        row.first = row.first if held is not None else 0
+        self._seq += 1
+        row.op, row.local, row.base, row.seq = change.op, wanted, change.base, self._seq
+        row.node, row.store, row.number, row.stamp = change.node, change.store, change.seq, change.stamp
+        row.changed_at, row.actor = clock.steady(), change.actor
+        if change.op == "delete":
+            row.status = {}
+
+    def _say_lost(self, lost: Lost, row: Row | None) -> None:
+        change, winner = lost
+        wanted = from_stored(change.stored) if change.stored is not None else None
+        won = from_stored(winner.stored) if winner.stored is not None else None
+        if (wanted is None and won is None) or (wanted and won and same_desired(wanted, won)):
+            return
+        hub = row.hub if row is not None else None
+        if wanted is not None and hub is not None and same_desired(wanted, hub):
+            return  # the hub took it over long ago
+        self.on_lost(lost, wanted)
+
+    def _checked(self, change: SiteChange) -> Resource | None:
+        """The document of a sibling's change; raises what the hub would refuse of it, as far as this node can tell."""
+        key = change.key
+        if change.op not in ("put", "delete") or (change.op == "put") != (change.stored is not None):
+            raise Invalid("a change is a put with a document or a delete", resource=str(key))
+        if len(change.seen) > SEEN_MOST or change.seq < 1 or not change.node or not change.store:
+            raise Invalid("the change does not say where it comes from", resource=str(key))
+        kinds.get(key.kind)
+        check_name(key.name, "$.metadata.name", str(key))
+        if change.stored is None:
+            row = self._rows.get(key)
+            there = (row.local or row.hub) if row is not None else None
+            if there is not None:
+                check_reach(there, self.site, delete=True)
+            return None
+        wanted = from_stored(change.stored)
+        if wanted.key != key:
+            raise Invalid("the change and its document name different objects", resource=str(key))
+        check_reach(wanted, self.site)
+        kinds.get(key.kind).check(wanted)
+        return wanted
+
+    # -- towards the hub -------------------------------------------------------------------------------------------
+
+    def foreign(self) -> set[str]:
+        """The nodes whose changes are open here."""
+        return {r.node for r in self._rows.values() if r.op and r.foreign}
+
+    def pending_of(self, nodes: Iterable[str]) -> dict[tuple[str, str], list[LocalChange]]:
+        """Undecided changes of other nodes, to be sent in their names: (node, store) -> changes, oldest first."""
+        found: dict[tuple[str, str], list[LocalChange]] = {}
+        wanted = set(nodes)
+        for key, row in self._rows.items():
+            if row.op and row.foreign and row.node in wanted:
+                found.setdefault((row.node, row.store), []).append(self._local_change(key, row))
+        return {k: sorted(v, key=lambda c: c.seq) for k, v in found.items()}
+
+    def _local_change(self, key: Key, row: Row) -> LocalChange:
+        at = (key.kind, key.namespace, key.name)
+        stored = to_stored(row.local) if row.local else None
+        over = [(*_parted(origin), seq) for origin, seq in sorted(row.over.items())]
+        seq, first = (row.number, 0) if row.foreign else (row.seq, row.first)
+        made = row.stamp if row.foreign else 0.0
+        return LocalChange(seq, *at, row.op, row.base, row.changed_at, row.actor, stored, first, made, over)
+
+    # -- of the replica ------------------------------------------------------------------------------------------------
+
+    def meta(self, name: str) -> str:
+        raise NotImplementedError
+
+    def _touch(self, before: dict[Key, Row | None], key: Key) -> Row:
+        raise NotImplementedError
+
+    def _commit(self, before: dict[Key, Row | None], **meta: str) -> None:
+        raise NotImplementedError
+
+    def _set_hub(self, key: Key, row: Row, o: HubObject | None) -> None:
+        raise NotImplementedError
+
+
+def _parted(origin: str) -> tuple[str, str]:
+    node, _, store = origin.partition("/")
+    return node, store

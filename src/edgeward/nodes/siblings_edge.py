@@ -1,0 +1,240 @@
+"""The nodes of a site keep one another's open changes, by asking each other over the mesh.
+
+Each node says by datagram what it holds open, as a short print: when that changes, and every :data:`SAY` seconds. Who
+hears another print than its own asks that node (``site.changes``), and has what it lacks within a round trip; a lost
+datagram costs until the next one. So the site is one for everybody who works on it, with the hub or without. What the
+hub takes from a node, it takes from its origin; in the name of one that has no link, or is not heard of any more,
+another node of the site has its changes decided. What is decided here is in ``siblings.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import msgspec
+
+from edgeward.core import clock
+from edgeward.core.errors import EdgewardError
+from edgeward.core.reconcile import Loop
+from edgeward.core.records import SqliteRecords
+from edgeward.core.resource import Resource
+from edgeward.nodes.siblings import Answer, Digest, Finished, Lost, record
+from edgeward.nodes.wire import Decided, LocalChange
+
+log = logging.getLogger("edgeward.nodes")
+
+TOPIC, VERB = "site", "site.changes"
+#: Seconds between two words of what is held; from an unanswered question to the next; and until changes of a node that
+#: is silent, or has no link, are sent to the hub by another one.
+SAY, TIMEOUT, PATIENCE = 10.0, 10.0, 15.0
+#: Changes that are sent to the hub at once, and the hub's level from which on it takes them in another's name.
+_PUSH, _LEVEL = 50, 2
+
+
+class HeardLike(Protocol):
+    """When a word came, by the monotonic clock."""
+
+    at: float
+
+
+class MeshLike(Protocol):
+    """What is needed of :class:`edgeward.nodes.mesh.Mesh`."""
+
+    on_peers: list[Callable[[], None]]
+
+    def peers(self) -> Mapping[str, Any]: ...
+    def say(self, topic: str, data: bytes, peers: Iterable[str] | None = None) -> int: ...
+    def hear(self, topic: str, fn: Callable[[str, bytes, Any], None]) -> None: ...
+    def serve(self, verb: str, handler: Callable[[str, bytes], Awaitable[bytes]]) -> None: ...
+    async def ask(self, peer: str, verb: str, data: bytes = b"", timeout: float = 10.0) -> bytes: ...
+
+
+class Shared(Protocol):
+    """What is needed of the replica."""
+
+    epoch: str
+    hub_level: int | None
+    open_version: int
+    on_lost: Callable[[Lost, Resource | None], None]
+
+    def digest(self) -> Digest: ...
+    def answer(self, ask: Digest) -> Answer: ...
+    def take(self, got: Answer) -> list[Finished]: ...
+    def finish(self, known: Finished) -> None: ...
+    def pending_of(self, nodes: Iterable[str]) -> dict[tuple[str, str], list[LocalChange]]: ...
+    def foreign(self) -> set[str]: ...
+
+
+class LinkLike(Protocol):
+    """What is needed of the link to the hub."""
+
+    @property
+    def online(self) -> bool: ...
+    async def push_for(self, node: str, store: str, changes: list[LocalChange]) -> list[Decided]: ...
+    def wake_events(self) -> None: ...
+
+
+class Word(msgspec.Struct, array_like=True):
+    """What a node says of itself: the print of what it holds open, whether the hub answers it."""
+
+    print: bytes
+    online: bool
+
+
+class Siblings:
+    """One node's part in keeping the site's changes."""
+
+    def __init__(
+        self, node: str, site: str, *, replica: Shared, records: SqliteRecords, link: LinkLike, mesh: MeshLike
+    ) -> None:
+        self.node, self._site = node, site
+        self._replica, self._records, self._link, self._mesh = replica, records, link, mesh
+        replica.on_lost = self._lost
+        mesh.hear(TOPIC, self._heard)
+        mesh.serve(VERB, self._asked)
+        mesh.on_peers.append(self._met)
+        self._pulls: Loop[str] = Loop("siblings", self._pull, backoff=(0.5, SAY), timeout=TIMEOUT * 2)
+        self._news = asyncio.Event()
+        self._print = (-1, b"")
+        self._words: dict[str, tuple[Word, float]] = {}
+        self._began = clock.monotonic()
+        self.counters = {"siblings_asked": 0, "siblings_answered": 0, "siblings_lost": 0, "siblings_sent_for": 0}
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._pulls.run())
+            group.create_task(self._say())
+            group.create_task(self._push_others())
+
+    # -- what is held --------------------------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        """Something of what this node holds, or whom it reaches, is new: say it."""
+        self._news.set()
+
+    def print(self) -> bytes:
+        """Equal at nodes that hold the same open."""
+        version = self._replica.open_version
+        if self._print[0] != version:
+            text = msgspec.json.encode(sorted(self._replica.digest().open))
+            self._print = version, hashlib.sha256(text).digest()[:8]
+        return self._print[1]
+
+    async def _say(self) -> None:
+        said = b""
+        while True:
+            word = msgspec.msgpack.encode(Word(self.print(), self._link.online))
+            if word != said:
+                self._mesh.say(TOPIC, word)
+                said = word
+            self._news.clear()
+            try:
+                async with asyncio.timeout(SAY):
+                    await self._news.wait()
+            except TimeoutError:
+                said = b""
+
+    def _met(self) -> None:
+        """Somebody came, or can be spoken with now: he hears the present word."""
+        self._mesh.say(TOPIC, msgspec.msgpack.encode(Word(self.print(), self._link.online)))
+
+    def _heard(self, peer: str, data: bytes, heard: HeardLike) -> None:
+        word = msgspec.msgpack.decode(data, type=Word)
+        self._words[peer] = word, heard.at
+        if word.print != self.print():
+            self._pulls.add(peer)
+
+    # -- asking and answering ------------------------------------------------------------------------------------------
+
+    async def _asked(self, peer: str, data: bytes) -> bytes:
+        ask = msgspec.msgpack.decode(data, type=Digest)
+        self.counters["siblings_answered"] += 1
+        return msgspec.msgpack.encode(self._replica.answer(ask))
+
+    async def _pull(self, peer: str) -> float | None:
+        if peer not in self._mesh.peers():
+            self._words.pop(peer, None)
+            return None
+        before = self.print()
+        await self.pull(peer)
+        if self.print() != before:
+            self.changed()
+        return None
+
+    async def pull(self, peer: str) -> None:
+        """Takes what another node has. Raises ``Unreachable``."""
+        more = True
+        while more:
+            asked = msgspec.msgpack.encode(self._replica.digest())
+            got = msgspec.msgpack.decode(await self._mesh.ask(peer, VERB, asked, TIMEOUT), type=Answer)
+            self.counters["siblings_asked"] += 1
+            if got.node != peer:
+                raise EdgewardError("answers in another's name", resource=f"Node/{peer}")
+            before = self._replica.open_version
+            for known in self._replica.take(got):
+                self._decided(known)
+            more = got.more and self._replica.open_version != before
+
+    # -- what people are told ------------------------------------------------------------------------------------------
+
+    def _lost(self, lost: Lost, wanted: Resource | None) -> None:
+        """Called before the other change is taken: what is in no document any more is in the journal."""
+        doc = wanted.document(show_secrets=False) if wanted is not None else None
+        entry = record(lost, self._site, doc, clock.timestamp(lost.change.stamp))
+        self._records.keep("journal", entry)
+        self.counters["siblings_lost"] += 1
+        if lost.change.node == self.node:
+            self._event("Warning", "LocalChangeLost", entry["resource"], f"replaced: {entry['why']}")
+
+    def _decided(self, known: Finished) -> None:
+        """A change of this node's that another one had the hub decide."""
+        if known.journal is None:
+            return
+        self._records.keep("journal", known.journal)
+        lost = known.journal.get("loser") == "edge"
+        reason = "LocalChangeLost" if lost else "LocalChangeTakenOver"
+        self._event("Warning" if lost else "Normal", reason, str(known.key), f"{known.outcome}: {known.why}")
+
+    def _event(self, type: str, reason: str, resource: str, message: str) -> None:
+        self._records.keep("events", {"type": type, "reason": reason, "resource": resource, "message": message})
+        self._link.wake_events()
+
+    # -- towards the hub -----------------------------------------------------------------------------------------------
+
+    async def _push_others(self) -> None:
+        while True:
+            await asyncio.sleep(PATIENCE / 3)  # the pace of looking at who is silent
+            try:
+                await self.push_for(self._unable())
+            except EdgewardError as e:
+                log.info("changes of other nodes are not sent yet: %s", e)
+
+    def _unable(self) -> set[str]:
+        """Nodes with open changes here that cannot have them decided themselves, for all that is known."""
+        now = clock.monotonic()
+        able = {n for n, (word, at) in self._words.items() if word.online and now - at < PATIENCE}
+        return self._replica.foreign() - able if now - self._began > PATIENCE else set()
+
+    async def push_for(self, nodes: Iterable[str]) -> None:
+        """Has the hub decide what other nodes changed, in their names. Raises ``Unreachable`` and what the hub says."""
+        if not self._link.online or (self._replica.hub_level or 0) < _LEVEL:
+            return
+        for (node, store), changes in self._replica.pending_of(nodes).items():
+            part = {c.seq: c for c in changes[:_PUSH]}
+            for decided in await self._link.push_for(node, store, list(part.values())):
+                change = part.get(decided.seq)
+                if change is not None:
+                    self.counters["siblings_sent_for"] += 1
+                    self._finish(node, store, change, decided)
+
+    def _finish(self, node: str, store: str, change: LocalChange, decided: Decided) -> None:
+        if decided.journal is not None and decided.outcome != "same":
+            self._records.keep("journal", decided.journal)
+        at = (change.kind, change.namespace, change.name)
+        said = (decided.outcome, decided.why, decided.journal)
+        self._replica.finish(Finished(node, store, change.seq, *at, decided.now, self._replica.epoch, *said))
+        self.changed()
