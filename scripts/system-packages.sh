@@ -3,6 +3,7 @@
 set -euo pipefail
 need=()
 command -v ip >/dev/null || [ -x /usr/sbin/ip ] || need+=(iproute2)
+command -v nft >/dev/null || [ -x /usr/sbin/nft ] || need+=(nftables)
 command -v node >/dev/null || need+=(nodejs)
 command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || [ -n "${EDGEWARD_NGINX:-}" ] || need+=(nginx)
 [ ${#need[@]} -eq 0 ] && exit 0

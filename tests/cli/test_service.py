@@ -116,6 +116,10 @@ def test_a_function_may_keep_the_right_to_read_python() -> None:
     assert "CAP_DAC_READ_SEARCH" in values(unit(wanted("agent")), "CapabilityBoundingSet")[0].split()
 
 
+def test_a_roots_agent_may_close_services() -> None:
+    assert "CAP_NET_ADMIN" in values(unit(wanted("agent", user="root")), "CapabilityBoundingSet")[0].split()
+
+
 def test_a_node_that_left_is_not_started_again() -> None:
     """`leave` ends the agent; systemd starts it anew, and finds nothing to start it for."""
     assert values(unit(wanted("agent", "/srv/a b%h")), "ConditionPathExists") == ["/srv/a b%%h/identity/node.creds"]

@@ -55,7 +55,7 @@ def test_the_bounds_are_taken() -> None:
         ("[1]", "$", "expected `object`, got `array`"),
         ("{}", "$", "missing required field `sites`"),
         ("sites: []", "$.sites", r"0 sites \(a lab has 1 to 64 sites\)"),
-        ("sites: [{name: a}]\nsite: 1", "$", r"unknown field `site` \(fields: sites, backing\)"),
+        ("sites: [{name: a}]\nsite: 1", "$", r"unknown field `site` \(fields: sites, backing, between\)"),
         ("sites: [{name: a}]\nbacking: docker", "$.backing", r"\(backing is auto, relays or namespaces\)"),
         ("sites: [{name: a, node: 2}]", "$.sites[0]", r"unknown field `node` \(fields: name, nodes, link\)"),
         ("sites: [{nodes: 2}]", "$.sites[0]", "missing required field `name`"),

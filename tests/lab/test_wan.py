@@ -3,6 +3,7 @@ from __future__ import annotations
 import ipaddress
 import random
 
+import msgspec
 import pytest
 
 from edgeward.lab.links import Profile
@@ -77,6 +78,25 @@ def test_nothing_goes_past_the_hub_or_under_a_false_name() -> None:
     assert w.due(9.0) == []
     assert w.pairs["plant-1>shop-1"].cut == 1
     assert w.nodes["plant-1"].refused == 3
+
+
+def test_where_sites_reach_one_another_both_links_carry_it_and_both_count() -> None:
+    w = Wan(msgspec.structs.replace(TOPOLOGY, between="open"), Plan(TOPOLOGY, BLOCKS[3]), seed=7)
+    packet = ip(w.plan, "shop-1", "plant-1", 1000)
+    w.links["shop"].set_profile(Profile(delay_ms=50))
+    w.send(0.0, "shop-1", packet)
+    assert w.due(0.051) == [], "at the far end of the shop's link"
+    assert w.next_at == pytest.approx(0.061), "then over the plant's"
+    assert [(d.origin, d.to, d.packet) for d in w.due(0.062)] == [("shop-1", "plant-1", packet)]
+    assert (w.nodes["shop-1"].up.packets, w.nodes["plant-1"].down.packets) == (1, 1)
+    assert (w.pairs["shop-1>plant-1"].packets, w.pairs["shop-1>plant-1"].bytes) == (1, 1000)
+    w.links["plant"].cut = True
+    w.send(1.0, "shop-1", packet)
+    w.due(1.05)
+    assert w.due(2.0) == []
+    w.send(3.0, "plant-1", ip(w.plan, "plant-1", "shop-1"))
+    assert (w.pairs["shop-1>plant-1"].cut, w.pairs["plant-1>shop-1"].cut) == (1, 1)
+    assert w.next_at is None
 
 
 def test_a_cut_swallows_what_is_sent_and_what_is_on_its_way() -> None:

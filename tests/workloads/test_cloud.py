@@ -104,8 +104,22 @@ def test_a_service_has_the_running_instances_with_its_port() -> None:
         {"node": "gone", "phase": "Running", "ports": {"h": 5}},
         {"phase": "Running"},
     ]
-    assert fold_service(service, [node("a-1")], {"web": {"instances": instances}, "other": {}})["endpoints"] == [
+    assert fold_service(service, [node("a-1")], {"web": {"instances": instances}, "other": {}}, {})["endpoints"] == [
         {"node": "a-1", "site": "a", "address": "10.0.0.1", "port": 1},
         {"node": "gone", "site": "", "address": "", "port": 5},
     ]
-    assert fold_service(service, [], {}) == {"endpoints": []}
+    assert fold_service(service, [], {}, {}) == {"endpoints": []}
+
+
+def test_a_service_is_closed_when_all_its_nodes_say_so() -> None:
+    spec = {"app": "web", "port": "http"}
+    meta = {"apiVersion": "edgeward/v1", "kind": "Service", "metadata": {"name": "web"}}
+    service, free = decode({**meta, "spec": spec}), decode({**meta, "spec": {**spec, "scope": "any"}})
+    held, not_held = {"enforced": True}, {"enforced": False, "why": "needs root (CAP_NET_ADMIN)"}
+    assert fold_service(service, [], {}, {"a-1": held})["enforced"] is True
+    got = fold_service(service, [], {}, {"a-1": held, "a-2": not_held})
+    assert got == {"endpoints": [], "enforced": False, "notEnforced": {"a-2": "needs root (CAP_NET_ADMIN)"}}
+    assert fold_service(free, [], {}, {"a-1": held}) == {"endpoints": []}
+    many = fold_service(service, [], {}, {f"a-{n:02}": not_held for n in range(30)})
+    assert len(many["notEnforced"]) == 21
+    assert many["notEnforced"]["..."] == "and 10 more nodes"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 
+from edgeward.agent.closing import Closing
 from edgeward.agent.keeper import Keeper
 from edgeward.agent.replica import Replica
 from edgeward.core.errors import EdgewardError
@@ -20,11 +21,13 @@ log = logging.getLogger("edgeward.agent")
 
 
 class Changes:
-    """``exports``: applies the declared Exports."""
+    """``exports``: applies the declared Exports; ``closing``: what keeps Services closed."""
 
     def __init__(
-        self, replica: Replica, *, apps: AppsEdge, plane: Keeper, link: NodeEdge, exports: Callable[[], Awaitable[None]]
-    ) -> None:
+        self, replica: Replica, *, apps: AppsEdge, plane: Keeper, link: NodeEdge, closing: Closing,
+        exports: Callable[[], Awaitable[None]],
+    ) -> None:  # fmt: skip
+        self._closing = closing
         self._replica, self._apps, self._plane, self._link = replica, apps, plane, link
         self._exports = exports
 
@@ -44,6 +47,8 @@ class Changes:
         key = change.key
         if self._replica.local_change(key) or change.resource is None:
             self._link.wake_push()
+        if key.kind in ("Site", "Node", "Service", "App"):
+            self._closing.poke()
         if change.status_only and key.kind not in ("Service", "Site", "Rollout"):
             return
         if key.kind in (

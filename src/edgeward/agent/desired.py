@@ -146,6 +146,14 @@ class Desired:
                     found.append({"address": str(e["address"]), "port": int(e["port"]), "here": False})
         return found
 
+    def ports(self, service: Resource) -> list[int]:
+        """The ports of a Service's instances on this node, whether they serve yet or not."""
+        key = Key("App", service.metadata.namespace, str(service.spec.app))
+        app = self._replica.find(key)
+        all_ = self._said.get(key, (app.status if app else {}).get("instances", []))
+        mine = [i.get("ports", {}).get(service.spec.port) for i in all_ if i.get("node", self._node) == self._node]
+        return sorted({int(p) for p in mine if p})
+
     def _here(self, service: Resource) -> list[tuple[str, int]]:
         key = Key("App", service.metadata.namespace, str(service.spec.app))
         app = self._replica.find(key)

@@ -22,6 +22,7 @@ import msgspec
 from edgeward import __version__
 from edgeward.agent.broker import MQTT_USER, Broker
 from edgeward.agent.changes import Changes
+from edgeward.agent.closing import Closing
 from edgeward.agent.desired import Desired
 from edgeward.agent.doors import GatewayRoutes
 from edgeward.agent.keeper import Keeper
@@ -112,7 +113,7 @@ class Agent:
             records=self.records,
             desired=self.desired,
             link=self.link,
-            moved=lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
+            moved=self._places_moved,
             spawn=self._spawn,
             happened=self._happened,
         )
@@ -201,9 +202,15 @@ class Agent:
             hurry=self.renewer.hurry,
             history=self.history,
         )
+        self.closing = Closing(
+            self.node, self.site, self.address, data,
+            replica=self.replica, desired=self.desired, event=self.reports.event,
+            status=self.link.report,  # to the hub alone: here the rest of a Service's status is the hub's
+        )  # fmt: skip
         self.changes = Changes(
-            self.replica, apps=self.apps, plane=self.plane, link=self.link, exports=self._apply_exports
-        )
+            self.replica, apps=self.apps, plane=self.plane, link=self.link, closing=self.closing,
+            exports=self._apply_exports,
+        )  # fmt: skip
         self._ready = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self.bus: Bus | None = None
@@ -223,6 +230,7 @@ class Agent:
                 os.umask(old_umask)
                 works = [self.mesh.run, self.siblings.run, self.apps.run, self.plane.run, self.changes.run]
                 works += [self._messages, self._token_uses, self._anchor, self.stock.run, self.orders.run]
+                works.append(self.closing.run)
                 if (listener := self.listener) is not None:
                     open_api = self._api(self._bearer)
                     works.append(lambda: listener.run(open_api))
@@ -236,6 +244,7 @@ class Agent:
                 await self.bus.close()
             if self.stop_apps:
                 await self.plane.stop()
+                await self.closing.stop()
                 if self.broker.server is not None:
                     await self.broker.server.stop()
             self.run_file.remove()
@@ -413,6 +422,11 @@ class Agent:
         if here is not None and self.replica.hub_level is not None:
             check_level(new, here.key, self.replica.hub_level)
 
+    def _places_moved(self) -> None:
+        """Where Services are may be new."""
+        self.plane.poke()
+        self.closing.poke()
+
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -472,10 +486,11 @@ class Agent:
             mesh=self.mesh.counters,
             peers=(len(peers := self.mesh.peers()), sum(p.linked for p in peers.values())),
         )
+        refused = {f"edgeward_closed_{k}_packets_total": float(v) for k, v in (await self.closing.counted()).items()}
         of_gateway, meanings = await self.doors.metrics()
         with contextlib.suppress(EdgewardError):  # a plane that does not answer has no numbers
             values |= (await self.plane.one("functions.stats", timeout=2.0))["metrics"]
-        return daemon.metrics_text(values | of_gateway, HELP | meanings | FUNCTION_HELP)
+        return daemon.metrics_text(values | refused | of_gateway, HELP | meanings | FUNCTION_HELP)
 
 
 def main() -> int:

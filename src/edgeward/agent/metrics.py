@@ -21,6 +21,8 @@ HELP = {
     "edgeward_agent_revision": "Revision of the replica.",
     "edgeward_agent_resources": "Resources in the replica.",
     "edgeward_agent_uptime_seconds": "Since the agent started.",
+    "edgeward_closed_refused_in_packets_total": "Packets to closed Services that were not from their site.",
+    "edgeward_closed_refused_out_packets_total": "Packets to closed Services of other sites.",
     "edgeward_link_up": "1 while the hub answers.",
     "edgeward_link_beats_total": "Heartbeats that the hub answered.",
     "edgeward_link_syncs_total": "Syncs of desired state.",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from edgeward import __version__
+from edgeward.agent.closing import Closing
 from edgeward.agent.desired import Desired
 from edgeward.agent.replica import Replica
 from edgeward.core import clock
@@ -95,7 +96,7 @@ def about_node(
         **mesh,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "enforced": apps.enforced(),
+        "enforced": [*apps.enforced(), *Closing.enforced()],
         "secrets": {"sealed": True, "key": vault.source},
         "clock": link.hub_clock.status(clock.now(), clock.steady()),
         "audit": {"last": head.seq, "hash": head.hash} if head is not None else {},

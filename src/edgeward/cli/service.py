@@ -157,8 +157,9 @@ def _system_lines(w: Wanted, hub: bool) -> list[str]:
             # the cgroup file system is what limits are written to
             "ReadWritePaths=-/sys/fs/cgroup",
             # it starts apps as other users, in cgroups and namespaces of their own, and reads devices
-            # (CAP_DAC_READ_SEARCH: functions of another user read a Python that lies below the node's closed folder)
-            "CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_KILL "
+            # (CAP_DAC_READ_SEARCH: functions of another user read a Python that lies below the node's closed folder;
+            # CAP_NET_ADMIN: nftables keeps Services closed)
+            "CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_KILL CAP_NET_ADMIN "
             "CAP_NET_BIND_SERVICE CAP_SETGID CAP_SETUID CAP_SYS_RESOURCE CAP_SYS_ADMIN CAP_SYS_PTRACE"
             if root
             else f"CapabilityBoundingSet={rights}",

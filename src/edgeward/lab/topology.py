@@ -59,6 +59,10 @@ class Topology(Struct, frozen=True, forbid_unknown_fields=True):
         BackingName,
         Meta(description="relays: TCP relays, no root. namespaces: IP links, root on Linux. auto: relays"),
     ] = "auto"
+    between: Annotated[
+        Literal["none", "open"],
+        Meta(description="namespaces: whether sites reach one another past the hub, over their links, or not at all"),
+    ] = "none"
 
     def nodes(self) -> Iterator[tuple[SiteSpec, str]]:
         """Every node with its site, in the order of the file."""
@@ -160,6 +164,8 @@ def _remedy(message: str, path: str) -> str:
     if "unknown field" in message:
         known = Profile if ".link" in path else Topology if path.strip("`") in {"", "$"} else SiteSpec
         return "fields: " + ", ".join(known.__struct_fields__)
+    if path.startswith("$.between"):
+        return "between is none or open"
     if path.startswith("$.backing"):
         return "backing is auto, relays or namespaces"
     if ".link" in path:

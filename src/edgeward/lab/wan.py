@@ -2,7 +2,8 @@
 
 In come packets as a machine's ``wan0`` gives them out, the time and random numbers; out come deliveries. Every machine
 (the hub, each node) has one IPv4 address, in a /25 per site. A site's machines share its link to the hub; what they say
-to one another goes by the site's own LAN, not here. Site to site is dropped and counted.
+to one another goes by the site's own LAN, not here. Site to site is dropped and counted, or goes up the one site's
+link and down the other's where the topology says ``between: open``.
 
 :class:`Plan` is the addressing; :class:`Wan` the links. The shell is ``namespaces.py``.
 """
@@ -15,7 +16,7 @@ import random
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from edgeward.lab.links import Counts, Draws, NodeCounters, Profile, Shaper
+from edgeward.lab.links import Counts, Draws, Drop, NodeCounters, Profile, Shaper
 from edgeward.lab.topology import Topology
 
 #: RFC 2544: for tests of networks, so no real network is shadowed. Each lab on a machine takes one of these blocks.
@@ -78,13 +79,15 @@ class SiteLink:
 
 
 class Delivery(NamedTuple):
-    """A packet on its way: it comes out at ``to``'s end ``at`` a time."""
+    """A packet on its way: it comes out at ``to``'s end ``at`` a time; ``half``: at the far end of the sender's link,
+    from where another site's brings it on."""
 
     at: float
     number: int
     origin: str
     to: str
     packet: bytes
+    half: bool = False
 
 
 class Wan:
@@ -94,7 +97,8 @@ class Wan:
         self.plan = plan
         self.links = {s.name: SiteLink(s.profile) for s in topology.sites}
         self.nodes = {n: NodeCounters(s.name, Counts(), Counts()) for s, n in topology.nodes()}
-        #: Attempts to talk past the hub, as ``from>to``.
+        self._open = topology.between == "open"
+        #: What was said past the hub, as ``from>to``, or what was tried to.
         self.pairs: dict[str, Counts] = {}
         self._by_address = {a.packed: name for name, a in plan.address.items()}
         self._flight: list[Delivery] = []
@@ -113,34 +117,51 @@ class Wan:
         if source != origin or target is None or target == origin:
             counters.refused += 1
             return
-        if origin != HUB and target != HUB:
+        past = origin != HUB and target != HUB
+        if past and not self._open:
             self.pairs.setdefault(f"{origin}>{target}", Counts()).cut += 1
             return
+        self._offer(now, Delivery(0.0, 0, origin, target, packet, past))
+
+    def _offer(self, now: float, delivery: Delivery) -> None:
+        """Onto the link of the site that it leaves or, else, comes to."""
+        up = delivery.half or delivery.to == HUB
+        counters = self.nodes[delivery.origin if up else delivery.to]
         link = self.links[counters.site]
-        shaper, counts = (link.down, counters.down) if origin == HUB else (link.up, counters.up)
+        shaper, counts = (link.up, counters.up) if up else (link.down, counters.down)
         if link.cut:
-            counts.cut += 1
+            self._lost(delivery, counts, "cut")
             return
         draw = self._rng.random
-        fate = shaper.offer(now, len(packet), Draws(draw(), draw(), draw()))
+        fate = shaper.offer(now, len(delivery.packet), Draws(draw(), draw(), draw()))
         if fate.dropped:
-            counts.drop(fate.dropped)
+            self._lost(delivery, counts, fate.dropped)
             return
         self._number += 1
-        heapq.heappush(self._flight, Delivery(fate.at, self._number, origin, target, packet))
+        heapq.heappush(self._flight, delivery._replace(at=fate.at, number=self._number))
+
+    def _lost(self, delivery: Delivery, counts: Counts, why: Drop) -> None:
+        counts.drop(why)
+        if HUB not in (delivery.origin, delivery.to):
+            self.pairs.setdefault(f"{delivery.origin}>{delivery.to}", Counts()).drop(why)
 
     def due(self, now: float) -> list[Delivery]:
         """What comes out by now, in order. A link that was cut meanwhile swallows it."""
         out = []
         while self._flight and self._flight[0].at <= now:
             delivery = heapq.heappop(self._flight)
-            node = delivery.to if delivery.origin == HUB else delivery.origin
-            counters = self.nodes[node]
-            counts = counters.down if delivery.origin == HUB else counters.up
+            up = delivery.half or delivery.to == HUB
+            counters = self.nodes[delivery.origin if up else delivery.to]
+            counts = counters.up if up else counters.down
             if self.links[counters.site].cut:
-                counts.cut += 1
+                self._lost(delivery, counts, "cut")
                 continue
             counts.arrived(len(delivery.packet))
+            if delivery.half:
+                self._offer(now, delivery._replace(half=False))
+                continue
+            if HUB not in (delivery.origin, delivery.to):
+                self.pairs.setdefault(f"{delivery.origin}>{delivery.to}", Counts()).arrived(len(delivery.packet))
             out.append(delivery)
         return out
 

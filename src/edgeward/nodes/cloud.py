@@ -20,7 +20,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -84,7 +84,8 @@ _BEHIND = 2.0
 #: Nodes that a peer may tell of before they are in this process's copy of the state, and words about each.
 _EARLY = 64
 
-Fold = Callable[[Resource, list[Resource], Mapping[str, dict[str, Any]]], dict[str, Any]]
+#: (resource, nodes, reports by node); a Service's has its namespace's Apps' statuses before the reports.
+Fold = Callable[..., dict[str, Any]]
 
 
 class NodesCloud:
@@ -615,11 +616,6 @@ class NodesCloud:
             return None
         fold: Fold = extensions.get("fold", key.kind)
         name = f"{key.kind}/{key.namespace}/{key.name}"
-        if key.kind == "Service":
-            apps = {a.metadata.name: a.status for a in self._store.items("App", key.namespace)}
-            await self._store.put_status(key, fold(resource, self._store.items("Node"), apps), checked=True)
-            return None
-        nodes = self._nodes_for(resource)
         # a node that does not have the object has no say in what becomes of it
         told = [
             n
@@ -627,6 +623,12 @@ class NodesCloud:
             if n in self.roster.site_of and key in self.roster.view(n).entries
         ]
         reports = {n: self._reports[n][name] for n in told}
+        if key.kind == "Service":
+            apps = {a.metadata.name: a.status for a in self._store.items("App", key.namespace)}
+            status = fold(resource, self._store.items("Node"), apps, reports)
+            await self._store.put_status(key, status, checked=True)
+            return None
+        nodes = self._nodes_for(resource)
         await self._store.put_status(key, fold(resource, nodes, reports), checked=True)
         if key.kind == "App" and self._folds("Service"):
             for service in self.roster.views.followers(key):

@@ -83,8 +83,17 @@ def _by_site(
     return found
 
 
-def fold_service(service: Resource, nodes: list[Resource], apps: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """A Service's endpoints: running instances of its app, by site."""
+#: Nodes that a status names of those that do not enforce something.
+_NAMED = 20
+
+
+def fold_service(
+    service: Resource,
+    nodes: list[Resource],
+    apps: Mapping[str, dict[str, Any]],
+    reports: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """A Service's endpoints: running instances of its app, by site; and whether all its nodes keep it closed."""
     sites = {n.metadata.name: n.spec.site for n in nodes}
     endpoints = []
     for i in apps.get(service.spec.app, {}).get("instances", []):
@@ -92,4 +101,12 @@ def fold_service(service: Resource, nodes: list[Resource], apps: Mapping[str, di
         if port and i.get("phase") == "Running":
             node = i.get("node", "")
             endpoints.append({"node": node, "site": sites.get(node, ""), "address": i.get("address", ""), "port": port})
-    return {"endpoints": endpoints}
+    status: dict[str, Any] = {"endpoints": endpoints}
+    if reports and service.spec.scope != "any":
+        why = {n: str(r.get("why", "")) for n, r in reports.items() if not r.get("enforced")}
+        status["enforced"] = not why
+        if why:
+            status["notEnforced"] = dict(sorted(why.items())[:_NAMED])
+        if len(why) > _NAMED:
+            status["notEnforced"]["..."] = f"and {len(why) - _NAMED} more nodes"
+    return status

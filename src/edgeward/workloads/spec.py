@@ -162,7 +162,10 @@ class ServiceSpec(Declared):
 
     app: Annotated[str, Meta(description="The App behind it", min_length=1)]
     port: Annotated[str, Meta(description="Name of the App's port", min_length=1)]
-    scope: Annotated[Literal["node", "site", "any"], Meta(description="How far a request may go")] = "site"
+    scope: Annotated[
+        Literal["node", "site", "any"],
+        Meta(description="How far a request may go; enforced by the node's kernel where it can, see status.enforced"),
+    ] = "site"
     fallback: Annotated[
         Literal["fail", "nearest", "cloud"],
         Meta(
@@ -311,6 +314,11 @@ def _ready(d: dict[str, Any]) -> str:
     return f"{sum(i.get('phase') == 'Running' for i in instances)}/{len(instances)}"
 
 
+def _closed(d: dict[str, Any]) -> str:
+    """Whether ``scope`` is more than a word; "" where nobody has said yet."""
+    return {True: "enforced", False: "not enforced"}.get(d.get("status", {}).get("enforced"), "")
+
+
 kinds.add(
     Kind(
         "App",
@@ -359,6 +367,7 @@ kinds.add(
             Column("APP", lambda d: d["spec"]["app"]),
             Column("SCOPE", lambda d: d["spec"].get("scope", "site")),
             Column("ENDPOINTS", lambda d: len(d.get("status", {}).get("endpoints", []))),
+            Column("CLOSED", _closed),
         ),
         example="apiVersion: edgeward/v1\nkind: Service\nmetadata: {name: web}\nspec: {app: web, port: http}\n",
     )
