@@ -6,6 +6,10 @@ command -v ip >/dev/null || [ -x /usr/sbin/ip ] || need+=(iproute2)
 command -v nft >/dev/null || [ -x /usr/sbin/nft ] || need+=(nftables)
 command -v node >/dev/null || need+=(nodejs)
 command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || [ -n "${EDGEWARD_NGINX:-}" ] || need+=(nginx)
+command -v podman >/dev/null || need+=(podman)
+command -v runc >/dev/null || [ -x /usr/sbin/runc ] || need+=(runc) # crun refuses hosts with both kinds of cgroups
+command -v slirp4netns >/dev/null || need+=(slirp4netns netavark)
+command -v busybox >/dev/null || need+=(busybox-static)
 [ ${#need[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   apt-get update -qq || true

@@ -29,6 +29,8 @@ def instance(phase: str = "Running", version: str = "v2", **more: Any) -> dict[s
         ({"phase": "Running", "instances": [instance("Stopping", "v1"), instance()]}, True, "done"),
         # two sites may have different versions by an override
         ({"phase": "Running", "instances": [instance(), instance(version="v1", node="shop-1")]}, True, "done"),
+        # the older version serves while the image of the new one comes
+        ({"phase": "Running", "instances": [instance()], "nodes": {"plant-1": {"wanted": "v2"}}}, True, "waiting"),
         # rolled back: all is well but for the phase
         ({"phase": "Degraded", "instances": [instance()], "nodes": {"plant-1": {"phase": "Degraded"}}}, True, "failed"),
         # a node's own API, of what another node runs

@@ -32,6 +32,7 @@ class Node:
         self.data = data
         self.wishes: dict[str, tuple[Resource, int]] = {}
         self.said: dict[str, dict[str, Any]] = {}
+        self.configs: dict[str, dict[str, str]] = {}
         self.events: list[str] = []
         self.edge: AppsEdge | None = None
 
@@ -54,7 +55,7 @@ class Node:
         return {("default", name): found for name, found in self.wishes.items()}
 
     def config(self, namespace: str, name: str) -> dict[str, str] | None:
-        return None
+        return self.configs.get(name)
 
     def secret(self, namespace: str, name: str) -> dict[str, str] | None:
         return None
@@ -97,7 +98,10 @@ class Node:
         def there() -> bool:
             return len(self.running(name)) == count == len(self.said.get(name, {}).get("instances", []))
 
-        await until(there, 30)
+        try:
+            await until(there, 30)
+        except AssertionError:
+            raise AssertionError(f"{name}: {self.said.get(name)} {self.events}") from None
         return self.running(name)
 
     def starts(self, name: str) -> int:

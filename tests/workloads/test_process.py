@@ -17,7 +17,8 @@ from tests.core.pair import until
 
 from edgeward.core import cgroup, proc
 from edgeward.core.errors import EdgewardError
-from edgeward.workloads.process import MARK, ProcessRuntime
+from edgeward.workloads.ground import MARK, Ground
+from edgeward.workloads.process import ProcessRuntime
 from edgeward.workloads.spec import AppSpec
 from edgeward.workloads.state import InstanceRow, Snapshot
 
@@ -41,27 +42,27 @@ def snapshot(command: list[str], *, env: Any = None, files: Any = None, process:
 
 @pytest.fixture
 def runtime(tmp_path: Path) -> Iterator[ProcessRuntime]:
-    made = ProcessRuntime(node="plant-1", site="plant", data_dir=tmp_path)
+    made = ProcessRuntime(Ground(node="plant-1", site="plant", data_dir=tmp_path))
     yield made
     for popen in made._children.values():
         found = proc.identify(popen.pid)
         if found is not None:
             proc.kill_group(found, 9)
         popen.wait()
-    asyncio.run(made.close(leave=False))
+    asyncio.run(made.ground.close(leave=False))
 
 
 async def output(runtime: ProcessRuntime, r: InstanceRow, s: Snapshot, extra: Any = None) -> str:
     """What a short program wrote, when it ended."""
-    started = runtime.start(r, s, extra or {})
+    started = await runtime.start(r, s, extra or {})
     assert await proc.wait_exit(started.process, 30)
     await written(runtime)
-    return runtime.log_file(r).read_text()
+    return runtime.ground.log_file(r).read_text()
 
 
 async def written(runtime: ProcessRuntime) -> None:
     """All that ended wrote is in the files: the pump has taken their pipes away."""
-    await until(lambda: not runtime.pipes.needed())
+    await until(lambda: not runtime.ground.pipes.needed())
 
 
 def test_the_environment_is_whole_and_nothing_leaks(runtime: ProcessRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,16 +99,16 @@ def test_the_environment_is_whole_and_nothing_leaks(runtime: ProcessRuntime, mon
 def test_files_and_folder_are_private_and_the_working_folder(runtime: ProcessRuntime) -> None:
     s = snapshot(["sh", "-c", "pwd -P; cat conf/a/b.txt top; umask"], files={"conf/a/b.txt": "é\n", "top": "t\n"})
     r = row()
-    folder = runtime.folder(r)
+    folder = runtime.ground.folder(r)
     assert asyncio.run(output(runtime, r, s)).splitlines() == [str(folder.resolve()), "é", "t", "0077"]
     for path in (folder / "conf/a/b.txt", folder / "top"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     for path in (folder, folder / "conf", folder / "conf/a"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    runtime.clean(r)
+    asyncio.run(runtime.clean(r))
     assert not folder.exists()
-    assert runtime.log_file(r).exists(), "what it wrote stays"
-    runtime.clean(r)
+    assert runtime.ground.log_file(r).exists(), "what it wrote stays"
+    asyncio.run(runtime.clean(r))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_files_and_folder_are_private_and_the_working_folder(runtime: ProcessRun
 )
 def test_what_cannot_be_started(runtime: ProcessRuntime, s: Snapshot, field: str, says: str) -> None:
     with pytest.raises(EdgewardError, match=says) as caught:
-        runtime.start(row(), s, {})
+        asyncio.run(runtime.start(row(), s, {}))
     assert (caught.value.resource, caught.value.field) == ("App/web", field)
     assert proc.find_by_env(MARK, row().id) == []
     assert not [p for p in Path("/sys/fs/cgroup").glob(f"*/edgeward/plant-1/{row().id}") if p.exists()]
@@ -140,19 +141,19 @@ def test_start_find_stop_and_exit_code(runtime: ProcessRuntime) -> None:
         r = row()
         assert runtime.find(r) is None
         s = snapshot(["sh", "-c", "trap 'exit 7' TERM; echo up; while :; do sleep 1000 & wait; done"])
-        started = runtime.start(r, s, {})
-        await until(lambda: runtime.log_file(r).read_text() == "up\n")
+        started = await runtime.start(r, s, {})
+        await until(lambda: runtime.ground.log_file(r).read_text() == "up\n")
         found = runtime.find(r)
         assert found == started.process, "the leader, not a child with the same environment"
         assert await runtime.stop(r, msgspec.convert(s.spec, AppSpec)), "a row without a process needs no stop"
         assert proc.alive(started.process)
         r.process = str(started.process)
         assert await runtime.stop(r, msgspec.convert(s.spec, AppSpec))
-        assert runtime.exit_code(r, msgspec.convert(s.spec, AppSpec)) == 7
-        assert runtime.exit_code(r, msgspec.convert(s.spec, AppSpec)) is None, "no child of ours any more"
+        assert await runtime.exit_code(r, msgspec.convert(s.spec, AppSpec)) == 7
+        assert await runtime.exit_code(r, msgspec.convert(s.spec, AppSpec)) is None, "no child of ours any more"
         assert await runtime.stop(r, msgspec.convert(s.spec, AppSpec)), "what is gone is stopped"
         left = proc.find_by_env(MARK, r.id)
-        runtime.clean(r)
+        await runtime.clean(r)
         for child in left:
             assert await proc.wait_exit(child, 30)
 
@@ -163,16 +164,16 @@ def test_one_that_does_not_listen_is_killed_with_its_children(runtime: ProcessRu
     async def body() -> None:
         r = row()
         s = snapshot(["sh", "-c", "trap '' INT; sleep 1000 & echo up; wait"], stop={"signal": "INT", "grace": 0.05})
-        started = runtime.start(r, s, {})
+        started = await runtime.start(r, s, {})
         r.process = str(started.process)
-        await until(lambda: runtime.log_file(r).read_text() == "up\n")
+        await until(lambda: runtime.ground.log_file(r).read_text() == "up\n")
         assert len(proc.find_by_env(MARK, r.id)) == 2
         all_ = proc.find_by_env(MARK, r.id)
         assert await runtime.stop(r, msgspec.convert(s.spec, AppSpec))
-        runtime.clean(r)
+        await runtime.clean(r)
         for process in all_:
             assert await proc.wait_exit(process, 30)
-        assert runtime.exit_code(r, msgspec.convert(s.spec, AppSpec)) == -9
+        assert await runtime.exit_code(r, msgspec.convert(s.spec, AppSpec)) == -9
 
     asyncio.run(body())
 
@@ -181,17 +182,17 @@ def test_one_that_does_not_listen_is_killed_with_its_children(runtime: ProcessRu
 def test_who_witnessed_its_end_knows_the_status(runtime: ProcessRuntime, script: str, code: int) -> None:
     s = snapshot(["./run", "a b", "$HOME"], files={"run": ""}, restart=ON_FAILURE)
     spec, r = msgspec.convert(s.spec, AppSpec), row()
-    folder = runtime.folder(r)
+    folder = runtime.ground.folder(r)
     folder.mkdir(parents=True)
     (folder / "run").write_text(f'#!/bin/sh\nprintf "%s|" "$@"\n{script}\n')
     (folder / "run").chmod(0o700)
     s.files.clear()
     got = asyncio.run(output(runtime, r, s))
     assert got.splitlines()[0] == "a b|$HOME|" or got.startswith("a b|$HOME|"), "no shell looks into its arguments"
-    other = ProcessRuntime(node="plant-1", site="plant", data_dir=runtime.logs.parent)
-    assert other.exit_code(r, spec) == code, "also for one that is not its parent"
-    assert runtime.exit_code(r, spec) == code
-    assert other.exit_code(r, AppSpec()) is None
+    other = ProcessRuntime(Ground(node="plant-1", site="plant", data_dir=runtime.ground.data))
+    assert asyncio.run(other.exit_code(r, spec)) == code, "also for one that is not its parent"
+    assert asyncio.run(runtime.exit_code(r, spec)) == code
+    assert asyncio.run(other.exit_code(r, AppSpec())) is None
 
 
 def test_the_user_it_runs_as(runtime: ProcessRuntime, tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_the_user_it_runs_as(runtime: ProcessRuntime, tmp_path: Path) -> None:
     s = snapshot(["sh", "-c", "id -un; cat f"], process={"user": mine}, files={"f": "text\n"})
     assert asyncio.run(output(runtime, row(), s)) == f"{mine}\ntext\n"
     other = "nobody"
-    started = runtime.start(row(id="other"), snapshot(["id", "-un"], process={"user": other}), {})
+    started = asyncio.run(runtime.start(row(id="other"), snapshot(["id", "-un"], process={"user": other}), {}))
     if os.geteuid() == 0:
         assert "user" in started.enforced
     else:
@@ -231,7 +232,7 @@ def test_an_app_is_not_spared_when_memory_runs_out(runtime: ProcessRuntime) -> N
     except OSError as e:
         pytest.skip(f"cannot protect myself: {e.strerror}")
     try:
-        started = runtime.start(row(), snapshot(["sleep", "60"]), {})
+        started = asyncio.run(runtime.start(row(), snapshot(["sleep", "60"]), {}))
         assert Path(f"/proc/{started.process.pid}/oom_score_adj").read_text().strip() == "0"
     finally:
         mine.write_text(before)
@@ -243,7 +244,7 @@ def test_an_adopted_instance_is_limited_again(runtime: ProcessRuntime) -> None:
     s = snapshot(["sleep", "60"], limits={"pids": 7})
     spec = msgspec.convert(s.spec, AppSpec)
     r = row()
-    started = runtime.start(r, s, {})
+    started = asyncio.run(runtime.start(r, s, {}))
     assert started.enforced == ["pids"]
     group = cgroup._group(cgroup.host().roots["pids"], "plant-1", r.id)
     (group / "pids.max").write_text("max")  # as when a unit's group was released for its next agent
@@ -258,5 +259,5 @@ def test_an_adopted_instance_is_limited_again(runtime: ProcessRuntime) -> None:
     r.process = str(started.process)
     proc.kill_group(started.process, 9)
     assert proc.wait_exit_blocking(started.process, 30)
-    runtime.clean(r)
+    asyncio.run(runtime.clean(r))
     assert not group.exists()  # the group above it may be another system's too

@@ -14,6 +14,7 @@ _ROOMS = (
     "edgeward.gateway.spec",
     "edgeward.gateway.listener_spec",
     "edgeward.workloads.process",
+    "edgeward.workloads.container",
 )
 
 

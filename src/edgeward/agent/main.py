@@ -38,6 +38,7 @@ from edgeward.core import clock, daemon
 from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
 from edgeward.core.authz import Principal, administrator
+from edgeward.core.blobfetch import BlobFetch
 from edgeward.core.bus import Bus
 from edgeward.core.chain import Head
 from edgeward.core.errors import EdgewardError, Unreachable
@@ -132,6 +133,7 @@ class Agent:
         )
         self.replica.listen(lambda change: self.siblings.changed())
         self.replica.listen(lambda change: self._spawn(self._look()) if change.key.kind == "Node" else None)
+        self.blobs = BlobFetch(data / "blobs", self._ask_hub)
         self.apps = AppsEdge(
             node=self.node,
             site=self.site,
@@ -141,6 +143,8 @@ class Agent:
             event=self.reports.event,
             address=self.address,
             vault=self.vault,
+            settings=dict(config.get("containers") or {}),
+            blobs=self.blobs,
         )
         self.tokens = AccessTokens(self.replica, site=self.site, now=self._now)
         listen = address_of(config.get("api"))
@@ -151,6 +155,7 @@ class Agent:
             self._ask_hub,
             lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
             kept=self.history.specs,
+            blobs=self.blobs,
         )
         self.orders = Orders(
             data / "acme",
@@ -438,6 +443,7 @@ class Agent:
             self.outbox.kick()
         if online:
             self.stock.hurry()
+            self.apps.hurry()
         self.reports.event(
             "Normal" if online else "Warning",
             "LinkUp" if online else "LinkDown",

@@ -59,6 +59,9 @@ def app_state(doc: Mapping[str, Any], generation: int, *, fresh: bool) -> tuple[
         if any(isinstance(r, Mapping) and r.get("phase") == "Degraded" for r in reports.values()):
             # all that runs is well, and yet the node calls it degraded: it went back to the version before
             return "failed", shown
+    told = [status, *(r for r in (status.get("nodes") or {}).values() if isinstance(r, Mapping))]
+    if any(r.get("wanted") for r in told):  # an older version serves while this one's image comes, say
+        return "waiting", shown
     return ("done" if phase == "Running" else "waiting"), shown
 
 

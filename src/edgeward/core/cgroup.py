@@ -241,6 +241,61 @@ def prepare(node: str, instance: str, limits: Limits) -> Verdict:
     return Verdict(enforced, refused)
 
 
+def _groups_of(pid: int) -> dict[str, Path]:
+    """controller -> the group that a process is in, whoever made it; ``""`` is v2's."""
+    found: dict[str, Path] = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            for name in names.split(","):
+                found[name] = (_ROOT / name if names else _ROOT) / path.lstrip("/")
+    return found
+
+
+def holds(pid: int, limits: Limits) -> Verdict:
+    """Which limits hold for a process whose group somebody else made, a container's say: read from that group."""
+    groups, v2 = _groups_of(pid), (_ROOT / "cgroup.controllers").exists()
+    enforced, refused = [], {}
+    for controller, wanted in limits._asdict().items():
+        if wanted is None:
+            continue
+        try:
+            group = groups["" if v2 else controller]
+            if controller == "memory":
+                got = float((group / ("memory.max" if v2 else "memory.limit_in_bytes")).read_text())
+                near = float(os.sysconf("SC_PAGE_SIZE"))
+            elif controller == "cpu":
+                quota, period = (
+                    (group / "cpu.max").read_text().split()
+                    if v2
+                    else ((group / name).read_text() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+                )
+                got, near = float(quota) / float(period), 0.01
+            else:
+                got, near = float((group / "pids.max").read_text()), 0.0
+            if 0 < got <= wanted + near:
+                enforced.append(controller)
+            else:
+                refused[controller] = f"set to {wanted:g}, reads {got:g}"
+        except (OSError, KeyError):
+            refused[controller] = f"the {controller} controller is not there"
+        except ValueError:  # "max"
+            refused[controller] = host().why or "the engine did not set it"
+    return Verdict(enforced, refused)
+
+
+def members(pid: int) -> list[int]:
+    """All processes of a process's own group, which somebody else made, and of those below it."""
+    groups, v2 = _groups_of(pid), (_ROOT / "cgroup.controllers").exists()
+    found: list[int] = []
+    group = next((groups[c] for c in ([""] if v2 else ["memory", "pids", "cpu"]) if c in groups), _ROOT)
+    if group.parent != _ROOT and group != _ROOT:  # not everybody's
+        for file in group.rglob("cgroup.procs"):
+            with contextlib.suppress(OSError, ValueError):
+                found += [int(word) for word in file.read_text().split()]
+    return found
+
+
 def enter(node: str, instance: str, pid: int) -> None:
     """Moves a process into its groups (it was just started; children made before this moment are moved by theirs)."""
     for group in _dirs(node, instance):

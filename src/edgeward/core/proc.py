@@ -121,6 +121,16 @@ def alive(proc: ProcId) -> bool:
     return found is not None and found[1] == proc.start and found[0] not in ("Z", "X", "x")
 
 
+def this_boot(proc: ProcId) -> bool:
+    """Whether it ran since the machine started; where the system does not say, True."""
+    return not _LINUX or proc.start.rpartition(".")[2] == _boot()
+
+
+def ended(pid: int) -> ProcId:
+    """Stands for a process that was told to have run under this number, and is gone: never alive."""
+    return ProcId(pid, f"ended.{_boot()}")
+
+
 async def wait_exit(proc: ProcId, timeout: float | None = None) -> bool:
     """Returns True once the process has ended (it need not be a child), False when ``timeout`` seconds passed first."""
     try:

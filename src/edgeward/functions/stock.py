@@ -11,43 +11,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import msgspec
 
 from edgeward.core import clock
-from edgeward.core.blobs import LARGEST, PREFIX, BlobAsk, BlobPart, BundleAsk, BundleTold, Pace, Target, hex_of
+from edgeward.core.blobfetch import ANSWER, Ask, BlobFetch, decoded
+from edgeward.core.blobs import BundleAsk, BundleTold, Target, hex_of
 from edgeward.core.errors import EdgewardError, Invalid, Refused, Unreachable, from_problem
 from edgeward.core.files import ensure_dir
-from edgeward.core.quantity import format_bytes
 from edgeward.functions.parts import Parts, lock_digest, named
 from edgeward.functions.shelves import CODE, PACKAGES, code_folder, packages_folder
 
 log = logging.getLogger("edgeward.functions")
 
-#: (verb, message, seconds) to the hub's answer; raises ``Unreachable``.
-Ask = Callable[[str, bytes, float], Awaitable[bytes]]
 #: (namespace, spec) of Functions
 Kept = Callable[[], Iterable[tuple[str, Any]]]
 
 #: Fetches at once.
 _AT_ONCE = 3
-_ANSWER = 60.0
 #: Seconds: for unpacking; between two questions whether a bundle is made; between two tries, at first and at most.
 _UNPACK, _ASK_AGAIN, _BACK_OFF, _LONGEST = 600.0, 2.0, 1.0, 60.0
 #: Bytes that stay of what nothing refers to, seconds that it stays in any case, and between two looks.
 KEEP, _YOUNG, _TIDY = 512 << 20, 3600.0, 3600.0
-#: Bytes that stay free on the disk.
-_FREE = 64 << 20
 _PASSED_ON = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")
 
 
@@ -107,12 +100,19 @@ async def place(kind: str, file: Path, target: Path, lock: str = "") -> None:
 
 class Stock:
     def __init__(
-        self, data: Path, ask: Ask, moved: Callable[[], None], *, kept: Kept = lambda: (), keep: int = KEEP
+        self,
+        data: Path,
+        ask: Ask,
+        moved: Callable[[], None],
+        *,
+        kept: Kept = lambda: (),
+        keep: int = KEEP,
+        blobs: BlobFetch | None = None,
     ) -> None:
         """``data``: the node's folder. ``moved``: called when an answer of :meth:`code` or :meth:`packages` changes.
         ``kept``: versions that there is a way back to, whose code and packages stay.
         """
-        self._data, self._functions, self._parts = data, data / "functions", data / "blobs"
+        self._data, self._functions = data, data / "functions"
         self._ask, self._moved, self._kept, self._keep = ask, moved, kept, keep
         self._wants: dict[Want, str] = {}
         self._touched: dict[Want, str] = {}
@@ -120,8 +120,7 @@ class Stock:
         self._tasks: dict[Want, asyncio.Task[None]] = {}
         self._wake, self._hurry = asyncio.Event(), asyncio.Event()
         self._slots = asyncio.Semaphore(_AT_ONCE)
-        #: Of each blob that is being fetched: functions of two namespaces may want the same one.
-        self._fetching: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._blobs = blobs or BlobFetch(data / "blobs", ask)
         self._target: Target | None = None
 
     # -- asked by edge.py ------------------------------------------------------------------------------------------
@@ -207,11 +206,10 @@ class Stock:
 
     async def _fetch(self, want: Want, lock: str) -> None:
         hex = want.hex if want.kind == CODE else hex_of(await self._bundle(want))
-        alone = self._fetching.setdefault(hex, asyncio.Lock())
-        async with alone:
+        async with self._blobs.alone(hex):  # functions of two namespaces may want the same one
             if self._folder(want).is_dir():
                 return  # it came for another namespace meanwhile
-            file = await self._blob(want.namespace, hex)
+            file = await self._blobs.get(want.namespace, hex)
             try:
                 await place(want.kind, file, self._folder(want), lock)
             except Invalid:
@@ -225,7 +223,7 @@ class Stock:
             self._target = msgspec.convert(await run_unpack("target"), Target)
         ask = msgspec.msgpack.encode(BundleAsk(want.namespace, want.hex, self._target))
         while True:
-            told = _decoded(await self._ask("bundle", ask, _ANSWER), BundleTold)
+            told = decoded(await self._ask("bundle", ask, ANSWER), BundleTold)
             if told.state == "ready":
                 return str(told.digest)
             if told.state != "making":
@@ -233,35 +231,6 @@ class Stock:
                 raise error(told.message or "the hub does not have it")
             self._say(want, Missing("Pending", told.message))
             await asyncio.sleep(_ASK_AGAIN)  # the period of asking
-
-    async def _blob(self, namespace: str, hex: str) -> Path:
-        """The blob as a file, whole and right. Raises ``Unreachable``, ``Refused``, ``Invalid``."""
-        file = ensure_dir(self._parts) / f"{hex}.part"
-        pace, at = Pace(), file.stat().st_size if file.exists() else 0
-        with file.open("ab") as out:
-            while True:
-                ask = msgspec.msgpack.encode(BlobAsk(namespace, PREFIX + hex, at, pace.most))
-                began = clock.monotonic()
-                part = _decoded(await self._ask("blob", ask, _ANSWER), BlobPart)
-                pace.took(clock.monotonic() - began)
-                if part.error:
-                    raise (Unreachable if part.again else Refused)(part.error)
-                self._check_room(part.size, at)
-                at += len(part.data)
-                out.write(part.data)
-                if at >= part.size or not part.data:
-                    break
-        if await asyncio.to_thread(_hash, file) != hex:
-            file.unlink()
-            raise Invalid(f"what the hub sent is not {PREFIX}{hex}", remedy="upload it again")
-        return file
-
-    def _check_room(self, size: int, have: int) -> None:
-        if size > LARGEST:
-            raise Refused(f"has {size} bytes", remedy=f"at most {LARGEST}")
-        free = shutil.disk_usage(self._parts).free
-        if free < 2 * size - have + _FREE:
-            raise Refused(f"has {format_bytes(size)}, the node's disk {format_bytes(free)}", remedy="free disk space")
 
     # -- what nothing needs ----------------------------------------------------------------------------------------
 
@@ -302,21 +271,9 @@ class Stock:
             path.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
             total -= size
-        for path in self._parts.glob("*.part"):
+        for path in self._blobs.parts.glob("*.part"):
             if path.stat().st_mtime < now - 24 * _YOUNG:
                 path.unlink(missing_ok=True)
-
-
-def _decoded(data: bytes, form: Any) -> Any:
-    try:
-        return msgspec.msgpack.decode(data, type=form)
-    except msgspec.DecodeError as e:
-        raise Unreachable(f"the hub's answer is not understood: {e}", remedy="update the hub") from None
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _bytes_of(folder: Path) -> int:

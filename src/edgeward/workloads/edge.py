@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from edgeward.core import cgroup, clock, proc
+from edgeward.core.blobfetch import BlobFetch
 from edgeward.core.errors import EdgewardError
 from edgeward.core.files import ensure_dir
 from edgeward.core.reconcile import Loop
@@ -23,6 +24,7 @@ from edgeward.core.registry import extensions
 from edgeward.core.resource import Resource
 from edgeward.core.vault import Vault
 from edgeward.workloads import ports
+from edgeward.workloads.ground import Ground
 from edgeward.workloads.live import AppKey, Live, seen, told
 from edgeward.workloads.plan import (
     Adopt,
@@ -40,9 +42,9 @@ from edgeward.workloads.plan import (
     plan,
     slot_key,
 )
-from edgeward.workloads.process import Runtime
 from edgeward.workloads.reader import LogReader
-from edgeward.workloads.spec import AppSpec
+from edgeward.workloads.runtime import Runtime
+from edgeward.workloads.spec import AppSpec, runtime_of
 from edgeward.workloads.state import KEEP, InstanceRow, WorkloadState
 from edgeward.workloads.times import Look, look
 from edgeward.workloads.usage import Meter
@@ -69,19 +71,33 @@ class AppsEdge:
         event: Event,
         address: str = "",
         vault: Vault | None = None,
+        settings: Mapping[str, Any] | None = None,
+        blobs: BlobFetch | None = None,
     ) -> None:
+        """``settings``: ``containers`` of ``node.json``. ``blobs``: gets what the hub keeps."""
         self.node, self.site = node, site
         self._source = source
         self._report, self._event = report, event
         self._address = address or "127.0.0.1"
         ensure_dir(data_dir)
         self._db = WorkloadState(data_dir / "workloads.db", vault)
-        self._runtime: Runtime = extensions.get("runtime", "process")(node=node, site=site, data_dir=data_dir)
+        self._ground = Ground(
+            node=node,
+            site=site,
+            data_dir=data_dir,
+            address=self._address,
+            settings=settings,
+            blobs=blobs,
+            poke=self.poke,
+        )
+        self._runtimes: dict[str, Runtime] = {
+            name: extensions.get("runtime", name)(self._ground) for name in extensions.names("runtime")
+        }
         self._states = self._db.apps()
         self._live: dict[AppKey, dict[str, Live]] = {}
         self._loop: Loop[AppKey] = Loop("apps", self._reconcile, workers=8, timeout=120.0)
-        self.logs = LogReader(self._runtime, self._live)
-        self._watch = Watch(self._db, self._runtime, source, self._loop.add)
+        self.logs = LogReader(self._ground, self._live)
+        self._watch = Watch(self._db, self._ground, self._runtime, source, self._loop.add)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self._messages: dict[AppKey, str] = {}
@@ -89,7 +105,7 @@ class AppsEdge:
         self._meter = Meter()
         for row in self._db.instances():
             self._adopt(row)
-        self._runtime.sweep({i for all_ in self._live.values() for i in all_})
+        self._ground.sweep(self.instances())
 
     # -- outside face --------------------------------------------------------------------------------------------------
 
@@ -97,8 +113,24 @@ class AppsEdge:
         """Something about this app may have changed."""
         self._loop.add((namespace, name))
 
+    def _runtime(self, spec: AppSpec) -> Runtime:
+        return self._runtimes[runtime_of(spec)]
+
+    def instances(self) -> set[str]:
+        """Ids of all instances of this node."""
+        return {i for all_ in self._live.values() for i in all_}
+
+    def versions(self) -> set[tuple[str, str, str]]:
+        return self._db.versions()
+
+    def hurry(self) -> None:
+        """The hub is reached again."""
+        for runtime in self._runtimes.values():
+            runtime.hurry()
+
     async def run(self) -> None:
         """Runs until cancelled."""
+        await self._look_back()
         for key in {*self._source.apps(), *self._states, *self._live}:
             self._loop.add(key)
         try:
@@ -107,7 +139,9 @@ class AppsEdge:
                     for live in instances.values():
                         self._look_after(live)
                 group.create_task(self._loop.run())
-                group.create_task(self._runtime.run())
+                group.create_task(self._ground.run())
+                for runtime in self._runtimes.values():
+                    group.create_task(runtime.run(self))
         finally:
             for task in tuple(self._tasks):
                 task.cancel()
@@ -119,15 +153,18 @@ class AppsEdge:
         if not leave:
 
             async def stop(live: Live) -> None:
-                await self._runtime.stop(live.row, live.spec)
-                self._runtime.clean(live.row)
+                runtime = self._runtime(live.spec)
+                await runtime.stop(live.row, live.spec)
+                await runtime.clean(live.row)
                 self._db.remove_instance(live.row.id)
 
-            await asyncio.gather(*(stop(i) for all_ in self._live.values() for i in all_.values() if i.alive))
+            everything = [i for all_ in self._live.values() for i in all_.values()]
+            # one without a process was being started
+            await asyncio.gather(*(stop(i) for i in everything if i.alive or i.process is None))
             for key, state in self._states.items():
                 stopped = {"phase": "Stopped", "instances": [], "version": state.current[:12]}
                 self._report(*key, {**stopped, "message": "the node's agent was stopped"})
-        await self._runtime.close(leave=leave)
+        await self._ground.close(leave=leave)
         self._db.close()
 
     def enforced(self) -> list[str]:
@@ -139,14 +176,15 @@ class AppsEdge:
 
     def usage(self) -> list[dict[str, Any]]:
         """Present use of every instance: processor in cores since the last call, memory in bytes."""
-        return self._meter.measure(self.node, self._live)
+        return self._meter.measure(self.node, self._live, lambda i: self._runtime(i.spec).pids)
 
     # -- adoption -----------------------------------------------------------------------------------------------------
 
     def _adopt(self, row: InstanceRow) -> None:
         snapshot = self._db.version(row.namespace, row.name, row.version)
-        process = proc.ProcId.parse(row.process) if row.process else self._runtime.find(row)
         spec = msgspec.convert(snapshot.spec, AppSpec) if snapshot else AppSpec()
+        runtime = self._runtime(spec)
+        process = proc.ProcId.parse(row.process) if row.process else runtime.find(row)
         live = Live(row, spec, process, adopted=True)
         live.alive = process is not None and proc.alive(process)
         if process is not None and not row.process:
@@ -154,13 +192,19 @@ class AppsEdge:
             self._db.save_instance(row)
         if live.alive and process is not None:
             before = (row.enforced, row.not_enforced)
-            self._runtime.resume(row, spec, process)
+            runtime.resume(row, spec, process)
             if (row.enforced, row.not_enforced) != before:
                 self._db.save_instance(row)
-        else:
-            live.exit_code = self._runtime.exit_code(row, spec)
-            live.lost = live.exit_code is None
         self._live.setdefault((row.namespace, row.name), {})[row.id] = live
+
+    async def _look_back(self) -> None:
+        """What can be known of instances that ended while no agent was there."""
+
+        async def ask(live: Live) -> None:
+            live.exit_code = await self._runtime(live.spec).exit_code(live.row, live.spec)
+            live.lost = live.exit_code is None
+
+        await asyncio.gather(*(ask(i) for all_ in self._live.values() for i in all_.values() if not i.alive))
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -184,6 +228,7 @@ class AppsEdge:
         waits_for: list[str] = []
         may_start, lacks = True, False
         state = self._states.get(key) or State()
+        asked = ""
         if found is not None:
             app, replicas = found
             rules = rules_of(app.spec, replicas)
@@ -191,17 +236,20 @@ class AppsEdge:
             may_start = not waits_for
             try:
                 version = snapshot(app, self._source)
-                wanted = digest(version)
+                asked = wanted = digest(version)
                 if wanted not in (state.current, state.candidate):
                     self._db.save_version(*key, wanted, version)
+                    message = "" if wanted in state.bad else self._runtime(app.spec).waits_for(*key, wanted, app.spec)
+                    if message:
+                        # what serves goes on until all is here that the next one needs
+                        wanted = state.candidate or state.current or ""
             except EdgewardError as e:
                 message = str(e)
                 # what runs goes on: a missing setting is no reason to stop anything
                 wanted = state.candidate or state.current or ""
                 may_start = bool(wanted)
-                lacks = True
+                lacks, asked = True, wanted
         again: float | None = None
-        asked = wanted or ""
         timed = self._timed(key, found[0], state, wanted, rules) if found is not None and wanted else None
         if timed is not None:
             wanted, may_start, again = timed.version, may_start and state.due, timed.again
@@ -265,12 +313,12 @@ class AppsEdge:
                     self._trim(key, state, wanted)
                     again = True
                 case Start(version, slot):
-                    self._start(key, state, version, slot, rules)
+                    await self._start(key, state, version, slot, rules)
                     again = True
                 case Stop(instance, why):
                     self._stop(key, instance, why)
                 case Forget(instance, failed):
-                    self._forget(key, state, instance, failed, rules)
+                    await self._forget(key, state, instance, failed, rules)
                     again = True
                 case Switch(version):
                     if state.current:
@@ -298,7 +346,9 @@ class AppsEdge:
                     self._states.pop(key, None)
                     self._live.pop(key, None)
                     self._messages.pop(key, None)
-                    self._runtime.forget(*key)
+                    self._ground.forget(*key)
+                    for runtime in self._runtimes.values():
+                        runtime.forget(*key)
         return again
 
     def _save(self, key: AppKey, state: State) -> None:
@@ -311,7 +361,7 @@ class AppsEdge:
         asked = {wanted} if wanted else set()
         self._db.trim_versions(*key, {state.current, state.candidate, *state.history, *asked, *living})
 
-    def _start(self, key: AppKey, state: State, version: str, slot: int, rules: Rules) -> None:
+    async def _start(self, key: AppKey, state: State, version: str, slot: int, rules: Rules) -> None:
         snapshot = self._db.version(*key, version)
         if snapshot is None:
             self._messages[key] = f"version {version[:8]} is not kept any more"
@@ -328,16 +378,16 @@ class AppsEdge:
                 self._save(key, state)
             self._db.save_instance(row)
             self._live.setdefault(key, {})[row.id] = live
-            started = self._runtime.start(row, snapshot, self._source.service_env(key[0]))
+            started = await self._runtime(spec).start(row, snapshot, self._source.service_env(key[0]))
         except EdgewardError as e:
             self._messages[key] = str(e)
             live.why = str(e)
             self._event("Warning", "StartFailed", str(e), *key)
-            self._forget(key, state, row.id, True, rules)
+            await self._forget(key, state, row.id, True, rules)
             self._loop.add_after(key, delay_after(1, rules))
             return
         row.process = str(started.process)
-        row.enforced, row.not_enforced = started.enforced, started.not_enforced
+        row.enforced, row.not_enforced, row.image = started.enforced, started.not_enforced, started.image
         self._db.save_instance(row)
         live.process, live.alive = started.process, True
         self._messages.pop(key, None)
@@ -353,14 +403,14 @@ class AppsEdge:
             self._event("Warning", "Stopping", f"instance {instance}: {why}", *key)
 
         async def stop() -> None:
-            await self._runtime.stop(live.row, live.spec)
+            await self._runtime(live.spec).stop(live.row, live.spec)
             live.alive = live.process is not None and proc.alive(live.process)
             live.stopping = live.alive is False  # one that could not be ended is asked again
             self._loop.add(key)
 
         self._spawn(stop())
 
-    def _forget(self, key: AppKey, state: State, instance: str, failed: bool, rules: Rules) -> None:
+    async def _forget(self, key: AppKey, state: State, instance: str, failed: bool, rules: Rules) -> None:
         live = self._live.get(key, {}).pop(instance, None)
         if live is None:
             return
@@ -383,7 +433,7 @@ class AppsEdge:
         live_versions = {state.current, state.candidate}
         state.slots = {k: v for k, v in state.slots.items() if k.partition(":")[0] in live_versions}
         self._save(key, state)
-        self._runtime.clean(live.row)
+        await self._runtime(live.spec).clean(live.row)
         self._db.remove_instance(instance)
         self._meter.forget(instance)
         self.logs.trim(key)

@@ -86,6 +86,8 @@ def told(
             "startedAt": clock.timestamp(live.row.started_at + wall),
             "healthy": live.healthy,
         }
+        if live.row.image:
+            one["image"] = live.row.image
         if live.why:
             one["message"] = live.why
         instances.append(one)

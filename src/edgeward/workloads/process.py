@@ -1,9 +1,6 @@
 """The process runtime: a version's snapshot becomes a process of the node, in its own session, folder and limits.
 
-A runtime is an extension (``runtime/process``); container, wasm and Kubernetes join by the same face: ``start`` starts
-an instance, ``stop`` ends it, ``find`` finds one again and ``resume`` takes it over, ``clean`` leaves nothing of it
-behind but its log, and ``forget``, once the app is gone, not even that. What instances write goes into pipes
-(``pipes.py``), which :meth:`ProcessRuntime.run` looks after.
+What every runtime does is in ``runtime.py``, where an instance's files and output are in ``ground.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -26,11 +23,11 @@ from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.files import ensure_dir
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.registry import extensions
-from edgeward.workloads.pipes import Pipes
-from edgeward.workloads.spec import AppSpec, check_path, substitute
+from edgeward.workloads.ground import MARK, Ground, write_file
+from edgeward.workloads.runtime import Kept, Started
+from edgeward.workloads.spec import AppSpec, substitute
 from edgeward.workloads.state import InstanceRow, Snapshot
 
-MARK = "EDGEWARD_INSTANCE"
 #: Passed on from the agent; everything else of its environment stays with it.
 _INHERIT = ("LANG", "LC_ALL", "TZ", "HOME", "TMPDIR")
 #: Stands above a program whose exit status matters and leaves it in a file: an agent that adopted the program is not
@@ -38,32 +35,6 @@ _INHERIT = ("LANG", "LC_ALL", "TZ", "HOME", "TMPDIR")
 _WITNESS = 'trap _ew_t=1 TERM INT QUIT HUP USR1; "$@"; _ew_s=$?; [ "$_ew_t" ] || echo "$_ew_s" >"$0"; exit "$_ew_s"'
 _STATUS = ".exit-status"
 _OLDER = "it was started by an older release, which let it write into the file; restart it"
-
-
-class Started(msgspec.Struct):
-    process: proc.ProcId
-    enforced: list[str]
-    not_enforced: list[dict[str, str]]
-
-
-class Runtime(Protocol):
-    logs: Path
-
-    def folder(self, row: InstanceRow) -> Path: ...
-    def log_file(self, row: InstanceRow) -> Path: ...
-    def check(
-        self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]
-    ) -> tuple[list[str], dict[str, str], dict[str, Any]]: ...
-    def start(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> Started: ...
-    async def stop(self, row: InstanceRow, spec: AppSpec) -> bool: ...
-    def find(self, row: InstanceRow) -> proc.ProcId | None: ...
-    def resume(self, row: InstanceRow, spec: AppSpec, process: proc.ProcId) -> None: ...
-    def exit_code(self, row: InstanceRow, spec: AppSpec) -> int | None: ...
-    def clean(self, row: InstanceRow) -> None: ...
-    def forget(self, namespace: str, name: str) -> None: ...
-    def sweep(self, known: set[str]) -> None: ...
-    async def run(self) -> None: ...
-    async def close(self, *, leave: bool) -> None: ...
 
 
 def _limits(spec: AppSpec) -> cgroup.Limits:
@@ -82,47 +53,24 @@ def _even_chance(process: proc.ProcId) -> None:
 
 
 class ProcessRuntime:
-    def __init__(self, *, node: str, site: str, data_dir: Path) -> None:
-        self.node, self.site = node, site
-        self.apps = data_dir / "apps"
-        self.logs = data_dir / "logs"
-        self.pipes = Pipes(self.logs)
+    def __init__(self, ground: Ground) -> None:
+        self.ground = ground
+        self._node = ground.node
         self._children: dict[int, subprocess.Popen[bytes]] = {}
-
-    def folder(self, row: InstanceRow) -> Path:
-        return self.apps / row.namespace / row.name / row.id
-
-    def log_file(self, row: InstanceRow) -> Path:
-        return self.logs / row.namespace / row.name / f"{row.id}.log"
 
     def environment(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> dict[str, str]:
         """The instance's whole environment: nothing of the agent's leaks but a few harmless names."""
-        spec = msgspec.convert(snapshot.spec, AppSpec)
+        process = msgspec.convert(snapshot.spec, AppSpec).process
         env = {k: os.environ[k] for k in _INHERIT if k in os.environ}
-        if spec.process is not None and spec.process.inheritPath:
+        if process is not None and process.inheritPath:
             env["PATH"] = os.environ.get("PATH", os.defpath)
-        env |= extra
-        env |= snapshot.env
-        env |= {
-            "EDGEWARD_APP": row.name,
-            "EDGEWARD_NAMESPACE": row.namespace,
-            "EDGEWARD_NODE": self.node,
-            "EDGEWARD_SITE": self.site,
-            "EDGEWARD_VERSION": row.version[:12],
-            MARK: row.id,
-        }
-        for port in spec.ports:
-            if port.env:
-                env[port.env] = str(row.ports[port.name])
-        if "EDGEWARD_DATA" in os.environ:
-            env["EDGEWARD_DATA"] = os.environ["EDGEWARD_DATA"]
-        if spec.process is not None:
-            base = dict(env)
-            for name, value in spec.process.env.items():
-                env[name] = substitute(value, base, f"$.spec.process.env.{name}")
-        return env
+        own = process.env if process is not None else {}
+        return self.ground.environment(row, snapshot, env | dict(extra), own, "$.spec.process.env")
 
-    def start(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> Started:
+    def waits_for(self, namespace: str, name: str, version: str, spec: AppSpec) -> str:
+        return ""
+
+    async def start(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> Started:
         """Raises ``EdgewardError`` (or ``Invalid``) with the reason when the program cannot be started."""
         try:
             return self._start(row, snapshot, extra)
@@ -138,25 +86,25 @@ class ProcessRuntime:
         argv = [substitute(t, env, f"$.spec.process.command[{n}]") for n, t in enumerate(spec.process.command)]
         argv += [substitute(t, env, f"$.spec.process.args[{n}]") for n, t in enumerate(spec.process.args)]
         uid, gid, groups, refused = self._user(spec.process.user)
-        folder = ensure_dir(self.folder(row))
+        folder = ensure_dir(self.ground.folder(row))
         owned = [folder]
         for path, text in snapshot.files.items():
-            owned += self._write_file(folder, path, text)
+            owned += write_file(folder, path, text)
         if uid is not None:
             for p in owned:
                 os.chown(p, uid, gid if gid is not None else -1)
         self._open_to(folder, uid)
-        verdict = cgroup.prepare(self.node, row.id, _limits(spec))
+        verdict = cgroup.prepare(self._node, row.id, _limits(spec))
         command, out = argv[0], -1
         try:
             if _witnessed(spec):
                 argv = ["/bin/sh", "-c", _WITNESS, str(folder / _STATUS), _program(command, env, folder), *argv[1:]]
-            out = self.pipes.make(self.log_file(row), parse_bytes(spec.logs.bytes), uid, gid)
+            out = self.ground.pipes.make(self.ground.log_file(row), parse_bytes(spec.logs.bytes), uid, gid)
             process, popen = proc.spawn_detached(
                 argv, env, folder, stdout=out, user=uid, group=gid, extra_groups=groups, umask=0o077
             )
         except (OSError, ValueError, subprocess.SubprocessError) as e:
-            cgroup.remove(self.node, row.id)
+            cgroup.remove(self._node, row.id)
             reason = getattr(e, "strerror", None) or str(e)
             raise EdgewardError(
                 f"{command!r} cannot be started: {reason}",
@@ -182,10 +130,10 @@ class ProcessRuntime:
             return [], dict(verdict.refused)
         try:
             # itself first: what it starts from then on is born there
-            cgroup.enter(self.node, row.id, process.pid)
+            cgroup.enter(self._node, row.id, process.pid)
             for pid in proc.group_pids(process):
                 with contextlib.suppress(ProcessLookupError):
-                    cgroup.enter(self.node, row.id, pid)
+                    cgroup.enter(self._node, row.id, pid)
         except OSError as e:
             if proc.alive(process):
                 why = f"the process cannot be moved into its group: {e.strerror}"
@@ -195,10 +143,10 @@ class ProcessRuntime:
     def resume(self, row: InstanceRow, spec: AppSpec, process: proc.ProcId) -> None:
         """Sets the limits of an adopted instance again, and says in ``row`` which of them hold now."""
         if row.piped:
-            self.pipes.adopt(self.log_file(row))
+            self.ground.pipes.adopt(self.ground.log_file(row))
         else:
-            self.pipes.cut(self.log_file(row), parse_bytes(spec.logs.bytes), process.pid)
-        verdict = cgroup.prepare(self.node, row.id, _limits(spec))
+            self.ground.pipes.cut(self.ground.log_file(row), parse_bytes(spec.logs.bytes), process.pid)
+        verdict = cgroup.prepare(self._node, row.id, _limits(spec))
         enforced, refused = self._enter(row, process, verdict)
         own = {*verdict.enforced, *verdict.refused}
         row.enforced = [*enforced, *(what for what in row.enforced if what not in own)]
@@ -240,24 +188,11 @@ class ProcessRuntime:
         """Lets another user walk to its own folder, and see nothing on the way."""
         if uid is None:
             return
-        for parent in (folder.parent, folder.parent.parent, self.apps, self.apps.parent):
+        for parent in (folder.parent, folder.parent.parent, self.ground.apps, self.ground.data):
             with contextlib.suppress(OSError):
                 parent.chmod(parent.stat().st_mode & ~0o006 | 0o001)
 
-    @staticmethod
-    def _write_file(folder: Path, path: str, text: str) -> list[Path]:
-        check_path(path, "$.spec.files")
-        target = folder / path
-        made = []
-        for parent in reversed([p for p in target.parents if folder in p.parents]):
-            parent.mkdir(mode=0o700, exist_ok=True)
-            made.append(parent)
-        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "w", encoding="utf-8") as f:
-            f.write(text)
-        return [*made, target]
-
-    def exit_code(self, row: InstanceRow, spec: AppSpec) -> int | None:
+    async def exit_code(self, row: InstanceRow, spec: AppSpec) -> int | None:
         """The status of an instance that ended, negative for a signal; None when nobody can tell (an adopted one whose
         policy does not ask, or that was asked to end)."""
         popen = self._children.pop(proc.ProcId.parse(row.process).pid, None) if row.process else None
@@ -265,7 +200,7 @@ class ProcessRuntime:
         if not _witnessed(spec):
             return code
         with contextlib.suppress(OSError, ValueError):
-            code = int((self.folder(row) / _STATUS).read_text("ascii"))
+            code = int((self.ground.folder(row) / _STATUS).read_text("ascii"))
         # so a shell says that a signal ended what it ran
         return 128 - code if code is not None and 128 < code <= 192 else code
 
@@ -281,33 +216,25 @@ class ProcessRuntime:
         found = proc.find_by_env(MARK, row.id)
         return min(found, key=lambda p: p.pid) if found else None
 
-    def clean(self, row: InstanceRow) -> None:
+    async def clean(self, row: InstanceRow) -> None:
         """Ends what an instance left of its group, and takes its folder and limits away. Its log stays."""
         if row.process:
             with contextlib.suppress(OSError):
                 proc.kill_group(proc.ProcId.parse(row.process), signal.SIGKILL)
-        shutil.rmtree(self.folder(row), ignore_errors=True)
-        cgroup.remove(self.node, row.id)
+        shutil.rmtree(self.ground.folder(row), ignore_errors=True)
+        cgroup.remove(self._node, row.id)
+
+    def pids(self, process: proc.ProcId) -> list[int]:
+        return proc.group_pids(process)
 
     def forget(self, namespace: str, name: str) -> None:
-        """The app is gone from this node: so is what it wrote."""
-        for root in (self.apps, self.logs):
-            shutil.rmtree(root / namespace / name, ignore_errors=True)
-        self.pipes.poke()
+        """What it wrote lies on the ground."""
 
-    def sweep(self, known: set[str]) -> None:
-        """Takes away the folders of instances that are not among ``known``: a kill may have left them."""
-        for folder in self.apps.glob("*/*/*"):
-            if folder.name not in known:
-                shutil.rmtree(folder, ignore_errors=True)
+    def hurry(self) -> None:
+        """It waits for nothing."""
 
-    async def run(self) -> None:
-        """Until cancelled: keeps what moves the instances' output."""
-        await self.pipes.run()
-
-    async def close(self, *, leave: bool) -> None:
-        """The agent ends. ``leave``: its instances go on, and so does what they need."""
-        await self.pipes.close(leave=leave)
+    async def run(self, kept: Kept) -> None:
+        """A process leaves nothing outside its folder."""
 
 
 def _witnessed(spec: AppSpec) -> bool:

@@ -15,9 +15,9 @@ from pathlib import Path
 from edgeward.core.errors import EdgewardError, NotFound
 from edgeward.core.quantity import parse_duration
 from edgeward.core.streaming import Piece
+from edgeward.workloads.ground import Ground
 from edgeward.workloads.live import AppKey, Live
 from edgeward.workloads.logs import GAP, Marked, Output, changed_since
-from edgeward.workloads.process import Runtime
 
 _KEPT_LOGS = 4
 
@@ -25,8 +25,8 @@ _KEPT_LOGS = 4
 class LogReader:
     """``apps``: the instances of each app of this node, as they are at any moment."""
 
-    def __init__(self, runtime: Runtime, apps: Mapping[AppKey, Mapping[str, Live]]) -> None:
-        self._runtime, self._apps = runtime, apps
+    def __init__(self, ground: Ground, apps: Mapping[AppKey, Mapping[str, Live]]) -> None:
+        self._ground, self._apps = ground, apps
 
     async def read(
         self,
@@ -73,7 +73,7 @@ class LogReader:
         self, namespace: str, name: str, since: str, instance: str, known: Mapping[str, str]
     ) -> tuple[list[Path], bool]:
         """The files to show, and whether their lines are to be told apart."""
-        folder = self._runtime.logs / namespace / name
+        folder = self._ground.logs / namespace / name
         files = sorted(folder.glob("*.log"), key=lambda p: p.stat().st_mtime) if folder.is_dir() else []
         if instance:
             files = [f for f in files if f.stem == instance]
@@ -105,7 +105,7 @@ class LogReader:
             while True:
                 # an update brings new instances: follow them too
                 for i in list(self._apps.get(key, {}).values()):
-                    path = self._runtime.log_file(i.row)
+                    path = self._ground.log_file(i.row)
                     if path not in tasks and more and path.exists():
                         outputs[path] = Output(path)
                         outputs[path].resume("")
@@ -124,7 +124,7 @@ class LogReader:
 
     def trim(self, key: AppKey) -> None:
         """Keeps what the last few instances that are gone wrote."""
-        folder = self._runtime.logs / key[0] / key[1]
+        folder = self._ground.logs / key[0] / key[1]
         keep = self._apps.get(key, {})
         dead = []
         for path in folder.glob("*.log"):

@@ -14,6 +14,7 @@ from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import Resource
+from edgeward.workloads.container_spec import Container, check_container
 from edgeward.workloads.persite import checked, effective, with_sites
 from edgeward.workloads.times import Times, check_times
 
@@ -128,6 +129,7 @@ class AppSpec(Declared):
     """A program kept running at sites, with its settings, health and limits."""
 
     process: Annotated[Process | None, Meta(description="Runs a program of the node")] = None
+    container: Annotated[Container | None, Meta(description="Runs a program in an image")] = None
     placement: Annotated[Placement, Meta(description="Where")] = msgspec.field(default_factory=Placement)
     replicas: Annotated[int, Meta(description="Instances per site, over its matching nodes", ge=0, le=1000)] = 1
     perSite: Annotated[
@@ -173,6 +175,11 @@ class ServiceSpec(Declared):
             "cloud: the Route's own"
         ),
     ] = "fail"
+
+
+def runtime_of(spec: AppSpec) -> str:
+    """The name of the runtime (an extension ``runtime/NAME``) that the App asks for."""
+    return "container" if spec.container is not None else "process"
 
 
 def substitute(text: str, env: dict[str, str], path: str) -> str:
@@ -225,9 +232,17 @@ def check_path(path: str, field: str) -> None:
 
 def _check_app(r: Resource) -> None:
     spec: AppSpec = r.spec
-    if spec.process is None:
-        raise Invalid("no runtime is given", field="$.spec.process", remedy="add process: {command: [...]}")
+    program = spec.process or spec.container
+    if program is None:
+        raise Invalid(
+            "no runtime is given",
+            field="$.spec.process",
+            remedy="add process: {command: [...]} or container: {image: ...}",
+        )
+    if spec.process is not None and spec.container is not None:
+        raise Invalid("two runtimes are given", field="$.spec.container", remedy="keep process or container")
     names = [p.name for p in spec.ports]
+    inside = spec.container.ports if spec.container is not None else {}
     for n, port in enumerate(spec.ports):
         if names.count(port.name) > 1:
             raise Invalid(
@@ -235,7 +250,7 @@ def _check_app(r: Resource) -> None:
             )
         if port.env and not _ENV.fullmatch(port.env):
             raise Invalid(f"{port.env[:60]!r} is no variable name", field=f"$.spec.ports[{n}].env")
-        if port.port is None and not port.env:
+        if port.port is None and not port.env and port.name not in inside:
             raise Invalid(
                 "a port without number needs env", field=f"$.spec.ports[{n}].env", remedy="name the variable, e.g. PORT"
             )
@@ -262,15 +277,20 @@ def _check_app(r: Resource) -> None:
     for part in ("health", "restart", "stop"):
         _durations(getattr(spec, part), f"$.spec.{part}")
     _sizes(spec)
-    for name in spec.process.env:
+    runtime = runtime_of(spec)
+    if spec.container is not None:
+        check_container(spec.container, names)
+    for name in program.env:
         if not _ENV.fullmatch(name):
-            raise Invalid(f"{name[:60]!r} is no variable name", field="$.spec.process.env", remedy="letters, digits, _")
+            raise Invalid(
+                f"{name[:60]!r} is no variable name", field=f"$.spec.{runtime}.env", remedy="letters, digits, _"
+            )
     if r.metadata.name in spec.dependsOn:
         raise Invalid("an app cannot wait for itself", field="$.spec.dependsOn", remedy="remove it")
     if not spec.envFrom:
-        known = dict.fromkeys([*BUILT_IN, *spec.process.env, *(p.env for p in spec.ports if p.env)], "x")
+        known = dict.fromkeys([*BUILT_IN, *program.env, *(p.env for p in spec.ports if p.env)], "x")
         known |= {p.env: "1" for p in spec.ports if p.env}
-        texts = [("process.command", spec.process.command), ("process.args", spec.process.args)]
+        texts = [(f"{runtime}.command", program.command), (f"{runtime}.args", program.args)]
         if spec.health.exec is not None:
             texts.append(("health.exec.command", spec.health.exec.command))
         for field, values in texts:
@@ -327,7 +347,7 @@ kinds.add(
         reported=True,
         doc="A program kept running at sites.",
         scope="placed",
-        newer={"perSite": 2, "schedule": 2},
+        newer={"perSite": 2, "schedule": 2, "container": 2},
         at_once=("replicas", "placement", "dependsOn"),
         check=checked(_check_app),
         refs=with_sites(_app_refs),

@@ -59,6 +59,8 @@ class InstanceRow(msgspec.Struct):
     not_enforced: list[dict[str, str]] = []
     #: Its output goes through a pipe; instances of older releases write into the file themselves.
     piped: bool = False
+    #: The digest of the image it was made of, where it was.
+    image: str = ""
 
 
 class WorkloadState:
@@ -106,6 +108,10 @@ class WorkloadState:
             return None
         doc = self._vault.unseal(row[0][1:], _place(namespace, name, digest)) if _is_sealed(row[0]) else row[0]
         return msgspec.json.decode(doc, type=Snapshot)
+
+    def versions(self) -> set[tuple[str, str, str]]:
+        """(namespace, name, digest) of all that are kept."""
+        return set(self._db.execute("SELECT namespace, name, digest FROM versions").fetchall())
 
     def trim_versions(self, namespace: str, name: str, keep: set[str]) -> None:
         rows = self._db.execute(

@@ -5,7 +5,7 @@ Processor time comes as a sum; a rate needs the sum of the call before, which is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgeward.core import clock, proc
@@ -17,8 +17,14 @@ class Meter:
         #: When an instance was looked at last, and its processor seconds then.
         self._last: dict[str, tuple[float, float]] = {}
 
-    def measure(self, node: str, apps: Mapping[AppKey, Mapping[str, Live]]) -> list[dict[str, Any]]:
-        """Present use of every instance: processor in cores since the last call, memory in bytes."""
+    def measure(
+        self,
+        node: str,
+        apps: Mapping[AppKey, Mapping[str, Live]],
+        pids: Callable[[Live], Callable[[proc.ProcId], list[int]]],
+    ) -> list[dict[str, Any]]:
+        """Present use of every instance: processor in cores since the last call, memory in bytes. ``pids``: which
+        processes are an instance's."""
         found = []
         now = clock.monotonic()
         for (namespace, name), instances in sorted(apps.items()):
@@ -26,7 +32,7 @@ class Meter:
                 if not live.alive or live.process is None:
                     continue
                 cpu = memory = 0.0
-                for pid in proc.group_pids(live.process):
+                for pid in pids(live)(live.process):
                     one = proc.usage(pid)
                     if one is not None:
                         cpu, memory = cpu + one.cpu, memory + one.memory

@@ -14,8 +14,10 @@ from edgeward.core import clock, proc
 from edgeward.core.errors import EdgewardError
 from edgeward.core.quantity import parse_duration
 from edgeward.workloads import health
+from edgeward.workloads.ground import Ground
 from edgeward.workloads.live import AppKey, Live
-from edgeward.workloads.process import Runtime
+from edgeward.workloads.runtime import Runtime
+from edgeward.workloads.spec import AppSpec
 from edgeward.workloads.state import WorkloadState
 from edgeward.workloads.wish import Source
 
@@ -24,8 +26,15 @@ _FIRST_LOOKS = (0.03, 0.05, 0.07, 0.1, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5)
 
 
 class Watch:
-    def __init__(self, db: WorkloadState, runtime: Runtime, source: Source, changed: Callable[[AppKey], None]) -> None:
-        self._db, self._runtime, self._source = db, runtime, source
+    def __init__(
+        self,
+        db: WorkloadState,
+        ground: Ground,
+        runtime: Callable[[AppSpec], Runtime],
+        source: Source,
+        changed: Callable[[AppKey], None],
+    ) -> None:
+        self._db, self._ground, self._runtime, self._source = db, ground, runtime, source
         self._changed = changed
 
     async def watch(self, live: Live) -> None:
@@ -38,7 +47,7 @@ class Watch:
         checks = asyncio.create_task(self._check(live))
         try:
             await proc.wait_exit(live.process)
-            live.exit_code = self._runtime.exit_code(live.row, live.spec)
+            live.exit_code = await self._runtime(live.spec).exit_code(live.row, live.spec)
         finally:
             checks.cancel()
             await asyncio.gather(checks, return_exceptions=True)
@@ -82,8 +91,9 @@ class Watch:
             if snapshot is None:
                 return "its version is not kept any more"
             try:
-                argv, env, user = self._runtime.check(live.row, snapshot, self._source.service_env(live.row.namespace))
+                extra = self._source.service_env(live.row.namespace)
+                argv, env, user = self._runtime(live.spec).check(live.row, snapshot, extra)
             except EdgewardError as e:
                 return str(e)
-            return await health.command(argv, env, self._runtime.folder(live.row), timeout, user)
+            return await health.command(argv, env, self._ground.folder(live.row), timeout, user)
         return ""
