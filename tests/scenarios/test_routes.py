@@ -32,7 +32,7 @@ load_agent()
 #: Routes for everybody: what they answer tells nothing, or they prove their caller by other means.
 OPEN = {
     "/healthz", "/readyz", "/api/v1/ca", "/api/v1/nonce", "/api/v1/enrol", "/api/v1/renew", "/api/v1/leave",
-    "/api/v1/oidc", "/api/v1/oidc/login",
+    "/api/v1/oidc", "/api/v1/oidc/login", "/tunnel",
 }  # fmt: skip
 #: Routes for everybody who is known.
 SIGNED = {"/openapi.json", "/api/v1/version", "/api/v1/whoami", "/api/v1/can", "/api/v1/logout"}

@@ -34,6 +34,7 @@ from edgeward.agent.reports import Reports, about_node
 from edgeward.agent.routes import AgentRoutes
 from edgeward.agent.sections import PlaneSections
 from edgeward.agent.timekeeping import Timekeeper
+from edgeward.agent.tunnel import tunnel_of
 from edgeward.core import clock, daemon
 from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
@@ -216,6 +217,7 @@ class Agent:
             self.replica, apps=self.apps, plane=self.plane, link=self.link, closing=self.closing,
             exports=self._apply_exports,
         )  # fmt: skip
+        self.tunnel = tunnel_of(self.node, self.identity, self._doors, config.get("tunnel"))
         self._ready = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self.bus: Bus | None = None
@@ -293,7 +295,7 @@ class Agent:
             event=self.reports.event,
         )
         self._exports = exports
-        calls = CallServer(self.node, self.routes.calls())
+        calls = CallServer(self.node, {**self.routes.calls(), "tunnel": self.tunnel.called})
         if self.replica.hub_revision:  # an empty replica knows nothing: what waits in the queues stays
             await exports.prune(self.desired.exports())
         await exports.apply(self.desired.exports())
@@ -320,6 +322,7 @@ class Agent:
             group.create_task(exports.run())
             group.create_task(self.link.run(bus))
             group.create_task(calls.run(bus.client))
+            group.create_task(self.tunnel.run())
             if spec.hub_url:
                 group.create_task(self.renewer.run())
 

@@ -100,6 +100,21 @@ class Api:
         self._connect_timeout = connect_timeout
         self._connection: http.client.HTTPConnection | None = None
 
+    @property
+    def token(self) -> str:
+        return self._token or ""
+
+    @property
+    def ca_file(self) -> str | None:
+        return self._ca_file
+
+    @property
+    def server_name(self) -> str:
+        """The name that the certificate is for, when it is another one than the address."""
+        from edgeward.core.certs import NODE_DOMAIN
+
+        return self._node + NODE_DOMAIN if self._node else ""
+
     def __enter__(self) -> Api:
         return self
 

@@ -74,6 +74,7 @@ COMMANDS: dict[str, Row] = {
     "override": Row(f"{_CLI}.overrides:app", _DATA, "What sites changed for themselves.", group=True),
     "persite": Row(f"{_CLI}.persite:app", _DATA, "In what sites differ from an App's declaration.", group=True),
     "stream": Row(f"{_CLI}.streams:app", _DATA, "Read what sites delivered.", group=True),
+    "tunnel": Row(f"{_CLI}.tunnel:app", _SEE, "Reach a port of a node that cannot be dialled.", group=True),
     "gateway": Row(f"{_CLI}.gateway:app", _SEE, "What a node's gateway does with a request.", group=True),
     "steer": Row(f"{_CLI}.steer:steer", _SEE, "Which site serves a client, and why."),
     "backup": Row(f"{_CLI}.backup:app", _CARE, "Keep the hub's state, check it, bring it back.", group=True),

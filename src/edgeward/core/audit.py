@@ -80,8 +80,9 @@ class Audit:
         before: Resource | None = None,
         after: Resource | None = None,
         outcome: str = "done",
+        detail: dict[str, Any] | None = None,
     ) -> None:
-        """Keeps one write; ``outcome`` is ``done`` or the reason of the refusal."""
+        """Keeps one write; ``outcome`` is ``done`` or the reason of the refusal, ``detail`` is more."""
         record: dict[str, Any] = {
             "time": clock.timestamp(),
             "actor": actor,
@@ -91,6 +92,8 @@ class Audit:
             "name": key.name,
             "outcome": outcome,
         }
+        if detail:
+            record["detail"] = detail
         if source:
             record["source"] = source
         if request:

@@ -121,7 +121,7 @@ class Gate:
             response: Response | None = None
             try:
                 if not self._needs_nobody(scope):
-                    again = self._login(scope, headers)
+                    scope["again"] = again = self._login(scope, headers)
                 await self._app(scope, receive, sending)
                 if isinstance(refusal := scope.get("refusal"), Forbidden):
                     await self._note(scope, refusal)

@@ -3,6 +3,9 @@
 uvicorn has neither for its fast parser. A connection that has not brought a whole head in time is closed (408), one
 whose head is too large as well (431), before anything of it is kept. Bodies have their limits where they are read
 (``api.read_body``), answers their back-pressure.
+
+A request that wants to become something else (``Upgrade``) is routed, and let in or refused, like every other one; its
+handler may then take the connection over: ``scope["extensions"][TAKEOVER]``.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 #: Seconds for a request's head, from the connection's start or the head's first byte.
 HEAD_TIME = 15.0
 HEAD_BYTES = 64 * 1024
+#: In a request's extensions: ``(protocol) -> transport``. Nothing of HTTP is sent or read on the connection from then
+#: on, the handler's answer included.
+TAKEOVER = "edgeward.takeover"
 _GONE = b"HTTP/1.1 %b\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
@@ -42,8 +48,28 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
         super().data_received(data)
 
+    def _should_upgrade(self) -> bool:
+        return False  # not by uvicorn
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """It is a request like others until its handler takes it over."""
+
+    def _take_over(self, protocol: asyncio.Protocol) -> asyncio.Transport:
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client is gone")
+        self.unguard()
+        self.connections.discard(self)
+        self._unset_keepalive_if_required()
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # what the handler returns is not sent
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+        return transport
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        cast(Any, self.scope)["extensions"] = {TAKEOVER: self._take_over}
         self._begin()
 
     def on_headers_complete(self) -> None:

@@ -37,6 +37,7 @@ from edgeward.core.files import ensure_dir, read_json
 from edgeward.core.identity import HubIdentity
 from edgeward.core.natsconf import Cluster, claims_dir
 from edgeward.core.natsserver import HubSpec, NatsServer
+from edgeward.core.nkeys import verify
 from edgeward.core.peers import Peers
 from edgeward.core.quantity import parse_duration
 from edgeward.core.records import StreamRecords
@@ -70,6 +71,7 @@ from edgeward.nodes.cloud import NodesCloud
 from edgeward.nodes.enrol_cloud import Enrolment
 from edgeward.nodes.wire import LEVEL
 from edgeward.streams.cloud import StreamsCloud
+from edgeward.tunnel.cloud import Tunnels
 
 log = logging.getLogger("edgeward.hub")
 
@@ -226,6 +228,17 @@ class Hub:
             new_ca=self._new_ca,
             leads=lambda: self.peers.leads,
         )
+        self.tunnels = Tunnels(
+            self.store,
+            audit,
+            key_of=self.enrolment.key_of,
+            verify=verify,
+            prove=identity.authority.sign,
+            nonce=self.enrolment.nonce,
+            use_nonce=self.enrolment.use_nonce,
+            call=self._have_dial,
+            online=self.nodes.is_online,
+        )
         self.app = app = build_app(
             self.resources,
             self.store,
@@ -237,6 +250,7 @@ class Hub:
                 *self.steering.routes(),
                 *BlobRoutes(self.store, self.blobs, self.bundles, audit, scratch).routes(),
                 *enrol_routes.routes(),
+                *self.tunnels.routes(),
                 *backup_routes(self.bus.client, self.data, sealing_key(self.data), vault),
             ],
             health=self._health,
@@ -271,6 +285,7 @@ class Hub:
                     self.bundles.run,
                     self.enrolment.run,
                     enrol_routes.run,
+                    self.tunnels.run,
                     self._controllers,
                     self._retention,
                     self._listener,
@@ -367,6 +382,10 @@ class Hub:
 
     async def _have_renew(self, node: str) -> None:
         async for _ in call(self.bus.client, node, "renew", {}):
+            pass
+
+    async def _have_dial(self, node: str, args: dict[str, Any]) -> None:
+        async for _ in call(self.bus.client, node, "tunnel", args):
             pass
 
     async def _usage_of(self, node: str) -> dict[str, Any]:

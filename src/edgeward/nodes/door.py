@@ -96,7 +96,8 @@ class Door:
 
     # -- the wire ------------------------------------------------------------------------------------------------
 
-    def _context(self) -> ssl.SSLContext:
+    def context(self) -> ssl.SSLContext:
+        """TLS that trusts the hub's CAs, and the proxy's."""
         # not create_default_context: it reads all of the system's CAs, which have no say here (60 ms)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if not self.trusted:
@@ -111,7 +112,7 @@ class Door:
         return context
 
     def _open(self) -> http.client.HTTPSConnection:
-        a, context = self.address, self._context()
+        a, context = self.address, self.context()
         if not a.proxy:
             return http.client.HTTPSConnection(a.host, a.port, timeout=self._timeout, context=context)
         via = urlsplit(a.proxy)

@@ -292,6 +292,15 @@ class Enrolment:
         expires = clock.parse_timestamp(spec.expires)
         return TokenFacts(name, spec.node, spec.site, spec.hash, expires, spec.replace)
 
+    def key_of(self, node: str) -> str:
+        """The device key that may speak for the node now; empty: none."""
+        member = self.member(node)
+        return member.key if member is not None and not member.revoked and member.key not in member.barred else ""
+
+    def use_nonce(self, nonce: str) -> None:
+        """Raises ``Refused`` for one that is not fresh, or was used at this hub process."""
+        self.nonces.use(nonce, self._now())
+
     def nonce(self) -> str:
         return self.nonces.make(self._now())
 

@@ -74,6 +74,7 @@ class Stream:
         "_accepted",
         "_buffer",
         "_closed",
+        "_failed",
         "_reader",
         "_session",
         "_sink",
@@ -117,6 +118,7 @@ class Stream:
         self._waiters: list[asyncio.Future[None]] = []
         self._accepted: asyncio.Future[None] | None = None
         self._closed: list[asyncio.Future[None]] = []
+        self._failed: list[asyncio.Future[None]] = []
 
     def __repr__(self) -> str:
         return f"<stream {self.id} {self.purpose.service} of {self._session.name}>"
@@ -235,6 +237,17 @@ class Stream:
             self._closed.append(future)
             await future
 
+    async def wait_failed(self) -> None:
+        """Until the stream is reset."""
+        if self.error is None:
+            future = asyncio.get_running_loop().create_future()
+            self._failed.append(future)
+            await future
+
+    @property
+    def session(self) -> Session:
+        return self._session
+
     @property
     def closed(self) -> bool:
         return self.error is not None or (self.end_sent and self.end_received)
@@ -290,6 +303,7 @@ class Stream:
         self._wake(self._waiters)
         self._wake_reader()
         self._wake(self._closed)
+        self._wake(self._failed)
         if self._sink is not None:
             self._sink.failed(error)
 

@@ -82,6 +82,8 @@ class Session:
         #: Bytes of frames that were received in all.
         self.received_bytes = 0
         self._confirmed = 0
+        #: Bytes of the present link that came already.
+        self._skip = 0
         self._control: deque[bytes] = deque()
         self._pong: bytes | None = None
         self._ready: deque[Stream] = deque()
@@ -141,8 +143,11 @@ class Session:
 
     # -- the link --------------------------------------------------------------------------------------------------
 
-    def attach(self, link: Link, received: int) -> None:
-        """Goes on over ``link``, whose other end has ``received`` bytes. Raises ``Gone`` when that cannot be."""
+    def attach(self, link: Link, received: int, said: int | None = None) -> None:
+        """Goes on over ``link``, whose other end has ``received`` bytes. Raises ``Gone`` when that cannot be.
+
+        ``said``: what the other end was told that we have, and begins behind; the old link may have brought more since.
+        """
         again = self._kept.behind(received)
         if again is None or self.error is not None:
             raise Gone("the tunnel's session cannot be resumed", remedy="open it anew")
@@ -153,10 +158,15 @@ class Session:
         self._heard = self._now()
         self._waiting_pong = False
         self._measured = False
+        self._skip = self.received_bytes - (self.received_bytes if said is None else said)
         for piece in again:
             link.send(piece)
         self._ping()
         self._plan()
+
+    def knows(self, received: int) -> bool:
+        """Whether what the other end lacks is still here."""
+        return self.error is None and self._kept.behind(received) is not None
 
     def detach(self, link: Link, why: str = "") -> None:
         """The link is lost; an old one's end is no news."""
@@ -275,6 +285,10 @@ class Session:
         if link is not self.link:
             return
         self._heard = now = self._now()
+        if self._skip:
+            skipped = min(self._skip, len(data))
+            self._skip -= skipped
+            data = data[skipped:]
         self.received_bytes += len(data)
         try:
             for kind, number, payload in self._frames.feed(data):
@@ -383,6 +397,12 @@ class Session:
         # the shortest one counts; a way that has become longer is believed slowly, queues are longer at times
         self._best = rtt if rtt < self._best else self._best + (rtt - self._best) * 0.005
 
+    @property
+    def suspect(self) -> bool:
+        """Whether the link has not answered for longer than it should."""
+        quiet = self._now() - max(self._heard, self._pinged)
+        return self._waiting_pong and quiet > max(_SUSPECT, 4 * self.rtt)
+
     def _look(self) -> None:
         now = self._now()
         if self.link is None:
@@ -396,7 +416,7 @@ class Session:
                 link = self.link
                 link.close()
                 self.detach(link, "no answer")
-            elif quiet > max(_SUSPECT, 4 * self.rtt):
+            elif self.suspect:
                 self._on_suspect()
         elif now - self._pinged >= (_BUSY_PING if now - self._moved < 3 else _IDLE_PING):
             self._ping()
