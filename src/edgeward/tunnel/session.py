@@ -40,7 +40,7 @@ _LOOK, _BUSY_PING, _IDLE_PING = 1.0, 1.0, 20.0
 #: Seconds of silence behind a ping after which a link is suspect at the earliest, and after which it is given up.
 _SUSPECT, _DEAD = 1.5, 20.0
 #: Seconds without a link after which a session ends.
-PATIENCE = 30.0
+PATIENCE = 120.0
 
 
 class Link(Protocol):
