@@ -28,9 +28,20 @@ from edgeward.core.audit import Audit
 from edgeward.core.authz import TUNNEL, Ask, Principal
 from edgeward.core.context import correlation
 from edgeward.core.describe import described
-from edgeward.core.errors import EdgewardError, Forbidden, Gone, Invalid, NotFound, Refused, TooMany, Unreachable
+from edgeward.core.errors import (
+    Conflict,
+    EdgewardError,
+    Forbidden,
+    Gone,
+    Invalid,
+    NotFound,
+    Refused,
+    TooMany,
+    Unreachable,
+)
 from edgeward.core.http_guard import TAKEOVER
 from edgeward.core.passage import Passage
+from edgeward.core.problems import refused
 from edgeward.core.resource import CLUSTER, Key
 from edgeward.core.store import Store
 from edgeward.tunnel.edge import PATH, answered, transcript, use_of
@@ -63,15 +74,23 @@ class Neighbours(Protocol):
 class _Taken(Response):
     """The answer that is the end of HTTP on this connection."""
 
-    def __init__(self, headers: dict[str, str], session: Session, received: int) -> None:
+    def __init__(self, session: Session, received: int, more: Callable[[int], dict[str, str]] = lambda _: {}) -> None:
+        """``received``: what the other end has; ``more``: headers that say more than what this end has."""
         super().__init__(status_code=101)
-        self._own, self._session, self._received = headers, session, received
+        self._session, self._received, self._more = session, received, more
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # from here on nothing waits: the old link must bring nothing between what we say that we have and its end
+        if not self._session.knows(self._received):
+            stale = Conflict("the link has brought more since this was asked", remedy="ask again")
+            await refused(stale)(scope, receive, send)
+            return
         key = dict(scope["headers"]).get(b"sec-websocket-key", b"")
         link = WebLink(self._session, client=False)
         lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
-        lines += [f"Sec-WebSocket-Accept: {accept_key(key).decode()}", *(f"{k}: {v}" for k, v in self._own.items())]
+        mine = self._session.received_bytes
+        headers = {"Edgeward-Received": str(mine), **self._more(mine)}
+        lines += [f"Sec-WebSocket-Accept: {accept_key(key).decode()}", *(f"{k}: {v}" for k, v in headers.items())]
         try:
             transport = scope["extensions"][TAKEOVER](link)
         except ConnectionResetError:
@@ -335,11 +354,8 @@ class Tunnels:
             desk = await self._new_desk(request, who, id, node)
         elif desk.node != node or desk.principal.name != who.name or attempt <= self._desk_attempts[id]:
             raise Forbidden("the session is somebody else's")
-        received = _number(request, "edgeward-received")
-        if not desk.session.knows(received):
-            raise Gone("the session cannot be resumed", remedy="open it anew")
         self._desk_attempts[id] = attempt
-        return _Taken({"Edgeward-Received": str(desk.session.received_bytes)}, desk.session, received)
+        return _Taken(desk.session, _number(request, "edgeward-received"))
 
     async def _new_desk(self, request: Request, who: Principal, id: str, node: str) -> Desk:
         own = sum(d.principal.name == who.name for d in self.desks.values())
@@ -454,12 +470,12 @@ class Tunnels:
         else:
             self._use_nonce(nonce)
             held = self._take(node, id, key)
-        if not held.session.knows(received):
-            raise Gone("the session cannot be resumed")
         held.attempt = attempt
-        mine = held.session.received_bytes
-        proof = base64.b64encode(self._prove(answered(asked, mine))).decode()
-        return _Taken({"Edgeward-Received": str(mine), "Edgeward-Proof": proof}, held.session, received)
+
+        def proof(mine: int) -> dict[str, str]:
+            return {"Edgeward-Proof": base64.b64encode(self._prove(answered(asked, mine))).decode()}
+
+        return _Taken(held.session, received, proof)
 
     def _take(self, node: str, id: str, key: str) -> _Held:
         old = self.nodes.pop(node, None)

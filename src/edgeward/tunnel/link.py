@@ -14,14 +14,14 @@ import os
 import socket
 import ssl
 import sys
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from edgeward.core.errors import EdgewardError, Unreachable, from_problem
+from edgeward.core.errors import Conflict, EdgewardError, Unreachable, from_problem
 from edgeward.tunnel.framing import Garbage, Messages, accept_key, ws_head
 from edgeward.tunnel.session import Session
 
@@ -278,10 +278,9 @@ def _refusal(code: int, body: bytes) -> EdgewardError:
 class Redial:
     """Brings a session a link, and a new one whenever it is lost or suspect, until it ends."""
 
-    def __init__(self, session: Session, connect: Any, on_failure: Any = None) -> None:
-        """``connect(session, attempt)`` dials and attaches; what it raises is told to ``on_failure``, and ends the
-        session when it is a refusal."""
-        self._session, self._connect, self._on_failure = session, connect, on_failure
+    def __init__(self, session: Session, connect: Callable[[Session, int], Awaitable[None]]) -> None:
+        """``connect(session, attempt)`` dials and attaches; a refusal that it raises ends the session."""
+        self._session, self._connect = session, connect
         self._task: asyncio.Task[None] | None = None
         self.attempts = 0
 
@@ -306,9 +305,8 @@ class Redial:
                 return
             except TimeoutError:
                 pass
-            except Unreachable as e:
-                if self._on_failure is not None:
-                    self._on_failure(e)
+            except (Unreachable, Conflict):
+                pass
             except EdgewardError as e:
                 session.close(e, tell=False)
                 return
