@@ -26,6 +26,7 @@ from benchmarks import (
     gateway_tls,
     idle,
     outbox,
+    rollouts,
     spine,
     steering,
 )
@@ -46,6 +47,7 @@ ALL: dict[str, Callable[[], list[Row]]] = {
     "gateway-tls": gateway_tls.gateway_tls,
     "idle": idle.idle,
     "fleet": fleet.fleet,
+    "rollouts": rollouts.rollouts,
     "functions": functions.functions,
     "steering": steering.steering,
 }

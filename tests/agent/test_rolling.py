@@ -186,3 +186,13 @@ def test_an_app_that_was_made_anew_is_another_one(tmp_path: Path) -> None:
     anew.metadata.uid, anew.metadata.creationTimestamp = "v", "2026-05-01T00:00:00Z"
     plant.hear(anew, rollout=status("Succeeded", old, old), hold=True)
     assert plant.runs is None
+
+
+def test_a_site_that_scales_in_the_middle_of_a_run_does_not_take_the_new_version_with_it(tmp_path: Path) -> None:
+    plant = Plant(tmp_path)
+    old, new = app("old", 1), app("new", 2)
+    plant.hear(new, rollout=status("Running", new, old, "other"))
+    assert plant.runs == (1, "old")
+    asyncio.run(plant.replica.put(app("new", 2, replicas=7)))
+    assert plant.runs == (1, "old")
+    assert plant.desired.apps()["default", "web"][1] == 7

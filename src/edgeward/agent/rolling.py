@@ -53,11 +53,13 @@ class Rolling:
             return declared
         taken = self._known(key, declared.metadata.uid)
         hub = self._replica.hub_side(key)
-        if hub is None or self._replica.local_change(key):
-            # made here and not the hub's yet: it takes effect at once, and goes on to when the hub has it
+        now = _version(hub or declared)
+        if self._replica.local_change(key) and (hub is None or _version(declared).digest != now.digest):
+            # a version that was made here takes effect at once, and goes on to when the hub has it
             self._keep(key, msgspec.structs.replace(taken, own=_version(declared).digest))
             return declared
-        now = _version(hub)
+        if hub is None:
+            return declared
         if taken.own == now.digest:
             return declared
         status = read_status(rollout.status)
@@ -74,7 +76,7 @@ class Rolling:
             return None
         if taken.version is None or taken.version != version or taken.own:
             self._keep(key, Taken(taken.uid, version))
-        return declared if version.digest == now.digest else self._with(declared, hub, version)
+        return declared if version.digest == now.digest else self._with(declared, version)
 
     def _governor(self, key: Key) -> Resource | None:
         """The Rollout that names it; of several the first by name."""
@@ -84,20 +86,20 @@ class Rolling:
                 return rollout
         return None
 
-    def _with(self, declared: Resource, hub: Resource, version: Version) -> Resource:
+    def _with(self, declared: Resource, version: Version) -> Resource:
         """The object with another version's parts, as this site has it (its Override)."""
         key = declared.key
         override = self._replica.override_of(key)
         patch = override.spec.patch if override is not None else {}
-        made_of = (hub.revision, version.digest, version.generation, override.revision if override else 0)
+        made_of = (declared.revision, version.digest, version.generation, override.revision if override else 0)
         known = self._made.get(key)
         if known is not None and known[0] == made_of:
             return known[1]
-        stored = to_stored(hub)
-        spec = with_parts(stored.spec, version.parts, kinds.get(key.kind).at_once)
+        stored, at_once = to_stored(declared), kinds.get(key.kind).at_once
+        spec = with_parts(stored.spec, parts_of(merge_patch(version.parts, patch), at_once), at_once)
         meta = msgspec.structs.replace(declared.metadata, generation=version.generation)
         try:
-            made = from_stored(Stored(key.kind, meta, merge_patch(spec, patch), stored.schema))
+            made = from_stored(Stored(key.kind, meta, spec, stored.schema))
         except EdgewardError as e:
             log.error("the version before of %s is not understood here, what is declared runs: %s", key, e)
             return declared

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -26,15 +26,16 @@ from edgeward.core.store import Change
 from edgeward.core.store_nats import NatsStore
 from edgeward.workloads.outcome import Node, Target
 from edgeward.workloads.placement import share
-from edgeward.workloads.release import digest_of, parts_of, read_status
-from edgeward.workloads.rollout import Step, step
+from edgeward.workloads.release import Status, digest_of, parts_of, read_status
+from edgeward.workloads.rollout import Step, follow, run_of, step
 from edgeward.workloads.rollout_spec import rules_of
 
 log = logging.getLogger("edgeward.rollouts")
 
-#: Seconds that news is gathered for; until a status that another process wrote is looked at; between two looks at who
+#: Seconds that news is gathered for; between two writes that only say how far it is: each goes to every site;
+#: until a status that another process wrote is looked at; between two looks at who
 #: leads.
-_GATHER, _LATER, _AGAIN = 0.3, 0.1, 5.0
+_GATHER, _PROGRESS, _LATER, _AGAIN = 0.3, 2.0, 0.1, 5.0
 #: From this level on a node knows Rollouts.
 _LEVEL = 2
 
@@ -49,6 +50,10 @@ class Rollouts:
         self._loop: Loop[Key] = Loop("rollouts", self._look, workers=1)
         #: What is in the loop's timers: to be gathered, not to be put off again.
         self._gathered: set[Key] = set()
+        #: What was written last of each, and how far it is since: that alone is not written at once.
+        self._ahead: dict[Key, tuple[dict[str, Any], Status]] = {}
+        #: When the status of each was written last.
+        self._wrote: dict[Key, float] = {}
         self._led = False
 
     async def run(self) -> None:
@@ -96,11 +101,18 @@ class Rollouts:
         self._gathered.discard(key)
         rollout = self._store.find(key)
         if rollout is None or rollout.metadata.deletionTimestamp or not self._leads():
+            self._wrote.pop(key, None)
+            self._ahead.pop(key, None)
             return None
         done = self._step(rollout)
         status = msgspec.to_builtins(done.status)
+        wait = self._wrote.get(key, 0.0) + _PROGRESS - clock.monotonic()
+        if wait > 0 and not done.events and _for_nodes(status) == _for_nodes(rollout.status):
+            self._ahead[key] = (rollout.status, done.status)
+            return wait if done.look is None else min(wait, max(done.look, _GATHER))
         try:
             if status != rollout.status:
+                self._wrote[key] = clock.monotonic()
                 await self._store.put_status(key, status, checked=True)
         except Conflict:
             return _LATER
@@ -113,27 +125,39 @@ class Rollouts:
         return done.look if done.look is None else max(done.look, _GATHER)
 
     def _step(self, rollout: Resource) -> Step:
-        nodes = self._store.items("Node")
-        return step(
-            rules_of(rollout.spec),
-            read_status(rollout.status),
-            self._targets(rollout, nodes),
-            self._nodes(rollout, nodes),
-            clock.now(),
-            rollout.metadata.creationTimestamp,
-        )
+        made, ahead = rollout.metadata.creationTimestamp, self._ahead.get(rollout.key)
+        status = ahead[1] if ahead is not None and ahead[0] == rollout.status else read_status(rollout.status)
+        found, elsewhere = self._targets(rollout)
+        nodes: list[Resource] = []
+        targets = [_target(t, nodes) for t in found]
+        if run_of(follow(status.targets, targets, made)):
+            # who runs what is only asked while there is something to move: of a large fleet it is some work
+            nodes = self._store.items("Node")
+            targets = [_target(t, nodes) for t in found]
+        done = step(rules_of(rollout.spec), status, targets, self._nodes(rollout, nodes), clock.now(), made)
+        for text in elsewhere:
+            if text not in done.status.message:
+                done.status.message = "; ".join(filter(None, (done.status.message, text)))
+        return done
 
-    def _targets(self, rollout: Resource, nodes: list[Resource]) -> list[Target]:
-        """Those that are there and that no other Rollout has: of several the first by name."""
+    def _targets(self, rollout: Resource) -> tuple[list[Resource], list[str]]:
+        """Those that are there and that no other Rollout has, and a word on those that one has: the first by name."""
         namespace = rollout.metadata.namespace
         others = [r for r in self._store.items("Rollout", namespace) if r.metadata.name < rollout.metadata.name]
-        taken = {(t.kind, t.name) for r in others if not r.metadata.deletionTimestamp for t in r.spec.targets}
-        found = []
+        taken = {
+            (t.kind, t.name): r.metadata.name
+            for r in reversed(others)
+            if not r.metadata.deletionTimestamp
+            for t in r.spec.targets
+        }
+        found, elsewhere = [], []
         for t in rollout.spec.targets:
             target = self._store.find(Key(t.kind, namespace, t.name))
-            if target is not None and not target.metadata.deletionTimestamp and (t.kind, t.name) not in taken:
-                found.append(_target(target, nodes))
-        return found
+            if by := taken.get((t.kind, t.name)):
+                elsewhere.append(f"{t.kind}/{t.name} is moved by Rollout/{by}")
+            elif target is not None and not target.metadata.deletionTimestamp:
+                found.append(target)
+        return found, elsewhere
 
     def _nodes(self, rollout: Resource, nodes: list[Resource]) -> list[Node]:
         held = {o.spec.site: o.spec.patch["hold"] for o in self._store.items("Override") if _holds(o, rollout.key)}
@@ -156,6 +180,12 @@ def baselines(store: NatsStore) -> Iterator[tuple[str, dict[str, Any]]]:
         for target in read_status(rollout.status).targets:
             if target.baseline is not None:
                 yield rollout.metadata.namespace, target.baseline.parts
+
+
+def _for_nodes(status: Mapping[str, Any]) -> list[Any]:
+    """What of a status nodes and people act on; the rest says how far it is."""
+    groups = [(g.get("name"), g.get("phase"), g.get("nodes"), g.get("until")) for g in status.get("groups", [])]
+    return [status.get("phase"), status.get("run"), status.get("targets"), groups]
 
 
 def _holds(override: Resource, key: Key) -> bool:

@@ -105,12 +105,12 @@ def step(rules: Rules, old: Status, targets: list[Target], nodes: list[Node], no
     s = Step(status)
     status.targets = follow(old.targets, targets, made)
     run = run_of(status.targets)
-    expected = frozenset[str]().union(*(t.expected for t in targets)) if targets else frozenset[str]()
-    status.ungoverned = sorted(n.name for n in nodes if n.name in expected and not n.governed)
-    fleet = {n.name: n for n in nodes if n.name in expected and n.governed}
     if not run:
         _rest(rules, s, old, targets)
         return s
+    expected = frozenset[str]().union(*(t.expected for t in targets))
+    status.ungoverned = sorted(n.name for n in nodes if n.name in expected and not n.governed)
+    fleet = {n.name: n for n in nodes if n.name in expected and n.governed}
     resumed = status.cancelled and old.phase == "RolledBack" and rules.cancelled != run and run in rules.approved
     if run != status.run or resumed:
         _begin(rules, s, run, now)
@@ -143,7 +143,9 @@ def _rest(rules: Rules, s: Step, old: Status, targets: list[Target]) -> None:
     elif old.phase != "Succeeded":
         # they are where they are, or whoever declared something new took it back
         groups = [GroupStatus(g.name, "Succeeded") for g in rules.groups]
-        s.status = Status("Succeeded", groups=groups, targets=status.targets, ungoverned=status.ungoverned)
+        s.status = Status("Succeeded", groups=groups, targets=status.targets)
+    else:
+        status.message = ""
 
 
 def _begin(rules: Rules, s: Step, run: str, now: float) -> None:
@@ -379,4 +381,4 @@ def _release(how: GroupRules, s: Step, group: GroupStatus, ready: list[str], bus
     return False
 
 
-__all__ = ["REST", "Amount", "GroupRules", "Node", "Rules", "Step", "Target", "step"]
+__all__ = ["REST", "Amount", "GroupRules", "Node", "Rules", "Step", "Target", "follow", "run_of", "step"]
