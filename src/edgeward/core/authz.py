@@ -46,7 +46,7 @@ VERBS: Mapping[str, str] = {
     "rotate": "replace the hub's certificate authority",
     "metrics": "read the process's metrics from another machine",
     "backup": "make a backup, or a support bundle",
-    "exec": "run something inside an app",
+    "exec": "run something on a node or inside an app, copy files",
     "tunnel": "reach a node through its tunnel; `tunnel:tcp:22`, `tunnel:exec` and the like for a part of it",
 }
 #: In a rule: every verb, kind or namespace, those of later releases too.

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, Protocol
 
-import msgspec
-
 from edgeward.core.errors import EdgewardError
+from edgeward.tunnel.framing import Open
+
+__all__ = ["Open", "Reset", "Service", "Stream", "pair"]
 
 #: Bytes that a writer may be ahead of its reader.
 WINDOW = 256 * 1024
-#: The verb on Node that opening a service needs.
-VERB_OF: Mapping[str, str] = {"tcp": "tunnel", "http": "tunnel", "exec": "exec", "shell": "exec", "copy": "exec"}
 
 
 class Reset(EdgewardError):
@@ -36,6 +35,9 @@ class Reset(EdgewardError):
 class Stream(Protocol):
     """One end. One task may read and another write at the same time."""
 
+    async def accept(self, info: dict[str, Any] | None = None) -> None:
+        """At the node: the service works; ``info`` goes to who opened it."""
+
     async def read(self, n: int = 65536) -> bytes:
         """Some bytes, at most ``n``; ``b""`` after the other side's end. Raises ``Reset``."""
 
@@ -45,18 +47,8 @@ class Stream(Protocol):
     async def end(self) -> None:
         """Nothing more is written; reading goes on."""
 
-    def reset(self, code: str, why: str = "") -> None:
+    def reset(self, code: str, why: str) -> None:
         """Both directions are over, for both sides; what was not read yet is dropped."""
-
-
-class Open(msgspec.Struct, omit_defaults=True):
-    """What the node is told of a stream: the service, its arguments, who asks and from where, under which session."""
-
-    service: str
-    args: dict[str, Any] = {}
-    actor: str = ""
-    source: str = ""
-    session: str = ""
 
 
 #: Serves one stream; what it raises resets the stream with its words, and when it is cancelled it cleans up first.
@@ -119,6 +111,10 @@ class MemoryStream:
     def __init__(self, inward: _Way, outward: _Way) -> None:
         self._in, self._out = inward, outward
         self._tasks: set[asyncio.Task[None]] = set()
+        self.info: dict[str, Any] | None = None
+
+    async def accept(self, info: dict[str, Any] | None = None) -> None:
+        self.info = info or {}
 
     async def read(self, n: int = 65536) -> bytes:
         return await self._in.take(n)
