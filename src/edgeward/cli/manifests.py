@@ -7,11 +7,13 @@ a change behind. Reading and validation themselves are `core/manifest.py`.
 from __future__ import annotations
 
 import base64
+import errno
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeward.cli.kinds import load_kinds
 from edgeward.cli.session import Session, UsageError
@@ -19,6 +21,9 @@ from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.manifest import Manifest, decode_manifest, read_files
 from edgeward.core.registry import Kind
 from edgeward.core.resource import MAX_DOCUMENT, Key, Resource
+
+if TYPE_CHECKING:
+    from edgeward.cli.imports.taking import Left
 
 #: What others refer to comes first. A kind that is not named here comes behind those that are.
 ORDER = (
@@ -55,10 +60,13 @@ class Declared:
         return self.resource.metadata.resourceVersion
 
 
-def read_declared(session: Session, files: Sequence[str], *, pack: bool = True) -> list[Declared]:
+def read_declared(
+    session: Session, files: Sequence[str], *, pack: bool = True, told: Callable[[str], None] | None = None
+) -> list[Declared]:
     """All documents of all files, validated, in the order in which they can be written.
 
     ``pack``: whether what they say of folders matters; a document that is to be deleted may have lost its own.
+    ``told``: gets a line for each field of a Compose file or a Kubernetes manifest that was not taken over.
     """
     if not files:
         raise UsageError("no file given: -f FILE, -f DIRECTORY, or -f - for standard input")
@@ -66,7 +74,7 @@ def read_declared(session: Session, files: Sequence[str], *, pack: bool = True) 
         raise UsageError("a document is of one namespace: use -n NAME instead of -A")
     kinds = load_kinds()
     found: dict[Key, Declared] = {}
-    for manifest in read_files(list(files), sys.stdin.buffer):
+    for manifest in taken_over(read_files(list(files), sys.stdin.buffer), session, told):
         _place(manifest, session)
         uploads = packed(manifest, pack)
         resource = decode_manifest(manifest)
@@ -85,6 +93,54 @@ def read_declared(session: Session, files: Sequence[str], *, pack: bool = True) 
         raise Invalid("no document found", file=", ".join(files))
     rank = {name: i for i, name in enumerate(ORDER)}
     return sorted(found.values(), key=lambda d: rank.get(d.kind.name, len(ORDER)))
+
+
+def taken_over(manifests: Sequence[Manifest], session: Session, told: Callable[[str], None] | None) -> list[Manifest]:
+    """The documents, with those of other systems as the resources that they stand for."""
+    from edgeward.cli.imports import compose, kube
+
+    made: list[Manifest] = []
+    foreign: list[Manifest] = []
+    left: list[Left] = []
+    for manifest in manifests:
+        if compose.is_compose(manifest.doc):
+            base = Path(manifest.file).parent if Path(manifest.file).is_file() else Path()
+            profiles = tuple(filter(None, os.environ.get("COMPOSE_PROFILES", "").split(",")))
+            got = compose.translate(manifest, _variables(base), lambda path, at=base: _beside(at, path), profiles)  # type: ignore[misc]
+            made += got.made
+            left += got.left
+        elif kube.is_kube(manifest.doc):
+            foreign.append(manifest)
+        else:
+            made.append(manifest)
+    if foreign:
+        got = kube.translate(foreign, session.namespace)
+        made += got.made
+        left += got.left
+    if told is not None:
+        for one in left:
+            told(str(one))
+    return made
+
+
+def _beside(base: Path, path: str) -> str:
+    """The text of a file that a Compose file names."""
+    with (base / Path(path).expanduser()).open("rb") as f:
+        data = f.read(MAX_DOCUMENT + 1)
+    if len(data) > MAX_DOCUMENT:
+        raise OSError(errno.EFBIG, f"has more than {MAX_DOCUMENT} bytes")
+    return data.decode()
+
+
+def _variables(base: Path) -> dict[str, str]:
+    """What a Compose file's variables stand for: `.env` beside it, and before that the environment."""
+    from edgeward.cli.imports.compose import env_file
+
+    try:
+        beside = env_file(_beside(base, ".env"))
+    except (OSError, UnicodeDecodeError):
+        beside = {}
+    return {**beside, **os.environ}
 
 
 def packed(manifest: Manifest, pack: bool = True) -> tuple[tuple[str, bytes], ...]:

@@ -8,12 +8,14 @@ from being written; the exit code is the first failure's.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgeward.cli.output import emit, full_name, write
+from edgeward.cli.plain import plain
 from edgeward.cli.read import Labels
 from edgeward.cli.session import Failures, Session, UsageError
 from edgeward.cli.targets import parse_targets
@@ -66,6 +68,9 @@ def apply(
 ) -> None:
     """Create or update what files declare.
 
+    Compose files and Kubernetes manifests (Deployment, Service, ConfigMap, Secret, CronJob, Namespace) are taken as
+    well; what of them is not taken over is told on stderr, field by field.
+
     A document replaces spec, labels and annotations of the resource as it was just read. One that carries a
     metadata.resourceVersion is refused when the resource has moved on.
     """
@@ -73,7 +78,7 @@ def apply(
 
     output = session.output(allowed=APPLY_FORMATS)
     patience = seconds(timeout, "--timeout")
-    declared = read_declared(session, filename or [])
+    declared = read_declared(session, filename or [], told=_told)
     failures = Failures()
     written: list[tuple[Declared, Doc, str]] = []
     new: set[object] = set()
@@ -106,6 +111,10 @@ def apply(
             for late in wait_ready(api, [(d.kind, d.namespace, doc, verb) for d, doc, verb in written], patience):
                 failures.add(late)
     failures.finish()
+
+
+def _told(text: str) -> None:
+    print(plain(text), file=sys.stderr)
 
 
 def apply_one(api: Api, d: Declared, *, dry_run: bool, new: set[object]) -> tuple[str, Doc]:

@@ -56,6 +56,8 @@ class _Builder:
         self.file = file
         self.count = 0
         self.lines: dict[str, int] = {}
+        #: A Compose file is YAML 1.1 in this one thing: it may use merge keys.
+        self.merges = False
 
     def fail(self, message: str, node: yaml.Node, path: str, remedy: str) -> Invalid:
         return Invalid(message, field=path, remedy=remedy, file=self.file, line=node.start_mark.line + 1)
@@ -72,11 +74,18 @@ class _Builder:
         if depth > MAX_DEPTH:
             raise self.fail(f"is nested deeper than {MAX_DEPTH} levels", node, "$", "flatten it")
         self.lines.setdefault(path, node.start_mark.line + 1)
+        if depth == 0:
+            self.merges = _is_compose(node)
         if isinstance(node, yaml.MappingNode):
             if node.tag != "tag:yaml.org,2002:map":
                 raise self.fail(f"the tag {node.tag!r} is not taken", node, path, "remove it")
             result: dict[str, Any] = {}
+            merged: list[Any] = []
             for key_node, value_node in node.value:
+                if key_node.tag == "tag:yaml.org,2002:merge" and self.merges:
+                    several = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+                    merged += [self.build(n, f"{path}.<<", depth + 1) for n in several]
+                    continue
                 if key_node.tag == "tag:yaml.org,2002:merge":
                     raise self.fail("merge keys (<<) are not taken", key_node, path, "write the fields out")
                 if not isinstance(key_node, yaml.ScalarNode) or not isinstance(self.scalar(key_node, path), str):
@@ -87,6 +96,10 @@ class _Builder:
                 inner = f"{path}.{key}"
                 self.lines[inner] = key_node.start_mark.line + 1
                 result[key] = self.build(value_node, inner, depth + 1)
+            for other in merged:
+                if not isinstance(other, dict):
+                    raise self.fail("merges what is no mapping", node, f"{path}.<<", "write the fields out")
+                result = {**other, **result}
             return result
         if isinstance(node, yaml.SequenceNode):
             if node.tag != "tag:yaml.org,2002:seq":
@@ -114,6 +127,11 @@ class _Builder:
         if _FLOAT.match(text):
             return float(text.replace(".inf", "inf").replace(".Inf", "inf").replace(".nan", "nan"))
         return text
+
+
+def _is_compose(node: yaml.Node) -> bool:
+    keys = {k.value for k, _ in node.value} if isinstance(node, yaml.MappingNode) else set()
+    return "services" in keys and not keys & {"kind", "apiVersion"}
 
 
 def load(text: str | bytes, file: str = "") -> list[Manifest]:
