@@ -16,6 +16,7 @@ def test_every_number_has_a_name_and_a_meaning() -> None:
         memory=2.0**20,
         uptime=9.5,
         mesh={"said": 8, "otherSite": 1},
+        site={"asked": 2, "lost": 1},
         peers=(2, 1),
     )
     assert found == {
@@ -28,6 +29,8 @@ def test_every_number_has_a_name_and_a_meaning() -> None:
         "edgeward_mesh_peers": 2.0,
         "edgeward_mesh_linked": 1.0,
         "edgeward_mesh_said_total": 8.0,
+        "edgeward_site_asked_total": 2.0,
+        "edgeward_site_lost_total": 1.0,
         "edgeward_mesh_other_site_total": 1.0,
         "edgeward_link_beats_total": 4.0,
         "edgeward_link_full_syncs_total": 1.0,

@@ -184,6 +184,29 @@ def test_what_is_finished_does_not_come_back_from_who_did_not_hear_it(tmp_path: 
     asyncio.run(body())
 
 
+def test_what_is_named_goes_up_before_what_names_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        one, two = made(tmp_path, "one", "two")
+        app = {"process": {"command": ["true"]}, "placement": {"site": "plant"}}
+        web, service = Key("App", "default", "web"), Key("Service", "default", "s")
+        await one.put(doc("App", "web", app))
+        await one.put(doc("Service", "s", {"app": "web", "port": "http"}))
+        await one.put(doc("App", "web", {**app, "replicas": 2}))
+        assert [c.name for c in one.pending()] == ["web", "s"], "however often it was changed"
+        pulls(two, one)
+        await two.put(doc("App", "web", {**app, "replicas": 3}))
+        pulls(one, two)
+        assert [c.name for c in one.pending()] == ["s"]
+        assert one.names_open(service) == one.names_open(service, foreign=True) == [web]
+        assert two.names_open(service) == [web] and not two.names_open(service, foreign=True)
+        (sent,) = two.pending()
+        two.resolve(sent.seq, HubObject("App", "default", "web", 9, to_stored(doc("App", "web", app))))
+        pulls(one, two)
+        assert one.names_open(service) == [], "the hub knows it now"
+
+    asyncio.run(body())
+
+
 _OLD = """
 import asyncio, sys
 from edgeward.hub.kinds import load

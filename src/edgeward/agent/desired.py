@@ -23,6 +23,8 @@ class Desired:
         self._rolling = Rolling(replica, node, now)
         self._node, self._site = node, site
         self._said: dict[Key, list[dict[str, Any]]] = {}
+        #: The endpoints of a Service at other nodes; the hub's word, until there is a better one.
+        self.others: Callable[[Resource], list[dict[str, Any]]] = lambda s: list(s.status.get("endpoints", []))
         #: Instances that served when the agent before us ended: they do until one of our own looks says otherwise.
         self._served = {
             str(i.get("id"))
@@ -141,7 +143,7 @@ class Desired:
             return None
         found = [{"address": a, "port": p, "here": True} for a, p in self._here(service)]
         if service.spec.scope != "node":
-            for e in service.status.get("endpoints", []):
+            for e in self.others(service):
                 if e.get("node") != self._node and e.get("site") == self._site and e.get("address"):
                     found.append({"address": str(e["address"]), "port": int(e["port"]), "here": False})
         return found
@@ -177,7 +179,7 @@ class Desired:
                 port = i.get("ports", {}).get(service.spec.port)
                 if port and i.get("phase") == "Running":
                     endpoints.append(f"{i.get('address') or '127.0.0.1'}:{port}")
-            for e in service.status.get("endpoints", []):
+            for e in self.others(service):
                 if e.get("node") != self._node and e.get("site") == self._site:
                     endpoints.append(f"{e.get('address')}:{e.get('port')}")
             name = service.metadata.name.upper().replace("-", "_")

@@ -33,6 +33,7 @@ from edgeward.agent.replica import Replica
 from edgeward.agent.reports import Reports, about_node
 from edgeward.agent.routes import AgentRoutes
 from edgeward.agent.sections import PlaneSections
+from edgeward.agent.sitewide import Sitewide
 from edgeward.agent.timekeeping import Timekeeper
 from edgeward.agent.tunnel import tunnel_of
 from edgeward.core import clock, daemon
@@ -68,6 +69,7 @@ from edgeward.nodes.mesh_sockets import settings_of
 from edgeward.nodes.mesh_wire import Known, known_of
 from edgeward.nodes.older import check_level
 from edgeward.nodes.siblings_edge import Siblings
+from edgeward.nodes.siblings_status import Statuses
 from edgeward.nodes.wan import LinkWatch, redial
 from edgeward.streams.edge import ExportsEdge
 from edgeward.streams.turnstile import Turnstile
@@ -133,6 +135,24 @@ class Agent:
             self.node, self.site, replica=self.replica, records=self.records, link=self.link, mesh=self.mesh
         )
         self.replica.listen(lambda change: self.siblings.changed())
+        self.siblings.statuses = statuses = Statuses(
+            self.mesh,
+            self.mesh.epoch,
+            self.link.statuses,
+            lambda node, keys: self.sitewide.changed(node, keys),  # noqa: PLW0108 - it is made later
+        )
+        self.sitewide = Sitewide(
+            self.node,
+            self.site,
+            replica=self.replica,
+            desired=self.desired,
+            statuses=statuses,
+            own=self.link.statuses,
+            show=self.reports.keep,
+            moved=lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
+        )
+        self.link.on_report = self._reported
+        self.desired.others, self.reports.sitewide = self.sitewide.endpoints, self.sitewide.status
         self.replica.listen(lambda change: self._spawn(self._look()) if change.key.kind == "Node" else None)
         self.blobs = BlobFetch(data / "blobs", self._ask_hub)
         self.apps = AppsEdge(
@@ -235,7 +255,14 @@ class Agent:
             async with server:
                 self.api_socket.chmod(0o600)
                 os.umask(old_umask)
-                works = [self.mesh.run, self.siblings.run, self.apps.run, self.plane.run, self.changes.run]
+                works = [
+                    self.mesh.run,
+                    self.siblings.run,
+                    self.sitewide.run,
+                    self.apps.run,
+                    self.plane.run,
+                    self.changes.run,
+                ]
                 works += [self._messages, self._token_uses, self._anchor, self.stock.run, self.orders.run]
                 works.append(self.closing.run)
                 if (listener := self.listener) is not None:
@@ -465,6 +492,11 @@ class Agent:
         said = [(n.metadata.name, s) for n, s in self.replica.from_hub("Node") if n.spec.site == self.site]
         return [known for node, status in said if (known := known_of(node, status)) is not None]
 
+    def _reported(self, key: Key) -> None:
+        if self.siblings.statuses is not None:
+            self.siblings.statuses.said(key)
+        self.siblings.changed()
+
     async def _look(self) -> None:
         self.mesh.look()
 
@@ -493,6 +525,7 @@ class Agent:
             memory=daemon.memory_mb(os.getpid()) * 2**20,
             uptime=clock.monotonic() - daemon.STARTED,
             mesh=self.mesh.counters,
+            site=self.siblings.counters,
             peers=(len(peers := self.mesh.peers()), sum(p.linked for p in peers.values())),
         )
         refused = {f"edgeward_closed_{k}_packets_total": float(v) for k, v in (await self.closing.counted()).items()}

@@ -29,6 +29,10 @@ HELP = {
     "edgeward_link_full_syncs_total": "Syncs that began from nothing.",
     "edgeward_link_pushed_total": "Local changes sent to the hub.",
     "edgeward_link_reports_total": "Reports of state.",
+    "edgeward_site_asked_total": "Questions to other nodes of the site for their open changes.",
+    "edgeward_site_answered_total": "Such questions of other nodes.",
+    "edgeward_site_lost_total": "Changes seen to lose against another node's of the site.",
+    "edgeward_site_sent_for_total": "Changes of other nodes that the hub decided through this one.",
     "edgeward_mesh_peers": "Other nodes of the site.",
     "edgeward_mesh_linked": "Other nodes of the site with which keys were agreed on.",
     "edgeward_mesh_said_total": "Datagrams sent to other nodes of the site.",
@@ -69,6 +73,7 @@ def numbers(
     memory: float,
     uptime: float,
     mesh: Mapping[str, int],
+    site: Mapping[str, int],
     peers: tuple[int, int],
 ) -> dict[str, float]:
     """The samples by their names. ``queues``: the outbox's counters, queue by queue; ``memory`` in bytes, ``uptime`` in
@@ -76,6 +81,7 @@ def numbers(
     values = {f"edgeward_agent_{k}": float(v) for k, v in replica.items()}
     values |= {f"edgeward_link_{k}_total": float(v) for k, v in link.items()}
     values |= {f"edgeward_mesh_{'other_site' if k == 'otherSite' else k}_total": float(v) for k, v in mesh.items()}
+    values |= {f"edgeward_site_{k}_total": float(v) for k, v in site.items()}
     values["edgeward_mesh_peers"], values["edgeward_mesh_linked"] = map(float, peers)
     values["edgeward_link_up"] = float(online)
     values["edgeward_agent_pending_changes"] = float(pending)

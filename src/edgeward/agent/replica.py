@@ -317,6 +317,8 @@ class Replica(SharedRows):
         row = self._touch(before, resource.key)
         self._local(row, "put")
         row.local = resource
+        if row.hub is None:
+            self._behind(before, resource.key)
         self._commit(before)
         return self.get(resource.key)
 

@@ -42,12 +42,16 @@ class Reports:
         self._node, self._replica, self._records = node, replica, records
         self._desired, self._link = desired, link
         self._moved, self._spawn, self._happened = moved, spawn, happened
+        #: An App's status as it is shown here, of what it is on this node (None: it does not run on it).
+        self.sitewide: Callable[[Key, dict[str, Any] | None], dict[str, Any]] = lambda key, own: (
+            own if own is not None else desired.elsewhere(key)
+        )
 
     def status(self, key: Key, status: dict[str, Any] | None) -> None:
         self._link.report(key, status)
-        self._keep(key, status or {})
+        self.keep(key, status or {})
 
-    def _keep(self, key: Key, status: dict[str, Any]) -> None:
+    def keep(self, key: Key, status: dict[str, Any]) -> None:
         """What the node's own API shows."""
         if self._replica.find(key) is not None:
             self._spawn(self._replica.put_status(key, status))
@@ -56,11 +60,8 @@ class Reports:
         key = Key("App", namespace, name)
         self._desired.said(key, status)
         self._moved()  # where its Services are may be new
-        if status is None:
-            self._link.report(key, None)
-            self._keep(key, self._desired.elsewhere(key))
-        else:
-            self.status(key, status)
+        self._link.report(key, status)
+        self.keep(key, self.sitewide(key, status))
 
     def export_status(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
         self.status(Key("Export", namespace, name), status)

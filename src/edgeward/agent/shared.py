@@ -344,6 +344,30 @@ class SharedRows(Store):
 
     # -- towards the hub -------------------------------------------------------------------------------------------
 
+    def names_open(self, key: Key, *, foreign: bool = False) -> list[Key]:
+        """What an open change names, and the hub has not been told of yet: it would refuse the one before the other.
+        ``foreign``: of what other nodes made."""
+        row = self._rows.get(key)
+        if row is None or row.op != "put" or row.local is None:
+            return []
+        found = []
+        for ref in kinds.get(key.kind).refs(row.local):
+            other = self._rows.get(Key(ref.kind, ref.namespace, ref.name))
+            if other is not None and other.op == "put" and other.hub is None and (other.foreign or not foreign):
+                found.append(Key(ref.kind, ref.namespace, ref.name))
+        return found
+
+    def _behind(self, before: dict[Key, Row | None], key: Key, passed: frozenset[Key] = frozenset()) -> None:
+        """Has what names an object that the hub does not know sent behind it: changes go in the order of their numbers.
+        ``passed``: those that were, of objects that name one another."""
+        passed |= {key}
+        for other, row in list(self._rows.items()):
+            behind = row.foreign or not row.op or row.seq > self._rows[key].seq or other in passed
+            if not behind and key in self.names_open(other):
+                self._seq += 1
+                self._touch(before, other).seq = self._seq
+                self._behind(before, other, passed)
+
     def foreign(self) -> set[str]:
         """The nodes whose changes are open here."""
         return {r.node for r in self._rows.values() if r.op and r.foreign}

@@ -125,6 +125,10 @@ class NodeEdge:
         #: What was said to be not understood.
         self._strange = replica.strange()
         self.on_strange: Callable[[], None] | None = None
+        #: Those of this node's changes that may be sent now, from the first one on.
+        self.sendable: Callable[[list[LocalChange]], list[LocalChange]] = lambda changes: changes
+        #: Called when what is said of an object is something else.
+        self.on_report: Callable[[Key], None] = lambda key: None
         self.counters = {"beats": 0, "syncs": 0, "full_syncs": 0, "pushed": 0, "reports": 0}
 
     @property
@@ -149,6 +153,7 @@ class NodeEdge:
             self._statuses[key] = status
         self._dirty.add(key)
         self._report_wanted.set()
+        self.on_report(key)
 
     def report_node(self, status: dict[str, Any]) -> None:
         if status != self._node_status:
@@ -429,7 +434,7 @@ class NodeEdge:
     # -- local changes up ------------------------------------------------------------------------------------------
 
     async def _push(self) -> None:
-        while changes := self._replica.pending()[:_PUSH]:
+        while changes := self.sendable(self._replica.pending())[:_PUSH]:
             if not self.online:
                 return
             answer = await self._request(

@@ -21,8 +21,9 @@ from edgeward.core import clock
 from edgeward.core.errors import EdgewardError
 from edgeward.core.reconcile import Loop
 from edgeward.core.records import SqliteRecords
-from edgeward.core.resource import Resource
+from edgeward.core.resource import Key, Resource
 from edgeward.nodes.siblings import Answer, Digest, Finished, Lost, record
+from edgeward.nodes.siblings_status import Statuses
 from edgeward.nodes.wire import Decided, LocalChange
 
 log = logging.getLogger("edgeward.nodes")
@@ -67,6 +68,7 @@ class Shared(Protocol):
     def finish(self, known: Finished) -> None: ...
     def pending_of(self, nodes: Iterable[str]) -> dict[tuple[str, str], list[LocalChange]]: ...
     def foreign(self) -> set[str]: ...
+    def names_open(self, key: Key, *, foreign: bool = False) -> list[Key]: ...
 
 
 class LinkLike(Protocol):
@@ -74,15 +76,21 @@ class LinkLike(Protocol):
 
     @property
     def online(self) -> bool: ...
+
+    sendable: Callable[[list[LocalChange]], list[LocalChange]]
+
     async def push_for(self, node: str, store: str, changes: list[LocalChange]) -> list[Decided]: ...
     def wake_events(self) -> None: ...
+    def wake_push(self) -> None: ...
 
 
 class Word(msgspec.Struct, array_like=True):
-    """What a node says of itself: the print of what it holds open, whether the hub answers it."""
+    """What a node says of itself: the print of what it holds open, whether the hub answers it, and how far it has
+    counted what it says of its objects (``siblings_status.py``)."""
 
     print: bytes
     online: bool
+    told: tuple[int, int] = (0, 0)
 
 
 class Siblings:
@@ -94,6 +102,7 @@ class Siblings:
         self.node, self._site = node, site
         self._replica, self._records, self._link, self._mesh = replica, records, link, mesh
         replica.on_lost = self._lost
+        link.sendable = self._sendable
         mesh.hear(TOPIC, self._heard)
         mesh.serve(VERB, self._asked)
         mesh.on_peers.append(self._met)
@@ -102,11 +111,16 @@ class Siblings:
         self._print = (-1, b"")
         self._words: dict[str, tuple[Word, float]] = {}
         self._began = clock.monotonic()
-        self.counters = {"siblings_asked": 0, "siblings_answered": 0, "siblings_lost": 0, "siblings_sent_for": 0}
+        #: Open changes of other nodes that those of this node wait for, and since when.
+        self._waited: dict[Key, float] = {}
+        self.statuses: Statuses | None = None
+        self.counters = {"asked": 0, "answered": 0, "lost": 0, "sent_for": 0}
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._pulls.run())
+            if self.statuses is not None:
+                group.create_task(self.statuses.asks.run())
             group.create_task(self._say())
             group.create_task(self._push_others())
 
@@ -127,7 +141,7 @@ class Siblings:
     async def _say(self) -> None:
         said = b""
         while True:
-            word = msgspec.msgpack.encode(Word(self.print(), self._link.online))
+            word = self._word()
             if word != said:
                 self._mesh.say(TOPIC, word)
                 said = word
@@ -139,30 +153,40 @@ class Siblings:
                 said = b""
 
     def _met(self) -> None:
-        """Somebody came, or can be spoken with now: he hears the present word."""
-        self._mesh.say(TOPIC, msgspec.msgpack.encode(Word(self.print(), self._link.online)))
+        """Somebody came, or can be spoken with now: he hears the present word. Of one who is gone nothing is held."""
+        for gone in self._words.keys() - self._mesh.peers().keys():
+            del self._words[gone]
+            if self.statuses is not None:
+                self.statuses.forget(gone)
+        self._mesh.say(TOPIC, self._word())
+
+    def _word(self) -> bytes:
+        told = self.statuses.told if self.statuses is not None else (0, 0)
+        return msgspec.msgpack.encode(Word(self.print(), self._link.online, told))
 
     def _heard(self, peer: str, data: bytes, heard: HeardLike) -> None:
         word = msgspec.msgpack.decode(data, type=Word)
         self._words[peer] = word, heard.at
         if word.print != self.print():
             self._pulls.add(peer)
+        if self.statuses is not None:
+            self.statuses.heard(peer, word.told, heard.at)
 
     # -- asking and answering ------------------------------------------------------------------------------------------
 
     async def _asked(self, peer: str, data: bytes) -> bytes:
         ask = msgspec.msgpack.decode(data, type=Digest)
-        self.counters["siblings_answered"] += 1
+        self.counters["answered"] += 1
         return msgspec.msgpack.encode(self._replica.answer(ask))
 
     async def _pull(self, peer: str) -> float | None:
         if peer not in self._mesh.peers():
-            self._words.pop(peer, None)
             return None
         before = self.print()
         await self.pull(peer)
         if self.print() != before:
             self.changed()
+            self._link.wake_push()  # what waited for it goes up
         return None
 
     async def pull(self, peer: str) -> None:
@@ -171,7 +195,7 @@ class Siblings:
         while more:
             asked = msgspec.msgpack.encode(self._replica.digest())
             got = msgspec.msgpack.decode(await self._mesh.ask(peer, VERB, asked, TIMEOUT), type=Answer)
-            self.counters["siblings_asked"] += 1
+            self.counters["asked"] += 1
             if got.node != peer:
                 raise EdgewardError("answers in another's name", resource=f"Node/{peer}")
             before = self._replica.open_version
@@ -186,7 +210,7 @@ class Siblings:
         doc = wanted.document(show_secrets=False) if wanted is not None else None
         entry = record(lost, self._site, doc, clock.timestamp(lost.change.stamp))
         self._records.keep("journal", entry)
-        self.counters["siblings_lost"] += 1
+        self.counters["lost"] += 1
         if lost.change.node == self.node:
             self._event("Warning", "LocalChangeLost", entry["resource"], f"replaced: {entry['why']}")
 
@@ -205,11 +229,23 @@ class Siblings:
 
     # -- towards the hub -----------------------------------------------------------------------------------------------
 
+    def _sendable(self, changes: list[LocalChange]) -> list[LocalChange]:
+        """Changes of this node, up to the first one that names what another node's open change makes: that goes first.
+        Its origin sends it; if it does not, this node does."""
+        for n, change in enumerate(changes):
+            if names := self._replica.names_open(change.key, foreign=True):
+                self._waited = {k: self._waited.get(k, clock.monotonic()) for k in names}
+                return changes[:n]
+        self._waited = {}
+        return changes
+
     async def _push_others(self) -> None:
         while True:
             await asyncio.sleep(PATIENCE / 3)  # the pace of looking at who is silent
+            now = clock.monotonic()
+            late = {k for k, since in self._waited.items() if now - since > PATIENCE}
             try:
-                await self.push_for(self._unable())
+                await self.push_for(self._unable(), late)
             except EdgewardError as e:
                 log.info("changes of other nodes are not sent yet: %s", e)
 
@@ -219,17 +255,26 @@ class Siblings:
         able = {n for n, (word, at) in self._words.items() if word.online and now - at < PATIENCE}
         return self._replica.foreign() - able if now - self._began > PATIENCE else set()
 
-    async def push_for(self, nodes: Iterable[str]) -> None:
-        """Has the hub decide what other nodes changed, in their names. Raises ``Unreachable`` and what the hub says."""
-        if not self._link.online or (self._replica.hub_level or 0) < _LEVEL:
-            return
-        for (node, store), changes in self._replica.pending_of(nodes).items():
-            part = {c.seq: c for c in changes[:_PUSH]}
-            for decided in await self._link.push_for(node, store, list(part.values())):
-                change = part.get(decided.seq)
-                if change is not None:
-                    self.counters["siblings_sent_for"] += 1
-                    self._finish(node, store, change, decided)
+    async def push_for(self, nodes: Iterable[str], keys: Iterable[Key] = ()) -> None:
+        """Has the hub decide what other nodes changed, and what others changed of ``keys``, in their names.
+        Raises ``Unreachable`` and what the hub says."""
+        unable, late = set(nodes), set(keys)
+        sent = self._link.online and (self._replica.hub_level or 0) >= _LEVEL and bool(unable or late)
+        while sent:
+            sent = False
+            for (node, store), changes in self._replica.pending_of(self._replica.foreign()).items():
+                wanted = [c for c in changes if node in unable or c.key in late]
+                part = {c.seq: c for c in wanted if not self._replica.names_open(c.key)}
+                part = dict(list(part.items())[:_PUSH])
+                if not part:
+                    continue
+                for decided in await self._link.push_for(node, store, list(part.values())):
+                    change = part.get(decided.seq)
+                    if change is not None:
+                        self.counters["sent_for"] += 1
+                        self._finish(node, store, change, decided)
+                        sent = True
+        self._link.wake_push()
 
     def _finish(self, node: str, store: str, change: LocalChange, decided: Decided) -> None:
         if decided.journal is not None and decided.outcome != "same":

@@ -1,0 +1,110 @@
+"""A site of three nodes that is cut off is worked on from any of them, and every node shows the same."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+NODES = ("plant-1", "plant-2", "plant-3")
+APP: dict[str, Any] = {
+    "kind": "App",
+    "metadata": {"name": "web", "conflict": "edge"},
+    "spec": {
+        "process": {"command": ["python3", "-m", "http.server", "${PORT}", "--bind", "127.0.0.1"]},
+        "ports": [{"name": "http", "env": "PORT"}],
+        "replicas": 3,
+        "placement": {"site": "plant"},
+    },
+}
+SERVICE = {"kind": "Service", "metadata": {"name": "web"}, "spec": {"app": "web", "port": "http"}}
+ROUTE = {
+    "kind": "Route",
+    "metadata": {"name": "web"},
+    "spec": {"path": "/", "to": {"service": "web"}, "placement": {"site": "plant"}},
+}
+
+
+def with_replicas(count: int) -> dict[str, Any]:
+    return {**APP, "spec": {**APP["spec"], "replicas": count}}
+
+
+def at(system: Any, node: str, name: str = "web") -> dict[str, Any]:
+    doc: dict[str, Any] = system.get("app", name, "--at", node)
+    return doc
+
+
+def runs(system: Any, node: str) -> list[str]:
+    """Where the instances are that a node knows to run."""
+    return sorted(i["node"] for i in at(system, node)["status"]["instances"] if i["phase"] == "Running")
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 - our own gateway
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def test_a_cut_site_is_worked_on_from_any_of_its_nodes(
+    lab: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = lab("sites: [{name: plant, nodes: 3, link: lan}]")
+    roles = {}
+    for role in ("operator", "viewer"):
+        made = system.run("token", "create", "--role", role, "--sites", "plant", "--ttl", "1h", "-o", "json")
+        roles[role] = json.loads(made)["token"]
+    for node in NODES:
+        monkeypatch.setenv("EDGEWARD_TOKEN", roles["viewer"])
+        system.wait("the role", lambda node=node: "viewer" in system.run("whoami", "--at", node))
+        monkeypatch.delenv("EDGEWARD_TOKEN")
+    system.run("lab", "cut", "plant")
+    node_online = lambda: system.get("node", "plant-1")["status"]["online"]  # noqa: E731
+    system.wait("the hub notices", lambda: not node_online())
+
+    # people with a role do at any node what it lets them, and no more
+    monkeypatch.setenv("EDGEWARD_TOKEN", roles["operator"])
+    system.apply([APP, SERVICE, ROUTE], "--at", "plant-1")
+    for node in NODES:
+        system.wait(f"all instances, seen at {node}", lambda node=node: runs(system, node) == list(NODES))
+    monkeypatch.setenv("EDGEWARD_TOKEN", roles["viewer"])
+    for node in NODES:
+        system.apply(with_replicas(9), "--at", node, code=3)
+    monkeypatch.delenv("EDGEWARD_TOKEN")
+
+    # scaled at another one; the Service has one instance, and answers at every gateway
+    old = at(system, "plant-3")
+    system.apply(with_replicas(1), "--at", "plant-2")
+    for node in NODES:
+        system.wait(f"one instance, seen at {node}", lambda node=node: len(runs(system, node)) == 1)
+        urls = {n["name"]: n["gateway_url"] for n in system.context["nodes"]}
+        system.wait(f"the Service at {node}", lambda url=urls[node]: answers(url + "/"))
+
+    # who did not see that is refused, as everywhere; who saw it goes back at a third one
+    system.apply({**old, "spec": {**old["spec"], "replicas": 5}}, "--at", "plant-3", code=4)
+    system.apply(APP, "--at", "plant-3")
+    system.wait("as before", lambda: runs(system, "plant-1") == list(NODES))
+    assert not json.loads(system.run("journal", "--at", "plant-1", "-o", "json"))["items"]
+
+    # a node that dies takes nothing along that it told, and one that comes back has what it missed
+    system.run("lab", "kill", "plant-3")
+    config = {"kind": "Config", "metadata": {"name": "late"}, "spec": {"data": {"k": "v"}}}
+    system.apply(
+        [config, {**APP, "metadata": {"name": "uses"}, "spec": {**APP["spec"], "replicas": 0}}], "--at", "plant-1"
+    )
+    system.wait("at plant-2", lambda: "late" in system.run("get", "configs", "--at", "plant-2"))
+    system.run("lab", "start", "plant-3")
+    system.wait("at plant-3", lambda: "late" in system.run("get", "configs", "--at", "plant-3"))
+
+    # the hub takes it all over, once, and nobody has lost anything
+    system.run("lab", "heal", "plant")
+    system.wait("at the hub", lambda: "web" in system.run("get", "apps"))
+    system.wait("all instances at the hub", lambda: len(system.get("app", "web")["status"]["instances"]) == 3)
+    system.wait("the Config at the hub", lambda: "late" in system.run("get", "configs"))
+    journal = json.loads(system.run("journal", "-o", "json"))["items"]
+    assert {j["outcome"] for j in journal} == {"accept"} and not any(j["loser"] for j in journal), journal
