@@ -31,6 +31,35 @@ def endpoints(namespace: str, service: str) -> list[dict[str, Any]] | None:
     return known if (namespace, service) == ("shop", "web") else None
 
 
+def test_other_sites_are_asked_where_they_let_this_one_in() -> None:
+    doors = [
+        {"node": "rome-1", "site": "rome", "address": "10.3.0.1:7001"},
+        {"node": "plant-2", "site": "plant", "address": "10.2.0.2:7002"},
+        {"node": "plant-1", "site": "plant", "address": "[fd00::1]:7001"},
+        {"node": "odd-1", "site": "odd", "address": "nothing"},
+    ]
+
+    def made(given: list[dict[str, str]] | None, *, remote: bool, fallback: str = "fail") -> Any:
+        around = Around(
+            [{"site": "plant", "url": "http://192.0.2.1"}, {"site": "else", "url": "http://192.0.2.2"}],
+            lambda namespace, name: fallback, lambda namespace, name: ["berlin-1"] if given is not None else None,
+            lambda namespace, name: given, lambda namespace, name: remote,
+        )  # fmt: skip
+        got = section("n", [route("r", to={"service": "web"})], endpoints, {}, [], around=around)
+        return rules.decode(got).routes[0]
+
+    plant, rome = made(doors, remote=True).then
+    assert [plant.name, rome.name] == ["plant", "rome"], "the nearest first, and none that cannot be understood"
+    assert plant.endpoint == Endpoint("10.2.0.2", 7002, True, node="plant-2.node.edgeward.internal")
+    assert plant.more == (Endpoint("fd00::1", 7001, True, node="plant-1.node.edgeward.internal"),)
+    assert made(doors, remote=True).guests == ("dns:berlin-1.node.edgeward.internal",)
+    assert made(doors, remote=False).then == (), "it has one of its own: fail is fail"
+    assert [p.name for p in made(doors, remote=False, fallback="nearest").then] == ["plant", "rome"]
+    assert "lets this one ask" in made([], remote=False, fallback="nearest").lacking, "others are not asked beside it"
+    plain = made(None, remote=False, fallback="nearest")
+    assert ([p.name for p in plain.then], plain.guests) == (["plant", "else"], None)
+
+
 def test_the_section() -> None:
     routes = [
         route("up", to={"upstream": "https://Example.org"}, cache={"staleIfError": "1h", "object": "2Ki"}),

@@ -53,8 +53,8 @@ class Store:
         return {k: self.entries[k].revision for k in view(NodeView("x", site, labels), self.all())}
 
 
-def service(name: str, of: str) -> Resource:
-    return doc("Service", name, {"app": of, "port": "http"})
+def service(name: str, of: str, *allowed: str) -> Resource:
+    return doc("Service", name, {"app": of, "port": "http", "allowFrom": list(allowed)})
 
 
 def some_change(rng: random.Random, store: Store) -> set[str] | None:
@@ -67,11 +67,12 @@ def some_change(rng: random.Random, store: Store) -> set[str] | None:
         return store.put(app(f"app{n}", rng.choice((site, "")), rng.choice(("", f"c{rng.randrange(3)}")), **ports))
     if what == 1:
         selector: dict[str, Any] = {"placement": {"nodeSelector": {"n": str(rng.randrange(2))}}}
-        return store.put(app(f"app{n}", "", "", **ports, **selector))
+        own = {"perSite": {site: {"envFrom": [{"config": f"c{rng.randrange(3)}"}]}}} if rng.randrange(2) else {}
+        return store.put(app(f"app{n}", "", "", **ports, **selector, **own))
     if what == 2:
         return store.put(config(f"c{rng.randrange(3)}", str(rng.random())))
     if what == 3:
-        return store.put(service(f"s{n}", f"app{rng.randrange(6)}"))
+        return store.put(service(f"s{n}", f"app{rng.randrange(6)}", *rng.sample(SITES, rng.choice((0, 0, 1, 2)))))
     if what == 4:
         labels = {"n": str(rng.randrange(2))}
         return store.put(doc("Node", f"n{n}", {"site": site}, labels=labels))
@@ -126,6 +127,18 @@ def test_it_is_the_plain_rule_and_differences_lead_there(seed: int, monkeypatch:
             store.views = Views(store.entries.get)
             store.views.load(store.all())
             told = set(SITES)  # whoever comes back compares fingerprints
+
+
+def test_a_site_that_is_allowed_gets_the_service_and_nothing_that_it_is_of() -> None:
+    store = Store()
+    store.put(app("orders", "a", "c-a", ports=[{"name": "http", "env": "PORT"}]))
+    store.put(config("c-a", "1"))
+    assert store.put(service("orders", "orders", "b")) == {"a", "b"}
+    assert [k.kind for k in store.views.of("b", store.revision).entries] == ["Service"]
+    assert not store.views.of("c", store.revision).entries
+    assert store.put(service("orders", "orders", "c")) == {"a", "b", "c"}
+    assert not store.views.of("b", store.revision).entries
+    assert [k.kind for k in store.views.of("c", store.revision).entries] == ["Service"]
 
 
 def test_a_change_concerns_its_site_alone() -> None:

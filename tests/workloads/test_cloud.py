@@ -111,6 +111,18 @@ def test_a_service_has_the_running_instances_with_its_port() -> None:
     assert fold_service(service, [], {}, {}) == {"endpoints": []}
 
 
+def test_who_may_ask_for_a_service_and_where() -> None:
+    spec = {"app": "web", "port": "http", "allowFrom": ["b", "c"]}
+    meta = {"apiVersion": "edgeward/v1", "kind": "Service", "metadata": {"name": "web"}}
+    gone = node("c-1")
+    gone.status["revoked"] = True
+    nodes = [node("a-1"), node("b-1", online=False), node("b-2"), gone, node("d-1")]
+    reports = {"a-1": {"enforced": True, "door": "10.0.0.1:7000"}, "x-1": {"enforced": True, "door": "10.0.0.9:1"}}
+    got = fold_service(decode({**meta, "spec": spec}), nodes, {}, reports)
+    assert got["guests"] == {"b-1": "b", "b-2": "b"}
+    assert got["doors"] == {"a-1": {"site": "a", "address": "10.0.0.1:7000"}}
+
+
 def test_a_service_is_closed_when_all_its_nodes_say_so() -> None:
     spec = {"app": "web", "port": "http"}
     meta = {"apiVersion": "edgeward/v1", "kind": "Service", "metadata": {"name": "web"}}

@@ -157,3 +157,27 @@ def test_columns_and_examples() -> None:
     }  # fmt: skip
     for name in ("App", "Service"):
         decode(yaml.safe_load(kinds.get(name).example))
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"scope": "any", "allowFrom": ["berlin"]}, "$.spec.allowFrom"),
+        ({"scope": "node", "allowFrom": ["berlin"]}, "$.spec.allowFrom"),
+        ({"allowFrom": ["Berlin!"]}, "$.spec.allowFrom[0]"),
+    ],
+)
+def test_only_what_is_closed_is_opened_to_some(spec: dict[str, Any], field: str) -> None:
+    doc = {"apiVersion": "edgeward/v1", "kind": "Service", "metadata": {"name": "web"}}
+    with pytest.raises(Invalid) as caught:
+        decode(doc | {"spec": {"app": "web", "port": "http", **spec}})
+    assert caught.value.field == field
+
+
+def test_other_sites_are_no_business_of_a_site() -> None:
+    doc = {"apiVersion": "edgeward/v1", "kind": "Service", "metadata": {"name": "web"}}
+    one = decode(doc | {"spec": {"app": "web", "port": "http", "allowFrom": ["berlin"]}})
+    kind = kinds.get("Service")
+    assert [(r.kind, r.name) for r in kind.refs(one)] == [("App", "web"), ("Site", "berlin")]
+    assert [(r.kind, r.name) for r in kind.refs(kind.at(one, "plant"))] == [("App", "web")]
+    assert "allowFrom" in kind.hub_fields

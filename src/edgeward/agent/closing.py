@@ -55,11 +55,12 @@ class Closing:
 
     def __init__(
         self, node: str, site: str, address: str, data: Path,
-        *, replica: Replica, desired: Desired, status: Status, event: Event,
+        *, replica: Replica, desired: Desired, status: Status, event: Event, door: Callable[[], str] = lambda: "",
     ) -> None:  # fmt: skip
+        """``door``: where other sites' gateways ask this node."""
         self._node, self._site, self._address = node, site, address
         self._replica, self._desired = replica, desired
-        self._status, self._event = status, event
+        self._status, self._event, self._door = status, event, door
         mark = hashlib.sha256(str(data.absolute()).encode()).hexdigest()[:8]
         self._nft = Nft(replica.meta(_META) or closed.table_name(node, mark))
         self._moved = asyncio.Event()
@@ -145,8 +146,13 @@ class Closing:
         return closed.Site(prefixes, () if prefixes else links(), tuple(sorted({*nodes, self._address} - {""})))
 
     def _tell(self, why: dict[Key, str | None]) -> None:
+        door = self._door()
         for key, reason in why.items():
-            self._status(key, {"enforced": True} if reason is None else {"enforced": False, "why": reason})
+            status: dict[str, Any] = {"enforced": True} if reason is None else {"enforced": False, "why": reason}
+            service = self._replica.find(key)
+            if door and service is not None and self._desired.lets_in(service):
+                status["door"] = door
+            self._status(key, status)
         for key in self._told - why.keys():
             self._status(key, None)
         self._told = set(why)

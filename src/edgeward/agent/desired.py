@@ -133,6 +133,33 @@ class Desired:
         found = self._replica.find(Key("Service", namespace, service))
         return str(found.spec.fallback) if found is not None else "fail"
 
+    def guests(self, namespace: str, service: str) -> list[str] | None:
+        """Nodes of other sites that may ask this one for a Service; None: it allows no site by name."""
+        found = self._replica.find(Key("Service", namespace, service))
+        if found is None or not found.spec.allowFrom:
+            return None
+        return sorted(n for n, site in (found.status.get("guests") or {}).items() if site != self._site)
+
+    def doors(self, namespace: str, service: str) -> list[dict[str, str]] | None:
+        """Where other sites let this one ask for a Service: ``{node, site, address}``; None: it allows none by name."""
+        found = self._replica.find(Key("Service", namespace, service))
+        if found is None or not found.spec.allowFrom:
+            return None
+        if self._site not in found.spec.allowFrom:
+            return []
+        doors = (found.status.get("doors") or {}).items()
+        return [{"node": n, **d} for n, d in sorted(doors) if d.get("site") != self._site]
+
+    def remote(self, namespace: str, service: str) -> bool:
+        """Whether a Service is known here only because another site allows this one to ask for it."""
+        found = self._replica.find(Key("Service", namespace, service))
+        return found is not None and self._replica.find(Key("App", namespace, str(found.spec.app))) is None
+
+    def lets_in(self, service: Resource) -> bool:
+        """Whether this site answers other sites' gateways for it."""
+        app = Key("App", service.metadata.namespace, str(service.spec.app))
+        return bool(service.spec.allowFrom) and self._replica.find(app) is not None
+
     def endpoints(self, namespace: str, name: str) -> list[dict[str, Any]] | None:
         """The running endpoints of a Service at this site (of this node alone, where its scope says so).
 

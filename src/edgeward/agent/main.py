@@ -231,6 +231,7 @@ class Agent:
         self.closing = Closing(
             self.node, self.site, self.address, data,
             replica=self.replica, desired=self.desired, event=self.reports.event,
+            door=self.sections.door,
             status=self.link.report,  # to the hub alone: here the rest of a Service's status is the hub's
         )  # fmt: skip
         self.changes = Changes(

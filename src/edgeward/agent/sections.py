@@ -53,7 +53,7 @@ class PlaneSections:
     ) -> None:
         self._node, self._site, self._bind, self._address = node, site, bind, address
         self._gateway, self._desired, self._replica = given, desired, replica
-        self._history, self._broker = history, broker
+        self._history, self._broker, self._identity = history, broker, identity
         values = desired.values
         self._auths = Auths(values, vault)
         self._functions = Sections(partial(values, "Config"), partial(values, "Secret"), vault, stock, beside.of)
@@ -77,9 +77,12 @@ class PlaneSections:
             self._node, self._desired.routes(), self._desired.endpoints, self._gateway, self._listens(),
             {f"{f.metadata.namespace}/{f.metadata.name}" for f in declared}, auths=self._auths,
             values=self._desired.values,
-            around=gateway.Around(self._desired.neighbours(), self._desired.fallback),
+            around=gateway.Around(
+                self._desired.neighbours(), self._desired.fallback, self._desired.guests, self._desired.doors,
+                self._desired.remote,
+            ),
         )  # fmt: skip
-        routes["listeners"] = self._listeners.section(self._desired.listeners())
+        routes["listeners"] = self._listeners.section(self._desired.listeners(), self._guests())
         return {"node": self._node, "site": self._site, "functions": functions, "gateway": routes}
 
     def _listens(self) -> list[Listen]:
@@ -92,6 +95,29 @@ class PlaneSections:
         kept = self._replica.meta("gateway_port")
         port = int(kept) if kept else int(self._replica.set_meta("gateway_port", str(free_port(self._bind))))
         return [Listen(self._bind, port)]
+
+    def _guests(self) -> tuple[str, int, str] | None:
+        """The door for other sites' gateways, where something here lets any in: address, port, authorities."""
+        given = self._gateway.get("guests")
+        if given == "" or not self._identity.tls_file.exists() or not self._identity.ca_file.exists():
+            return None
+        if not any(self._desired.lets_in(s) for s in self._replica.items("Service")):
+            return None
+        if given is not None and (address := address_of({"listen": given}, "gateway.guests")) is not None:
+            host, port = address
+        else:
+            kept = self._replica.meta("guests_port")
+            port = int(kept) if kept else int(self._replica.set_meta("guests_port", str(free_port(self._bind))))
+            host = self._bind
+        return host, port, self._identity.ca_file.read_text()
+
+    def door(self) -> str:
+        """Where other sites' gateways ask this node; empty: nowhere."""
+        found = self._guests()
+        if found is None:
+            return ""
+        host = self._address if found[0] == self._bind else found[0]
+        return f"[{host}]:{found[1]}" if ":" in host else f"{host}:{found[1]}"
 
     def gateway_url(self, up: bool) -> str | None:
         """What answers requests, when it does. ``up``: the plane runs and has taken its configuration."""

@@ -6,7 +6,7 @@ validation, the OpenAPI document, the tables of the command line and the referen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,6 +57,10 @@ def _the_same(resource: Resource, _: str) -> Resource:
     return resource
 
 
+def _nobody(_: Resource) -> Collection[str]:
+    return ()
+
+
 def _no_usage(_: Resource) -> Mapping[str, float | None]:
     return {}
 
@@ -92,6 +96,8 @@ class Kind:
     check: Callable[[Resource], None] = _no_check
     #: The resource as a site has it, where one declaration can differ by site; ``""``: a site that it does not name.
     at: Callable[[Resource, str], Resource] = _the_same
+    #: Of scope ``follows``: sites that get it besides, without what it refers to.
+    also: Callable[[Resource], Collection[str]] = _nobody
     #: What it takes of its namespace's quota (``core/quota.py``), of a resource as one site has it.
     usage: Callable[[Resource], Mapping[str, float | None]] = _no_usage
     columns: tuple[Column, ...] = ()

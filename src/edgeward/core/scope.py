@@ -82,7 +82,8 @@ def view(node: NodeView, resources: Iterable[Resource]) -> dict[Key, Resource]:
         elif scope == "follows":
             follows.append(r)
     for r in follows:
-        if any(Key(ref.kind, ref.namespace, ref.name) in got for ref in kinds.get(r.kind).refs(r)):
+        kind = kinds.get(r.kind)
+        if node.site in kind.also(r) or any(Key(f.kind, f.namespace, f.name) in got for f in kind.refs(r)):
             got[r.key] = r
     for r in list(got.values()):
         for ref in refs_at(r, node.site):

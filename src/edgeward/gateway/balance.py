@@ -21,6 +21,8 @@ class Endpoint(msgspec.Struct, frozen=True):
     here: bool = False
     #: Another site's gateway: by TLS it may show a certificate of our hub's.
     ours: bool = False
+    #: The name of another site's node, which its certificate must be for; it is asked by our own certificate.
+    node: str = ""
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

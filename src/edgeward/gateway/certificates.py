@@ -16,6 +16,7 @@ import msgspec
 from edgeward.core.errors import Invalid
 from edgeward.core.resource import Resource
 from edgeward.gateway.bounds import Bound, why_not
+from edgeward.gateway.guests import KEY
 from edgeward.gateway.listener_spec import Acme, CaRef, Certificate, ListenerSpec, Tls
 from edgeward.gateway.listens import CertConfig, ListenerConfig, TlsConfig, place
 from edgeward.gateway.pems import Pair, read_authorities, read_pair
@@ -67,11 +68,19 @@ class Listeners:
         self._allowed, self._own, self._orders = allowed, own, orders
         self._sealed: dict[tuple[str, str], str] = {}
 
-    def section(self, listeners: Sequence[Resource]) -> list[dict[str, Any]]:
-        """The same bytes as long as nothing changed."""
+    def section(
+        self, listeners: Sequence[Resource], guests: tuple[str, int, str] | None = None
+    ) -> list[dict[str, Any]]:
+        """The same bytes as long as nothing changed. ``guests``: address, port and authorities (PEM) of the door for
+        other sites' gateways, which shows the node's own certificate."""
         self._used: set[tuple[str, str]] = set()
         self._wishes: list[Wish] = []
         made = [self._one(r) for r in sorted(listeners, key=lambda r: (r.metadata.namespace, r.metadata.name))]
+        if guests is not None:
+            own = self._certificate("", KEY, Certificate(platform=True))
+            made.append(
+                ListenerConfig(KEY, guests[0], guests[1], TlsConfig((own,), guests[2], http2=False), guests=True)
+            )
         self._sealed = {k: v for k, v in self._sealed.items() if k in self._used}
         if self._orders is not None:
             self._orders.wanted(self._wishes)

@@ -19,6 +19,7 @@ from edgeward.gateway.cache import Stored, choose, http_date
 from edgeward.gateway.cors import CorsConfig, is_preflight, preflight, with_cors
 from edgeward.gateway.exchange import StoredExchange
 from edgeward.gateway.files import NotCached
+from edgeward.gateway.guests import why_not
 from edgeward.gateway.http1 import FALLBACK, REFUSED, UNTOUCHED, Bad, Headers, Request
 from edgeward.gateway.match import NotAllowed
 from edgeward.gateway.peer import Peer
@@ -136,7 +137,10 @@ class Desk:
         if (self.listener is not None or self.gate.challenges) and self._at_listener(request):
             return
         if rule is not None:
-            self._begin(request, rule)
+            if (rule.guests is not None or self.guests_only) and (why := self._stranger(request, rule)):
+                self.refuse(403, why, request, keep=request.length == 0)
+            else:
+                self._begin(request, rule)
             return
         try:
             found = self.gate.table.find(request)
@@ -145,6 +149,20 @@ class Desk:
             allow = [("allow", ", ".join(e.methods))] if isinstance(e, NotAllowed) else []
             remedy = "see: edgeward gateway explain URL" if e.status == 404 else ""
             self.refuse(e.status, e.why, request, keep=request.length == 0, headers=allow, remedy=remedy)
+
+    @property
+    def guests_only(self) -> bool:
+        """Whether the connection came by the door for other sites' gateways."""
+        return self.listener is not None and self.listener.config.guests
+
+    def _stranger(self, request: Request, rule: Rule) -> str:
+        return why_not(
+            rule.key,
+            door=self.guests_only,
+            gateway=FALLBACK in request.fields,
+            peer=request.peer,
+            guests=rule.guests,
+        )
 
     def _at_listener(self, request: Request) -> bool:
         """What is answered before any Route is looked at; False: nothing."""

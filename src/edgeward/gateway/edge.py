@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from edgeward.core.certs import NODE_DOMAIN
 from edgeward.core.errors import Invalid
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.resource import Resource
@@ -71,6 +72,12 @@ class Around(NamedTuple):
     neighbours: Sequence[Mapping[str, Any]] = ()
     #: ``(namespace, service)`` to the Service's own fallback: fail, nearest, cloud.
     fallback: Callable[[str, str], str] = lambda namespace, service: "fail"
+    #: To the nodes of other sites that may ask this one for it; None: it names none.
+    guests: Callable[[str, str], Sequence[str] | None] = lambda namespace, service: None
+    #: To where other sites let this one ask for it, ``{node, site, address}``; None: it names none.
+    doors: Callable[[str, str], Sequence[Mapping[str, str]] | None] = lambda namespace, service: None
+    #: Whether it is another site's altogether: its App is not here.
+    remote: Callable[[str, str], bool] = lambda namespace, service: False
 
 
 def _places(namespace: str, spec: RouteSpec, around: Around, *, closed: bool) -> dict[str, Any]:
@@ -82,10 +89,18 @@ def _places(namespace: str, spec: RouteSpec, around: Around, *, closed: bool) ->
     if not wanted and spec.to.service:
         own = around.fallback(namespace, spec.to.service)
         wanted = [own] if own != "fail" and not (own == spec.prefer == "cloud") else []
+    doors = around.doors(namespace, spec.to.service) if spec.to.service else None
+    if doors is not None and "nearest" not in wanted and around.remote(namespace, spec.to.service):
+        wanted = ["nearest", *wanted]  # it was let in for nothing else
     then: list[PlaceConfig] = []
     lacking = ""
     for name in wanted:
-        if name == "nearest":
+        if name == "nearest" and doors is not None:
+            near = _behind(doors, around.neighbours)
+            then += near
+            if not near:
+                lacking = f"no site lets this one ask for Service/{spec.to.service} (its allowFrom, its status.doors)"
+        elif name == "nearest":
             known = [p for p in map(_neighbour, around.neighbours) if p is not None]
             near = [p for p in known if p.endpoint.tls or not closed]
             then += near
@@ -99,6 +114,19 @@ def _places(namespace: str, spec: RouteSpec, around: Around, *, closed: bool) ->
             lacking = f"Service/{spec.to.service} falls back to the cloud, and this Route does not say where it is"
     first = (_cloud(spec.cloud),) if spec.prefer == "cloud" else ()
     return {"first": first, "then": tuple(then), "lacking": lacking}
+
+
+def _behind(doors: Sequence[Mapping[str, str]], neighbours: Sequence[Mapping[str, Any]]) -> list[PlaceConfig]:
+    """A place for each site that has doors, the nearest first as far as that is known."""
+    at: dict[str, list[Endpoint]] = {}
+    for door in doors:
+        host, _, port = door["address"].rpartition(":")
+        if host and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536:
+            endpoint = Endpoint(host.strip("[]"), int(port), tls=True, node=door["node"] + NODE_DOMAIN)
+            at.setdefault(door["site"], []).append(endpoint)
+    order = {str(n.get("site")): rank for rank, n in enumerate(neighbours)}
+    sites = sorted(at, key=lambda s: (order.get(s, len(order)), s))
+    return [PlaceConfig("site", s, at[s][0], more=tuple(at[s][1:])) for s in sites]
 
 
 def _cloud(url: str) -> PlaceConfig:
@@ -161,9 +189,14 @@ def route_config(
         compress=_compress(spec),
         rate=spec.limits.rate.requests / parse_duration(spec.limits.rate.per) if spec.limits.rate else 0.0,
         burst=(spec.limits.rate.burst or spec.limits.rate.requests) if spec.limits.rate else 0,
+        guests=_guests(around.guests(namespace, spec.to.service)) if spec.to.service else None,
         **_target(namespace, spec, endpoints, values, folders),
         **_places(namespace, spec, around, closed=spec.auth is not None),
     )
+
+
+def _guests(nodes: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if nodes is None else tuple(f"dns:{n}{NODE_DOMAIN}" for n in nodes)
 
 
 def _sticky(spec: RouteSpec) -> tuple[str, str]:

@@ -43,6 +43,8 @@ class ListenerConfig(msgspec.Struct, frozen=True, omit_defaults=True):
     redirect: int = 0
     #: Why it is not to be opened.
     refused: str = ""
+    #: The door for other sites' gateways (``guests.py``): any host is asked for there.
+    guests: bool = False
 
     @property
     def address(self) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgeward.core import clock
 from edgeward.gateway.door import Door
+from edgeward.gateway.guests import KEY
 from edgeward.gateway.listens import ListenerConfig
 from edgeward.gateway.tls import Front, Shown, Unseal, protocol_of
 
@@ -90,7 +91,7 @@ class Opening:
 
     def takes(self, host: str) -> bool:
         """Whether requests for that host are answered here (421 if not)."""
-        return self.front is None or self.front.takes(host)
+        return self.config.guests or self.front is None or self.front.takes(host)
 
     def open(self) -> None:
         """Listens, where that is possible now and there is something to show."""
@@ -197,6 +198,8 @@ class Openings:
         self._gate, self._unseal = gate, unseal
         self._open: dict[str, Opening] = {}
         self._again: asyncio.TimerHandle | None = None
+        #: Why the guests' door is not open, as it was said last.
+        self._closed = ""
 
     def commit(self, configs: Sequence[ListenerConfig]) -> None:
         """From here on these. Addresses that are given up are closed before others are opened."""
@@ -234,6 +237,12 @@ class Openings:
             self._again = self._gate.loop.call_later(AGAIN, self._try)
 
     def _say(self, key: str, status: dict[str, Any] | None) -> None:
+        if key == KEY:  # no declared one: what it says is an event
+            now = status.get("message", "") if status is not None and status["phase"] != "Ready" else ""
+            if now and now != self._closed:
+                self._gate.voice.event("Warning", "DoorClosed", f"other sites cannot ask: {now}", "", "", "Node")
+            self._closed = now
+            return
         namespace, _, name = key.partition("/")
         self._gate.voice.report("Listener", namespace, name, status)
 

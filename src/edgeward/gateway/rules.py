@@ -46,6 +46,8 @@ class PlaceConfig(msgspec.Struct, frozen=True):
     endpoint: Endpoint
     #: The Host that is asked for; empty: the client's.
     send_host: str = ""
+    #: The same place's other endpoints.
+    more: tuple[Endpoint, ...] = ()
 
 
 class RouteConfig(msgspec.Struct, frozen=True):
@@ -88,6 +90,8 @@ class RouteConfig(msgspec.Struct, frozen=True):
     then: tuple[PlaceConfig, ...] = ()
     #: Which of the places that are declared are not there, in words; empty: all are.
     lacking: str = ""
+    #: Names (``dns:NAME``) in certificates of other sites' nodes that may ask; None: that is not looked at.
+    guests: tuple[str, ...] | None = None
     compress: CompressConfig | None = None
 
 
@@ -171,6 +175,7 @@ class Rule:
         "cors",
         "counters",
         "guard",
+        "guests",
         "home",
         "host",
         "key",
@@ -195,6 +200,7 @@ class Rule:
         self.compress = config.compress
         #: Who is let in; None: everybody.
         self.guard = guard
+        self.guests = None if config.guests is None else frozenset(config.guests)
         #: Its files, where it has some.
         self.site = site
         if config.auth is not None and guard is None:
@@ -226,7 +232,7 @@ class Rule:
 
 
 def _place(config: RouteConfig, place: PlaceConfig, known: Mapping[tuple[str, str], Balance]) -> Place:
-    balance = Balance((place.endpoint,), config.failures, config.pause, known.get((place.kind, place.name)))
+    balance = Balance((place.endpoint, *place.more), config.failures, config.pause, known.get((place.kind, place.name)))
     target = f"the gateway of site {place.name}" if place.kind == "site" else place.name
     return Place(place.kind, place.name, target, place.send_host, balance)
 

@@ -217,6 +217,7 @@ class Pool:
         self._idle: dict[Endpoint, list[Connection]] = {}
         self._ca_file = ca_file
         self._tls: dict[bool, tuple[int, ssl.SSLContext]] = {}
+        self._node_tls: tuple[int, ssl.SSLContext] | None = None
         self.opened = 0
         self.reused = 0
 
@@ -262,17 +263,31 @@ class Pool:
         self._tls[ours] = stamp, context
         return context
 
+    def _as_node(self) -> ssl.SSLContext:
+        """As this node, to another one: both by the hub's authority alone. Raises ``OSError``."""
+        own = self._ca_file.parent / "node.pem"
+        stamp = hash((self._ca_file.stat().st_mtime_ns, own.stat().st_mtime_ns))
+        if self._node_tls is None or self._node_tls[0] != stamp:
+            context = ssl.create_default_context(cafile=str(self._ca_file))
+            context.load_cert_chain(own, password=lambda: b"")
+            self._node_tls = stamp, context
+        return self._node_tls[1]
+
     async def open(self, endpoint: Endpoint, timeout: float) -> Connection:
         """Raises ``OSError`` or ``TimeoutError``."""
         loop = asyncio.get_running_loop()
-        tls = self._trusting(ours=endpoint.ours) if endpoint.tls else None
+        tls = None
+        if endpoint.node:
+            tls = self._as_node()
+        elif endpoint.tls:
+            tls = self._trusting(ours=endpoint.ours)
         async with asyncio.timeout(timeout):
             _, connection = await loop.create_connection(
                 lambda: Connection(self, endpoint),
                 endpoint.host,
                 endpoint.port,
                 ssl=tls,
-                server_hostname=endpoint.host if tls else None,
+                server_hostname=(endpoint.node or endpoint.host) if tls else None,
             )
         self.opened += 1
         return connection

@@ -379,6 +379,10 @@ class NodesCloud:
             self.roster.place(key.name, change.resource.spec.site)
             if key.name not in self._live:
                 self._live[key.name] = Liveness(heard=clock.monotonic(), since=clock.monotonic())
+        if key.kind == "Node":  # who may ask for what other sites have
+            for service in self._store.items("Service"):
+                if service.spec.allowFrom:
+                    self._fold.add(service.key)
         touched = self.roster.views.change(key, change.resource, status_only=change.status_only)
         if key.kind == "Node" and change.resource is None:
             self._forget(key.name)

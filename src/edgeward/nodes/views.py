@@ -100,6 +100,9 @@ class Views:
         #: what is referred to -> those that follow it
         self._followers: dict[Key, set[Key]] = {}
         self._follows: dict[Key, list[Key]] = {}
+        #: site -> what it gets of these besides, and the other way round
+        self._besides: dict[str, set[Key]] = {}
+        self._also: dict[Key, set[str]] = {}
         #: what is used -> sites with something that refers to it, whether it is there or not
         self._users: dict[Key, set[str]] = {}
         self._uses: dict[str, set[Key]] = {}
@@ -164,12 +167,19 @@ class Views:
             self._follows[key] = new
             for target in new:
                 self._followers.setdefault(target, set()).add(key)
-        touched: set[str] = set()
+        touched = self._also.pop(key, set())
+        for site in touched:
+            self._besides.get(site, set()).discard(key)
+        if resource is not None and (also := set(kinds.get(key.kind).also(resource))):
+            self._also[key] = also
+            for site in also:
+                self._besides.setdefault(site, set()).add(key)
+            touched = touched | also
         for target in (*old, *new):
             where = self._where(target)
             if where is None:
                 return None
-            touched |= where
+            touched = touched | where
         return touched
 
     # -- views -------------------------------------------------------------------------------------------------------
@@ -196,7 +206,9 @@ class Views:
         labels = tuple(r.metadata.labels for r in mine if r.kind == "Node" and r.spec.site == site)
         node = NodeView("", site, labels)
         got = view(node, mine)
-        follows = [e.resource for k in list(got) for f in sorted(self._followers.get(k, ())) if (e := self._find(f))]
+        keys = dict.fromkeys(f for k in got for f in sorted(self._followers.get(k, ())))
+        keys |= dict.fromkeys(sorted(self._besides.get(site, ())))
+        follows = [e.resource for f in keys if (e := self._find(f))]
         uses = {
             Key(ref.kind, ref.namespace, ref.name)
             for r in (*got.values(), *follows)

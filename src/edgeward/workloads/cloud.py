@@ -83,8 +83,8 @@ def _by_site(
     return found
 
 
-#: Nodes that a status names of those that do not enforce something.
-_NAMED = 20
+#: Nodes that a status names of those that do not enforce something; nodes of other sites that may ask for a Service.
+_NAMED, GUESTS = 20, 2000
 
 
 def fold_service(
@@ -93,7 +93,8 @@ def fold_service(
     apps: Mapping[str, dict[str, Any]],
     reports: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """A Service's endpoints: running instances of its app, by site; and whether all its nodes keep it closed."""
+    """A Service's endpoints: running instances of its app, by site; whether all its nodes keep it closed; who of other
+    sites may ask for it (node to site), and at which doors of its own nodes (node to ``{site, address}``)."""
     sites = {n.metadata.name: n.spec.site for n in nodes}
     endpoints = []
     for i in apps.get(service.spec.app, {}).get("instances", []):
@@ -109,4 +110,11 @@ def fold_service(
             status["notEnforced"] = dict(sorted(why.items())[:_NAMED])
         if len(why) > _NAMED:
             status["notEnforced"]["..."] = f"and {len(why) - _NAMED} more nodes"
+    if service.spec.allowFrom:
+        allowed = [n for n in nodes if n.spec.site in service.spec.allowFrom and not n.status.get("revoked")]
+        status["guests"] = {n.metadata.name: n.spec.site for n in allowed[:GUESTS]}
+        if len(allowed) > GUESTS:
+            status["message"] = f"{len(allowed)} nodes of other sites may ask, the first {GUESTS} are let in"
+        doors = {n: str(r["door"]) for n, r in sorted(reports.items()) if r.get("door") and n in sites}
+        status["doors"] = {n: {"site": sites[n], "address": door} for n, door in doors.items()}
     return status

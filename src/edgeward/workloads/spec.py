@@ -13,7 +13,7 @@ from edgeward.core.declared import Declared, EnvFrom, Placement
 from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
-from edgeward.core.resource import Resource
+from edgeward.core.resource import Resource, check_name
 from edgeward.workloads.container_spec import Container, check_container
 from edgeward.workloads.persite import checked, effective, with_sites
 from edgeward.workloads.times import Times, check_times
@@ -175,6 +175,14 @@ class ServiceSpec(Declared):
             "cloud: the Route's own"
         ),
     ] = "fail"
+    allowFrom: Annotated[
+        list[str],
+        Meta(
+            description="Other sites whose gateways may ask for it, by its name, with their nodes' certificates; "
+            "only the hub writes it",
+            max_length=256,
+        ),
+    ] = []
 
 
 def runtime_of(spec: AppSpec) -> str:
@@ -324,7 +332,24 @@ def _app_usage(r: Resource) -> dict[str, float | None]:
 
 
 def _service_refs(r: Resource) -> list[Ref]:
-    return [Ref("App", r.metadata.namespace, r.spec.app, "$.spec.app")]
+    app = Ref("App", r.metadata.namespace, r.spec.app, "$.spec.app")
+    return [app, *(Ref("Site", "_", s, f"$.spec.allowFrom[{n}]") for n, s in enumerate(r.spec.allowFrom))]
+
+
+def _service_at(r: Resource, _: str) -> Resource:
+    """A site knows of no other one."""
+    return msgspec.structs.replace(r, spec=msgspec.structs.replace(r.spec, allowFrom=[])) if r.spec.allowFrom else r
+
+
+def _check_service(r: Resource) -> None:
+    if r.spec.allowFrom and r.spec.scope != "site":
+        raise Invalid(
+            f"with scope {r.spec.scope} there is nobody to allow",
+            field="$.spec.allowFrom",
+            remedy="remove it, or write scope: site",
+        )
+    for n, site in enumerate(r.spec.allowFrom):
+        check_name(site, f"$.spec.allowFrom[{n}]")
 
 
 def _ready(d: dict[str, Any]) -> str:
@@ -382,7 +407,13 @@ kinds.add(
         "as they were when the app started.",
         scope="follows",
         short=("svc",),
+        newer={"allowFrom": 2},
+        # whom a site lets in concerns both
+        hub_fields=("allowFrom",),
+        check=_check_service,
         refs=_service_refs,
+        at=_service_at,
+        also=lambda r: r.spec.allowFrom,
         columns=(
             Column("APP", lambda d: d["spec"]["app"]),
             Column("SCOPE", lambda d: d["spec"].get("scope", "site")),
