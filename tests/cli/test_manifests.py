@@ -1,8 +1,9 @@
-"""What the command line makes of a Function whose code lies beside its manifest."""
+"""What the command line makes of what lies beside a manifest: a Function's code, an App's image."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,24 @@ def test_a_file_that_cannot_be_taken_is_named_with_its_line(tmp_path: Path, give
     with pytest.raises(Invalid, match=words) as e:
         source(tmp_path, "python", given)
     assert e.value.line == 6 and e.value.file.endswith("f.yaml")
+
+
+def test_an_image_archive_is_named_by_what_is_in_it(tmp_path: Path) -> None:
+    load_kinds()
+    file = tmp_path / "a.yaml"
+
+    def taken(archive: str, *, pack: bool = True) -> tuple[Any, Any]:
+        text = "apiVersion: edgeward/v1\nkind: App\nmetadata: {name: a}\nspec:\n  container: {archive: "
+        file.write_text(f"{text}{archive}}}\n")
+        (manifest,) = read_files([file])
+        uploads = packed(manifest, pack)
+        return decode_manifest(manifest).spec.container.archive, uploads
+
+    (tmp_path / "box.tar").write_bytes(b"box")
+    digest = f"sha256:{hashlib.sha256(b'box').hexdigest()}"
+    assert taken("box.tar") == (digest, ((digest, tmp_path / "box.tar"),))
+    assert taken(digest) == (digest, ()), "it is at the hub already"
+    assert taken("gone.tar", pack=False)[1] == (), "to be deleted it need not be there"
+    with pytest.raises(Invalid, match="No such file") as e:
+        taken("gone.tar")
+    assert (e.value.field, e.value.line) == ("$.spec.container.archive", 5)

@@ -70,6 +70,12 @@ def function(site: str = "plant", **spec: Any) -> Any:
     return decode(doc | {"spec": base | spec})
 
 
+def app(site: str = "plant", **spec: Any) -> Any:
+    doc: dict[str, Any] = {"apiVersion": "edgeward/v1", "kind": "App", "metadata": {"name": "a"}}
+    base = {"container": {"archive": f"sha256:{'3' * 64}"}, "placement": {"site": site}}
+    return decode(doc | {"spec": base | spec})
+
+
 def test_a_blob_is_taken_whole_and_right_or_not_at_all(tmp_path: Path) -> None:
     async def body() -> None:
         async with fleet(tmp_path / "hub") as f, store(f, tmp_path, largest=2 << 20) as (blobs, _):
@@ -163,7 +169,13 @@ def test_what_a_way_back_needs_is_in_use(tmp_path: Path) -> None:
             doc: dict[str, Any] = {"apiVersion": "edgeward/v1", "kind": "Override", "metadata": {"name": "o"}}
             await f.store.put(decode(doc | {"spec": spec}))
             bundles._kept = lambda: [("other", {"dependencies": {"lock": lock}})]
-            assert bundles.used() == {("default", HEX), ("default", "2" * 64), ("other", lock_digest(lock))}
+            used = {("default", HEX), ("default", "2" * 64), ("other", lock_digest(lock))}
+            assert bundles.used() == used
+            await f.store.put(app())
+            patch = {"container": {"archive": f"sha256:{'4' * 64}"}}
+            spec = {"target": target | {"kind": "App", "name": "a"}, "site": "plant", "patch": patch}
+            await f.store.put(decode(doc | {"metadata": {"name": "p"}, "spec": spec}))
+            assert bundles.used() == used | {("default", "3" * 64), ("default", "4" * 64)}
 
     asyncio.run(body())
 
@@ -177,7 +189,9 @@ def test_nodes_get_blobs_of_the_namespaces_whose_functions_they_have(tmp_path: P
             part = await f.ask("plant-1", "blob", ask, BlobPart)
             assert (part.size, part.data) == (len(DATA), DATA[600_000 : 600_000 + len(part.data)]) and part.data
             refused = await f.ask("shop-1", "blob", ask, BlobPart)
-            assert "has no function of namespace" in refused.error and refused.again
+            assert "has no function and no app of namespace" in refused.error and refused.again
+            await f.store.put(app("shop"))
+            assert (await f.ask("shop-1", "blob", ask, BlobPart)).data, "its app's image may be in an archive"
             assert (await f.ask("plant-1", "blob", BlobAsk("default", "../x"), BlobPart)).error
             assert (await f.ask("plant-1", "blob", BlobAsk("default", f"sha256:{'0' * 64}"), BlobPart)).again is False
             assert (await f.ask("plant-1", "blob", b"no message", BlobPart)).error

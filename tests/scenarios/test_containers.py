@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.scenarios.conftest import ROOT
 from tests.workloads.engines import BOX, Store, a_store
 
 WEB = f"""\
@@ -73,3 +76,22 @@ def test_a_container_on_a_node_of_up(store: Store, systems: Callable[..., Any]) 
     up.run("delete", "app/web", "service/web", "route/web")
     up.wait("nothing of it", lambda: store.names() == [])
     assert json.loads(up.run("get", "apps", "-o", "json"))["items"] == []
+
+
+def test_an_image_comes_through_the_hub(store: Store, systems: Callable[..., Any], tmp_path: Path) -> None:
+    """examples/09-container as its README says, on a node that does not have the image."""
+    folder = tmp_path / "example"
+    shutil.copytree(ROOT / "examples" / "09-container", folder)
+    subprocess.run(["sh", str(folder / "box.sh")], check=True, timeout=120)
+    store.podman("rmi", "--force", "localhost/page:1")
+    up = systems("a", "up", "--port", "0")
+    up.run("apply", "-f", str(folder / "app.yaml"), "--wait")
+    (one,) = up.get("app", "page")["status"]["instances"]
+    assert one["image"].startswith("sha256:")
+    with urllib.request.urlopen(f"http://127.0.0.1:{one['ports']['http']}/", timeout=30) as got:
+        assert b"the image came through the hub" in got.read()
+    assert "page" in store.podman("images", "--format", "{{.Repository}}")
+    up.run("delete", "-f", str(folder / "app.yaml"))
+    up.wait("the image is gone", lambda: "page" not in store.podman("images", "--format", "{{.Repository}}"))
+    refused = up.run("--at", "plant-1", "apply", "-f", str(folder / "app.yaml"), code=3)
+    assert refused == ""

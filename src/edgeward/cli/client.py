@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from edgeward.cli.context import AGENT_SOCKET_ENV, LOCAL, TOKEN_ENV, Context, load_context
@@ -177,7 +177,7 @@ class Api:
         headers: Mapping[str, str] | None = None,
         timeout: float | None = READ_TIMEOUT,
         fresh: bool = False,
-        data: bytes | None = None,
+        data: bytes | IO[bytes] | None = None,
         ok: bool = False,
     ) -> http.client.HTTPResponse:
         """The response, its status checked (unless ``ok``: whatever it is), its body not yet read.
@@ -285,9 +285,19 @@ class Api:
             raise self._error(response, failed_of)
         return response.status, response.getheaders(), self._chunks(response)
 
-    def upload(self, path: str, data: bytes) -> Doc:
-        """PUTs bytes; the answer's document."""
-        response = self._send("PUT", path, data=data, content_type="application/octet-stream", timeout=CALL_TIMEOUT)
+    def upload(self, path: str, data: bytes | Path) -> Doc:
+        """PUTs bytes, or a file's; the answer's document."""
+        with contextlib.ExitStack() as stack:
+            body: bytes | IO[bytes] = data if isinstance(data, bytes) else stack.enter_context(data.open("rb"))
+            size = len(data) if isinstance(data, bytes) else data.stat().st_size
+            response = self._send(
+                "PUT",
+                path,
+                data=body,
+                content_type="application/octet-stream",
+                headers={"Content-Length": str(size)},
+                timeout=CALL_TIMEOUT,
+            )
         found = json.loads(response.read() or b"{}")
         return found if isinstance(found, dict) else {}
 

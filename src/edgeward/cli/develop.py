@@ -57,7 +57,7 @@ def _read(path: Path) -> tuple[list[Resource], list[tuple[str, bytes]]]:
     blobs: list[tuple[str, bytes]] = []
     for manifest in read_files([path]):
         if isinstance(manifest.doc, dict) and manifest.doc.get("kind") in KINDS:
-            blobs += packed(manifest)
+            blobs += [(digest, data) for digest, data in packed(manifest) if isinstance(data, bytes)]
             resources.append(decode_manifest(manifest))
     if not any(r.kind == "Function" for r in resources):
         raise Invalid("declares no Function", file=str(path), remedy="`edgeward function new NAME` writes one")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeward.cli.kinds import load_kinds
 from edgeward.cli.session import Session, UsageError
+from edgeward.core.blobs import MOST, PREFIX
 from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.manifest import Manifest, decode_manifest, read_files
 from edgeward.core.registry import Kind
@@ -39,8 +41,8 @@ class Declared:
     manifest: Manifest
     resource: Resource
     kind: Kind
-    #: Packed folders that the document refers to: (digest, bytes).
-    uploads: tuple[tuple[str, bytes], ...] = ()
+    #: What the document refers to and the hub has to have: (digest, bytes of a packed folder, or a file).
+    uploads: tuple[tuple[str, bytes | Path], ...] = ()
 
     @property
     def namespace(self) -> str | None:
@@ -143,12 +145,15 @@ def _variables(base: Path) -> dict[str, str]:
     return {**beside, **os.environ}
 
 
-def packed(manifest: Manifest, pack: bool = True) -> tuple[tuple[str, bytes], ...]:
-    """Turns ``source: {folder: PATH}`` of a Function into an archive by digest, and ``{file: PATH}`` into its text.
+def packed(manifest: Manifest, pack: bool = True) -> tuple[tuple[str, bytes | Path], ...]:
+    """Turns ``source: {folder: PATH}`` of a Function into an archive by digest, and ``{file: PATH}`` into its text;
+    the path of an App's ``container.archive`` into its digest.
 
     Paths are from where the manifest is.
     """
     doc = manifest.doc
+    if isinstance(doc, dict) and doc.get("kind") == "App":
+        return _image(manifest, doc.get("spec"), pack)
     spec = doc.get("spec") if isinstance(doc, dict) and doc.get("kind") == "Function" else None
     source = spec.get("source") if isinstance(spec, dict) else None
     way = next((w for w in ("folder", "file") if isinstance(source, dict) and w in source), "")
@@ -183,6 +188,30 @@ def packed(manifest: Manifest, pack: bool = True) -> tuple[tuple[str, bytes], ..
         raise Invalid(f"{e.filename}: {e.strerror}", field="$.spec.source.folder", **at) from None
     source["archive"] = {"digest": digest}
     return ((digest, data),)
+
+
+def _image(manifest: Manifest, spec: Any, pack: bool) -> tuple[tuple[str, Path], ...]:
+    container = spec.get("container") if isinstance(spec, dict) else None
+    given = container.get("archive") if isinstance(container, dict) else None
+    if not isinstance(container, dict) or not isinstance(given, str) or not given or given.startswith(PREFIX):
+        return ()
+    if not pack:
+        container["archive"] = f"{PREFIX}{'0' * 64}"
+        return ()
+    field = "$.spec.container.archive"
+    at: dict[str, Any] = {"file": manifest.file, "line": manifest.line_of(field), "field": field}
+    base = Path(manifest.file).parent if Path(manifest.file).is_file() else Path()
+    path = base / given
+    try:
+        with path.open("rb") as f:
+            digest = PREFIX + hashlib.file_digest(f, "sha256").hexdigest()
+        size = path.stat().st_size
+    except OSError as e:
+        raise Invalid(f"{path}: {e.strerror}", remedy="make it with podman save or docker save", **at) from None
+    if size > MOST:
+        raise Invalid(f"{path} has {size} bytes", remedy=f"at most {MOST}; pack it with gzip", **at)
+    container["archive"] = digest
+    return ((digest, path),)
 
 
 def _one_file(path: Path, runtime: str, at: dict[str, Any]) -> dict[str, Any]:

@@ -24,8 +24,14 @@ if TYPE_CHECKING:
     from edgeward.cli.client import Api
 
 
-def upload(api: Api, at: str | None, namespace: str, blobs: Sequence[tuple[str, bytes]]) -> None:
-    """Makes the namespace hold these: (digest, bytes)."""
+def upload(api: Api, at: str | None, namespace: str, blobs: Sequence[tuple[str, bytes | Path]]) -> None:
+    """Makes the namespace hold these: (digest, bytes or a file)."""
+    if at and any(isinstance(data, Path) for _, data in blobs):
+        raise Refused(
+            "an image archive is uploaded to the hub only",
+            field="$.spec.container.archive",
+            remedy="apply it without --at, or load it on the node (podman load) and name it with image:",
+        )
     if at:
         raise Refused(
             "a folder is uploaded to the hub only",

@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from edgeward.core import clock
-from edgeward.core.blobs import LARGEST, PREFIX, BlobAsk, BlobPart, Pace
+from edgeward.core.blobs import MOST, PREFIX, BlobAsk, BlobPart, Pace
 from edgeward.core.errors import Invalid, Refused, Unreachable
 from edgeward.core.files import ensure_dir
 from edgeward.core.quantity import format_bytes
@@ -72,8 +72,8 @@ class BlobFetch:
         return file
 
     def _check_room(self, size: int, have: int) -> None:
-        if size > LARGEST:
-            raise Refused(f"has {size} bytes", remedy=f"at most {LARGEST}")
+        if size > MOST:
+            raise Refused(f"has {size} bytes", remedy=f"at most {MOST}")
         free = shutil.disk_usage(self.parts).free
         if free < 2 * size - have + _FREE:
             raise Refused(f"has {format_bytes(size)}, the node's disk {format_bytes(free)}", remedy="free disk space")

@@ -21,8 +21,8 @@ DIGEST = r"^sha256:[0-9a-f]{64}$"
 _DIGEST = re.compile(DIGEST)
 #: Bytes of one piece at the hub, and the most that one answer carries.
 PIECE = 512 * 1024
-#: Bytes of a blob.
-LARGEST = 256 << 20
+#: Bytes of a blob as the hub takes it, unless it is told otherwise, and at most (images are large).
+LARGEST, MOST = 256 << 20, 4 << 30
 #: What a node asks for at first, and at least.
 _FIRST, _LEAST = 32 * 1024, 8 * 1024
 #: A piece that takes longer holds up what else wants over the link (heartbeats above all); one that is much faster

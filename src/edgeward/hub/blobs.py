@@ -23,7 +23,7 @@ import nats.errors
 import nats.js.errors
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 
-from edgeward.core.blobs import LARGEST, PIECE
+from edgeward.core.blobs import LARGEST, MOST, PIECE
 from edgeward.core.bus import Bus, cancellable
 from edgeward.core.errors import EdgewardError, Invalid, NotFound, Refused, TooLarge, TooSlow, Unreachable
 from edgeward.core.jsread import read_batch
@@ -52,7 +52,7 @@ class Settings(msgspec.Struct, frozen=True):
         try:
             return cls(
                 parse_bytes(doc.get("keep", "4Gi")),
-                min(LARGEST, parse_bytes(doc.get("largest", LARGEST))),
+                min(MOST, parse_bytes(doc.get("largest", LARGEST))),
                 parse_duration(doc.get("after", "7d")),
             )
         except ValueError as e:
@@ -185,7 +185,8 @@ class Blobs:
             size += len(piece)
             if size > self.settings.largest:
                 raise TooLarge(
-                    f"is more than {format_bytes(self.settings.largest)}", remedy="leave out what is not used"
+                    f"is more than {format_bytes(self.settings.largest)}",
+                    remedy="leave out what is not used, or raise blobs.largest in hub.json",
                 )
             digest.update(piece)
             file.write(piece)

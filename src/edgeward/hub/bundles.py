@@ -27,7 +27,7 @@ from edgeward.core.resource import CLUSTER, Key, check_name
 from edgeward.core.scope import takes
 from edgeward.core.store import Store
 from edgeward.functions.bundling import Source, make
-from edgeward.functions.parts import Parts, parts_of
+from edgeward.functions.parts import Parts, named, parts_of
 from edgeward.functions.wheels import lacking, parse_lock, tags_of, wanted, where
 from edgeward.hub.blobs import Blobs, Bundle
 
@@ -78,13 +78,13 @@ class Bundles:
     # -- nodes -----------------------------------------------------------------------------------------------------
 
     def _allowed(self, node: str, namespace: str) -> None:
-        """Raises ``Refused`` for a node that has no function of the namespace."""
+        """Raises ``Refused`` for a node that has no function and no app of the namespace."""
         check_name(namespace, "namespace")
         me = self._store.find(Key("Node", CLUSTER, node))
         if me is None or self._revoked(node):
             raise Refused("is not known here, or revoked", resource=f"Node/{node}")
-        if not any(takes(f, me) for f in self._store.items("Function", namespace)):
-            raise Refused(f"has no function of namespace {namespace!r}", resource=f"Node/{node}")
+        if not any(takes(r, me) for kind in ("Function", "App") for r in self._store.items(kind, namespace)):
+            raise Refused(f"has no function and no app of namespace {namespace!r}", resource=f"Node/{node}")
 
     async def _blob(self, msg: Msg) -> bytes:
         try:
@@ -186,7 +186,18 @@ class Bundles:
         parts = self._parts()
         for namespace, spec in self._kept():
             parts.add(namespace, spec)
-        return parts.all
+        return parts.all | self._images()
+
+    def _images(self) -> set[tuple[str, str]]:
+        """Digests that Apps name, what is said of them for single sites or by Overrides, and what is being rolled out:
+        archives of images among them."""
+        found: set[tuple[str, str]] = set()
+        for kind in ("App", "Override", "Rollout"):
+            for r in self._store.items(kind):
+                namespace = r.spec.target.namespace if kind == "Override" else r.metadata.namespace
+                said = r.status if kind == "Rollout" else r.spec
+                found |= {(namespace, hex) for hex in named([msgspec.json.encode(said)])}
+        return found
 
     async def _sweep(self) -> None:
         while True:

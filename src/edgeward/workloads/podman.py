@@ -234,6 +234,9 @@ class Podman:
 
 
 def _reason(said: str) -> str:
-    """The last line of podman's complaints, which is the reason; bounded."""
+    """The reason among podman's complaints, bounded: that a disk is full, wherever it says so; else its last word."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return lines[-1].removeprefix("Error: ")[:600] if lines else ""
+    full = [line for line in lines if "no space left on device" in line or "disk quota exceeded" in line]
+    errors = [line for line in lines if line.startswith("Error: ")]
+    found = (full or errors[-1:] or lines[-1:] or [""])[0]
+    return found.removeprefix("Error: ").rstrip(":")[:600]

@@ -1,0 +1,205 @@
+"""Images as archives from the hub, with real podman: which one it is, what is refused, a full disk, what goes again."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.core.pair import until
+from tests.workloads.engines import BOX, Store, a_store
+
+from edgeward.core.blobfetch import BlobFetch
+from edgeward.core.blobs import BlobAsk, BlobPart
+from edgeward.core.errors import Unreachable
+from edgeward.workloads.container_spec import Container
+from edgeward.workloads.ground import Ground
+from edgeward.workloads.images import Images
+from edgeward.workloads.podman import Podman
+
+WAIT = 60.0
+VERSION = ("default", "web", "1" * 64)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    yield from a_store(tmp_path / "store", monkeypatch)
+
+
+class Hub:
+    """Blobs, as a hub gives them; ``reached``: whether it is."""
+
+    def __init__(self) -> None:
+        self.blobs: dict[str, bytes] = {}
+        self.reached, self.asked = True, 0
+
+    def add(self, data: bytes) -> str:
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        self.blobs[digest] = data
+        return digest
+
+    async def ask(self, verb: str, data: bytes, timeout: float) -> bytes:
+        if not self.reached:
+            raise Unreachable("the hub is not reached")
+        self.asked += 1
+        ask = msgspec.msgpack.decode(data, type=BlobAsk)
+        blob = self.blobs[ask.digest]
+        return msgspec.msgpack.encode(BlobPart(len(blob), blob[ask.offset : ask.offset + ask.most]))
+
+
+class Node:
+    def __init__(self, data: Path) -> None:
+        self.hub = Hub()
+        self.pokes = 0
+        self.data = data
+        ground = Ground(
+            node="n", site="s", data_dir=data, blobs=BlobFetch(data / "blobs", self.hub.ask), poke=self._poke
+        )
+        self.images = Images(ground, Podman({}))
+
+    def _poke(self, namespace: str, name: str) -> None:
+        self.pokes += 1
+
+    async def waits(self, spec: Container, says: str, version: tuple[str, str, str] = VERSION) -> None:
+        """Asks until the answer has these words ("": it is here)."""
+        said = ""
+
+        def told() -> bool:
+            nonlocal said
+            said = self.images.waits_for(version, spec)
+            return said == says if not says else says in said
+
+        try:
+            await until(told, WAIT)
+        except AssertionError:
+            raise AssertionError(said) from None
+
+
+def run(node: Node, main: Any) -> None:
+    async def body() -> None:
+        running = asyncio.create_task(node.images.run())
+        try:
+            async with asyncio.timeout(3 * WAIT):
+                await main
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(body())
+
+
+def archive(store: Store, *names: str) -> bytes:
+    """An archive of these images, which the store has not any more then."""
+    file = store.root / "archive.tar"
+    file.unlink(missing_ok=True)
+    store.podman("save", "--quiet", "--multi-image-archive", "--output", str(file), *names)
+    store.podman("rmi", "--force", *names)
+    return file.read_bytes()
+
+
+def test_an_archive_comes_when_the_hub_is_there_and_its_image_goes_with_the_app(tmp_path: Path, store: Store) -> None:
+    node = Node(tmp_path / "node")
+    id = store.box("localhost/app:1")
+    spec = Container(archive=node.hub.add(archive(store, "localhost/app:1")))
+    node.hub.reached = False
+
+    async def main() -> None:
+        await node.waits(spec, "the hub is not reached")
+        node.hub.reached = True
+        node.images.hurry()
+        await node.waits(spec, "")
+        note = node.images.note(VERSION)
+        assert note is not None
+        assert (note.id, note.ours) == (id, True)
+        assert note.digest.startswith("sha256:")
+        assert not list((node.data / "blobs").iterdir()), "the archive is not kept beside the image"
+        asked = node.hub.asked
+        again = Node(node.data)
+        assert again.images.waits_for(VERSION, spec) == "", "the next agent knows"
+        await node.images.tidy({VERSION}, 0.0)
+        assert id in store.podman("images", "--quiet", "--no-trunc")
+        await node.images.tidy(set(), 0.0)
+        assert id not in store.podman("images", "--quiet", "--no-trunc")
+        assert node.images.note(VERSION) is None
+        assert node.hub.asked == asked
+
+    run(node, main())
+
+
+def test_an_image_that_was_there_stays(tmp_path: Path, store: Store) -> None:
+    node = Node(tmp_path / "node")
+
+    async def main() -> None:
+        await node.waits(Container(image=BOX), "")
+        await node.images.tidy(set(), 0.0)
+        assert BOX in store.podman("images", "--format", "{{.Repository}}:{{.Tag}}")
+
+    run(node, main())
+
+
+def test_what_an_archive_holds_is_what_is_asked_for(tmp_path: Path, store: Store) -> None:
+    node = Node(tmp_path / "node")
+    ids = [store.box(f"localhost/{n}:1", **{"etc/n": n}) for n in ("one", "two")]
+    both = node.hub.add(archive(store, "localhost/one:1", "localhost/two:1"))
+    rubbish = node.hub.add(b"no archive at all" * 100)
+    wrong = node.hub.add(b"these bytes")
+    node.hub.blobs[wrong] = b"those bytes"
+    none = "0" * 64
+
+    async def main() -> None:
+        await node.waits(Container(archive=both), "the archive holds localhost/")
+        await node.waits(
+            Container(archive=both, image="localhost/three:1"), "(name one of them)", ("default", "a", none)
+        )
+        await node.waits(Container(archive=rubbish), "the archive cannot be loaded", ("default", "b", none))
+        await node.waits(Container(archive=wrong), f"what the hub sent is not {wrong}", ("default", "c", none))
+        await node.waits(
+            Container(archive=both, image=f"localhost/two:1@sha256:{none}"),
+            f"not sha256:{none}",
+            ("default", "d", none),
+        )
+        for n, (name, id) in enumerate(zip(("one", "two"), ids, strict=True)):
+            version = ("default", f"e{n}", none)
+            await node.waits(Container(archive=both, image=f"{name}:1"), "", version)
+            note = node.images.note(version)
+            assert note is not None
+            assert note.id == id
+            exact = Container(archive=both, image=f"localhost/{name}:1@{note.digest}")
+            await node.waits(exact, "", ("default", f"f{n}", none))
+
+    run(node, main())
+
+
+def test_a_disk_that_is_full_while_it_is_loaded(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.box("localhost/app:1", **{"etc/much": "x" * (6 << 20)})
+    data = archive(store, "localhost/app:1")
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    done = subprocess.run([*mount, "size=4m", "tmpfs", str(small)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        there = Store(small / "store")
+        for name, value in there.env.items():
+            monkeypatch.setenv(name, value)
+        node = Node(tmp_path / "node")
+        spec = Container(archive=node.hub.add(data))
+
+        async def main() -> None:
+            await node.waits(spec, "its image cannot be kept: no space left on the node's disk")
+            asked = node.hub.asked
+            subprocess.run([*mount, "remount,size=64m", "tmpfs", str(small)], check=True)
+            node.images.hurry()
+            await node.waits(spec, "")
+            assert node.hub.asked <= asked + 3, "it had the archive already"
+
+        run(node, main())
+        there.close()
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
