@@ -51,7 +51,8 @@ class Plant:
 
     def hear(self, *objects: Resource, rollout: dict[str, Any] | None = None, **spec: Any) -> None:
         self.revision += 1
-        policy = doc("Rollout", "web", {"targets": [{"kind": "App", "name": "web"}], **spec}, creationTimestamp=MADE)
+        targets = [{"kind": "App", "name": "web"}]
+        policy = doc("Rollout", "web", {"targets": targets, **spec}, creationTimestamp=MADE)
         told = [doc("Node", "plant-1", {"site": "plant"}), *objects, *([policy] if rollout is not None else [])]
         self.replica.apply_sync(
             [
@@ -196,3 +197,46 @@ def test_a_site_that_scales_in_the_middle_of_a_run_does_not_take_the_new_version
     asyncio.run(plant.replica.put(app("new", 2, replicas=7)))
     assert plant.runs == (1, "old")
     assert plant.desired.apps()["default", "web"][1] == 7
+
+
+def test_what_comes_is_fetched_before_and_the_hub_is_told(tmp_path: Path) -> None:
+    def price(word: str, generation: int) -> Resource:
+        spec = {"runtime": "python", "source": {"inline": f"def handler(e, c): return {word!r}"}}
+        return doc("Function", "price", spec, uid="f", generation=generation, creationTimestamp="2026-01-01T00:00:00Z")
+
+    def of(phase: str, moved: Resource, baseline: Resource, *nodes: str) -> dict[str, Any]:
+        plain = [
+            (r.metadata.generation, parts_of(to_stored(r).spec, kinds.get("Function").at_once))
+            for r in (moved, baseline)
+        ]
+        new, old = ({"generation": g, "digest": digest_of(p), "parts": p} for g, p in plain)
+        target = {
+            "kind": "Function",
+            "name": "price",
+            "uid": "f",
+            "generation": new["generation"],
+            "digest": new["digest"],
+        }
+        return {
+            "phase": phase,
+            "targets": [{**target, "baseline": old}],
+            "groups": [{"name": "g", "nodes": list(nodes)}],
+        }
+
+    plant = Plant(tmp_path)
+    old, new = price("old", 1), price("new", 2)
+    policy: dict[str, Any] = {"targets": [{"kind": "Function", "name": "price"}]}
+
+    def coming(status: dict[str, Any], **spec: Any) -> list[int]:
+        plant.hear(new, rollout=status, **policy | spec)
+        return [f.metadata.generation for f in plant.desired.coming()]
+
+    assert coming(of("Succeeded", old, old)) == [2], "as soon as it is heard of"
+    assert coming(of("Running", new, old, "other")) == [2]
+    assert [f.metadata.generation for f in plant.desired.functions()] == [1]
+    here = {new.key: True}
+    assert plant.desired.fetched(here) == {Key("Rollout", "default", "web"): {"prefetched": ["Function/price@2"]}}
+    assert plant.desired.fetched({new.key: False}) == {}
+    assert coming(of("Running", new, old, "plant-1")) == []
+    assert coming(of("RolledBack", new, old, "other")) == [], "what was given up is not fetched"
+    assert coming(of("Running", new, old, "other"), prefetch=False) == []

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "08-rollout"
+SOURCE = "def handler(event, context):\n    return {'total': %d}\n"
 LAB = "sites: [{name: north, nodes: 1, link: lan}, {name: south, nodes: 1, link: lan}]"
 ROLLOUT = {
     "kind": "Rollout",
@@ -89,3 +93,54 @@ def test_group_by_group_and_back(lab: Callable[[str], Any]) -> None:
     system.wait("the way back", lambda: status()["phase"] == "RolledBack")
     assert running("north-1") == running("south-1") == three
     system.run("rollout", "approve", "web", "nobody", code=3)
+
+
+def test_a_function_its_example_and_what_it_fetches_before(lab: Callable[[str], Any], tmp_path: Path) -> None:
+    system = lab(LAB)
+
+    def status() -> dict[str, Any]:
+        found: dict[str, Any] = system.get("rollout", "price")["status"]
+        return found
+
+    def total(node: str) -> int:
+        return int(json.loads(system.run("invoke", "price", "--at", node, "-d", '{"pieces": 10}'))["total"])
+
+    def totals() -> tuple[int, int]:
+        return total("north-1"), total("south-1")
+
+    system.run("apply", "-f", str(EXAMPLE / "1-price.yaml"), "--wait")
+    system.run("apply", "-f", str(EXAMPLE / "rollout.yaml"))
+    system.wait("the baseline", lambda: status()["phase"] == "Succeeded")
+    assert totals() == (50, 50)
+    system.run("apply", "-f", str(EXAMPLE / "2-price.yaml"))
+    system.wait("the first node", lambda: status()["phase"] == "Paused")
+    assert totals() == (40, 50)
+    system.run("rollout", "approve", "price")
+    system.wait("all", lambda: status()["phase"] == "Succeeded")
+    assert totals() == (40, 40)
+    system.run("apply", "-f", str(EXAMPLE / "3-price.yaml"))
+    system.wait("the way back", lambda: status()["phase"] == "RolledBack")
+    assert totals() == (40, 40)
+    assert "check" in status()["groups"][0]["failed"]["north-1"]
+
+    # code that has to be fetched is there before the run comes; a site that is cut off then does not step back
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "main.py").write_text(SOURCE % 7)
+    spec = {"runtime": "python", "source": {"folder": "./code"}}
+    file = tmp_path / "price.yaml"
+    file.write_text(
+        json.dumps({"apiVersion": "edgeward/v1", "kind": "Function", "metadata": {"name": "price"}, "spec": spec})
+    )
+    system.run("apply", "-f", str(file))
+    system.wait("the first node", lambda: status()["phase"] == "Paused")
+    system.wait("the code at both", lambda: status()["prefetched"] == 2)
+    assert totals() == (7, 40)
+    system.run("lab", "cut", "south", "--data", str(system.data))
+    system.run("lab", "kill", "south-1", "--data", str(system.data))  # and its agent begins anew, cut off
+    system.run("lab", "start", "south-1", "--data", str(system.data))
+    system.run("rollout", "approve", "price")
+    assert totals() == (7, 40)
+    system.run("lab", "heal", "south", "--data", str(system.data))
+    system.wait("all", lambda: status()["phase"] == "Succeeded")
+    assert totals() == (7, 7)

@@ -100,6 +100,17 @@ class Desired:
         rolled = [self._rolling.of(f) for f in placed if not f.metadata.deletionTimestamp]
         return [f for f in rolled if f is not None]
 
+    def coming(self) -> list[Resource]:
+        """The Functions that a Rollout will bring to this node."""
+        me = self._replica.find(Key("Node", CLUSTER, self._node))
+        view = NodeView(self._node, self._site, (me.metadata.labels if me is not None else {},))
+        placed = [f for f in self._replica.items("Function") if matches(f.spec.placement, view)]
+        return [c for f in placed if (c := self._rolling.coming(f)) is not None]
+
+    def fetched(self, here: dict[Key, bool]) -> dict[Key, dict[str, Any]]:
+        """What the hub is told of Rollouts: what of :meth:`coming` is here."""
+        return self._rolling.told(here)
+
     def values(self, kind: str, namespace: str, name: str) -> tuple[dict[str, str], str] | None:
         """A Config's or Secret's data and revision."""
         found = self._replica.find(Key(kind, namespace, name))

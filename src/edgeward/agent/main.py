@@ -205,6 +205,7 @@ class Agent:
                 lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
             ),
             broker=self.broker.reach,
+            report=self.link.report,
         )
         self.plane = Keeper(
             data,

@@ -9,7 +9,7 @@ holds stays where it is, and what people changed here themselves, which waits fo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -19,7 +19,18 @@ from edgeward.core import clock
 from edgeward.core.errors import EdgewardError
 from edgeward.core.registry import kinds
 from edgeward.core.resource import Key, Resource, Stored, from_stored, merge_patch, to_stored
-from edgeward.workloads.release import Declared, Version, choose, digest_of, parts_of, read_status, with_parts
+from edgeward.workloads.release import (
+    BACK,
+    Declared,
+    Version,
+    choose,
+    digest_of,
+    handled,
+    parts_of,
+    prefetched,
+    read_status,
+    with_parts,
+)
 
 log = logging.getLogger("edgeward.agent")
 
@@ -77,6 +88,28 @@ class Rolling:
         if taken.version is None or taken.version != version or taken.own:
             self._keep(key, Taken(taken.uid, version))
         return declared if version.digest == now.digest else self._with(declared, version)
+
+    def coming(self, declared: Resource) -> Resource | None:
+        """What is declared, while something else runs here and it may still come: what it needs is fetched before."""
+        rollout = self._governor(declared.key)
+        if rollout is None or not rollout.spec.prefetch or declared.metadata.deletionTimestamp:
+            return None
+        status = read_status(rollout.status)
+        target = handled(status, declared.kind, declared.metadata.name)
+        given_up = status.phase in BACK and target is not None and target.generation == declared.metadata.generation
+        runs = self.of(declared)
+        same = runs is not None and runs.metadata.generation == declared.metadata.generation
+        return None if given_up or same else declared
+
+    def told(self, fetched: Mapping[Key, bool]) -> dict[Key, dict[str, Any]]:
+        """What the hub is told of each Rollout: the targets' versions (``Kind/name@generation``) that are here."""
+        said: dict[Key, dict[str, Any]] = {}
+        for key, here in sorted(fetched.items()):
+            rollout, declared = self._governor(key), self._replica.find(key)
+            if here and rollout is not None and declared is not None:
+                words = said.setdefault(rollout.key, {"prefetched": []})["prefetched"]
+                words.append(prefetched(key.kind, key.name, declared.metadata.generation))
+        return said
 
     def _governor(self, key: Key) -> Resource | None:
         """The Rollout that names it; of several the first by name."""

@@ -17,6 +17,7 @@ from edgeward.core import daemon
 from edgeward.core.errors import EdgewardError
 from edgeward.core.identity import NodeIdentity
 from edgeward.core.natsserver import free_port
+from edgeward.core.resource import Key
 from edgeward.core.vault import Vault
 from edgeward.functions.beside import Beside
 from edgeward.functions.edge import Sections
@@ -31,7 +32,8 @@ from edgeward.gateway.rules import Listen
 
 
 class PlaneSections:
-    """``given``: the ``gateway`` of ``node.json``; ``broker``: how the plane reaches the node's nats-server."""
+    """``given``: the ``gateway`` of ``node.json``; ``broker``: how the plane reaches the node's nats-server;
+    ``report``: tells the hub of an object (None: no more)."""
 
     def __init__(
         self,
@@ -50,10 +52,12 @@ class PlaneSections:
         history: EdgeHistory,
         beside: Beside,
         broker: Callable[[], dict[str, Any] | None],
+        report: Callable[[Key, dict[str, Any] | None], None] = lambda *_: None,
     ) -> None:
         self._node, self._site, self._bind, self._address = node, site, bind, address
         self._gateway, self._desired, self._replica = given, desired, replica
-        self._history, self._broker, self._identity = history, broker, identity
+        self._history, self._broker, self._identity, self._report = history, broker, identity, report
+        self._reported: set[Key] = set()
         values = desired.values
         self._auths = Auths(values, vault)
         self._functions = Sections(partial(values, "Config"), partial(values, "Secret"), vault, stock, beside.of)
@@ -69,7 +73,8 @@ class PlaneSections:
     def all(self) -> dict[str, Any]:
         """What the plane shall do now."""
         declared = self._desired.functions()
-        functions = self._functions.section(declared)
+        functions = self._functions.section(declared, self._desired.coming())
+        self._tell_fetched(self._desired.fetched(self._functions.fetched))
         self._history.note(declared, functions["functions"])
         if (broker := self._broker()) is not None:
             functions["broker"] = broker
@@ -84,6 +89,14 @@ class PlaneSections:
         )  # fmt: skip
         routes["listeners"] = self._listeners.section(self._desired.listeners(), self._guests())
         return {"node": self._node, "site": self._site, "functions": functions, "gateway": routes}
+
+    def _tell_fetched(self, said: dict[Key, dict[str, Any]]) -> None:
+        """The hub hears what has come before its time."""
+        for key in self._reported - said.keys():
+            self._report(key, None)
+        for key, status in said.items():
+            self._report(key, status)
+        self._reported = set(said)
 
     def _listens(self) -> list[Listen]:
         """Where the gateway listens: as ``node.json`` says, else on a port of its own that is kept."""

@@ -34,6 +34,8 @@ def status(session: Session, name: Name) -> None:
     write(" ".join(p for p in (said.get("phase", "Pending"), f"run {said['run']}" if said.get("run") else "") if p))
     if said.get("message"):
         write(said["message"])
+    if said.get("phase") in ("Pending", "Running", "Paused") and said.get("prefetched"):
+        write(f"{said['prefetched']} nodes have all that it needs")
     rows: list[list[object]] = []
     for g in said.get("groups", []):
         nodes, failed = g.get("nodes", []), g.get("failed", {})

@@ -18,7 +18,7 @@ from edgeward.core import clock
 from edgeward.core.blobs import hex_of
 from edgeward.core.errors import Invalid, NotFound
 from edgeward.core.quantity import parse_duration
-from edgeward.core.resource import Resource, check_name
+from edgeward.core.resource import Key, Resource, check_name
 from edgeward.functions import logs
 from edgeward.functions.samples import samples_path, wanted_lines
 from edgeward.functions.sieve import check as check_regex
@@ -66,9 +66,13 @@ class Sections:
         self._config, self._secret, self._vault, self._shelf = config, secret, vault, shelf
         self._beside = beside
         self._sealed: dict[tuple[str, str], str] = {}
+        #: Of what is to come, whether its code and packages are here.
+        self.fetched: dict[Key, bool] = {}
 
-    def section(self, functions: Sequence[Resource]) -> dict[str, Any]:
+    def section(self, functions: Sequence[Resource], coming: Sequence[Resource] = ()) -> dict[str, Any]:
+        """``coming``: what does not run here yet, and whose code and packages are fetched meanwhile."""
         entries = [self._whole(f) for f in sorted(functions, key=lambda r: (r.metadata.namespace, r.metadata.name))]
+        self.fetched = {f.key: self._missing(f) is None for f in coming}
         if self._shelf is not None:
             self._shelf.settle()
         kept = {(e["key"], e.get("digest", "")) for e in [*entries, *(e["before"] for e in entries if "before" in e)]}

@@ -199,7 +199,14 @@ class Hub:
         await self.bundles.open()
         neighbours = Neighbours(self.store, self.steering_settings.scheme, lambda: self.peers.leads)
         levels = self.nodes.roster.levels
-        rollouts = Rollouts(self.store, self.records, lambda: self.peers.leads, lambda node: levels.get(node, LEVEL))
+        rollouts = Rollouts(
+            self.store,
+            self.records,
+            lambda: self.peers.leads,
+            lambda node: levels.get(node, LEVEL),
+            self.nodes.reported,
+        )
+        self.nodes.on_report["Rollout"] = rollouts.soon
         self.steering = HubSteering(self.store, self.steering_settings, self._usage_of, neighbours)
         routes = HubRoutes(
             store=self.store,

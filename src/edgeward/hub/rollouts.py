@@ -26,7 +26,7 @@ from edgeward.core.store import Change
 from edgeward.core.store_nats import NatsStore
 from edgeward.workloads.outcome import Node, Target
 from edgeward.workloads.placement import share
-from edgeward.workloads.release import Status, digest_of, parts_of, read_status
+from edgeward.workloads.release import Status, digest_of, parts_of, prefetched, read_status
 from edgeward.workloads.rollout import Step, follow, run_of, step
 from edgeward.workloads.rollout_spec import rules_of
 
@@ -41,12 +41,18 @@ _LEVEL = 2
 
 
 class Rollouts:
-    """``leads``: whether this process is the one that writes; ``level``: of a node's release."""
+    """``leads``: whether this process is the one that writes; ``level``: of a node's release; ``said``: node -> what it
+    says of a Rollout."""
 
     def __init__(
-        self, store: NatsStore, records: Records, leads: Callable[[], bool], level: Callable[[str], int]
+        self,
+        store: NatsStore,
+        records: Records,
+        leads: Callable[[], bool],
+        level: Callable[[str], int],
+        said: Callable[[Key], Mapping[str, Mapping[str, Any]]] = lambda _: {},
     ) -> None:
-        self._store, self._records, self._leads, self._level = store, records, leads, level
+        self._store, self._records, self._leads, self._level, self._said = store, records, leads, level, said
         self._loop: Loop[Key] = Loop("rollouts", self._look, workers=1)
         #: What is in the loop's timers: to be gathered, not to be put off again.
         self._gathered: set[Key] = set()
@@ -73,9 +79,10 @@ class Rollouts:
 
     def _all(self) -> None:
         for rollout in self._store.items("Rollout"):
-            self._soon(rollout.key)
+            self.soon(rollout.key)
 
-    def _soon(self, key: Key) -> None:
+    def soon(self, key: Key) -> None:
+        """Something about this Rollout may have changed."""
         if key not in self._gathered:
             self._gathered.add(key)
             self._loop.add_after(key, _GATHER)
@@ -87,13 +94,13 @@ class Rollouts:
             if not change.status_only:
                 # its targets may have had another one, or have one no more
                 for rollout in self._store.items("Rollout", key.namespace):
-                    self._soon(rollout.key)
+                    self.soon(rollout.key)
         elif key.kind in ("Node", "Override"):
             self._all()
         elif kinds.get(key.kind).at_once:
             for rollout in self._store.items("Rollout", key.namespace):
                 if any(t.kind == key.kind and t.name == key.name for t in rollout.spec.targets):
-                    self._soon(rollout.key)
+                    self.soon(rollout.key)
 
     # -- a look ------------------------------------------------------------------------------------------------------
 
@@ -129,11 +136,12 @@ class Rollouts:
         status = ahead[1] if ahead is not None and ahead[0] == rollout.status else read_status(rollout.status)
         found, elsewhere = self._targets(rollout)
         nodes: list[Resource] = []
-        targets = [_target(t, nodes) for t in found]
+        targets = [_target(t, nodes, {}) for t in found]
         if run_of(follow(status.targets, targets, made)):
             # who runs what is only asked while there is something to move: of a large fleet it is some work
             nodes = self._store.items("Node")
-            targets = [_target(t, nodes) for t in found]
+            said = self._said(rollout.key)
+            targets = [_target(t, nodes, said) for t in found]
         done = step(rules_of(rollout.spec), status, targets, self._nodes(rollout, nodes), clock.now(), made)
         for text in elsewhere:
             if text not in done.status.message:
@@ -196,9 +204,10 @@ def _holds(override: Resource, key: Key) -> bool:
     )
 
 
-def _target(resource: Resource, nodes: list[Resource]) -> Target:
+def _target(resource: Resource, nodes: list[Resource], said: Mapping[str, Mapping[str, Any]]) -> Target:
     meta = resource.metadata
     parts = parts_of(msgspec.to_builtins(resource.spec), kinds.get(resource.kind).at_once)
+    word = prefetched(resource.kind, meta.name, meta.generation)
     reports: dict[str, Any] = resource.status.get("nodes") or {}
     return Target(
         resource.kind,
@@ -210,6 +219,7 @@ def _target(resource: Resource, nodes: list[Resource]) -> Target:
         meta.creationTimestamp,
         frozenset(_expected(resource, nodes)),
         reports,
+        frozenset(n for n, s in said.items() if word in (s.get("prefetched") or ())),
     )
 
 

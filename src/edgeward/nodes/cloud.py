@@ -126,6 +126,8 @@ class NodesCloud:
         self._flipped_events: dict[str, list[dict[str, Any]]] = {}
         #: "Kind/ns/name" -> nodes that report of it
         self._reporters: dict[str, set[str]] = {}
+        #: Kinds whose status another controller makes of what nodes say; it is told of which object.
+        self.on_report: dict[str, Callable[[Key], None]] = {}
         #: What the enrolment says of a node's identity: members of its status, ``revoked`` always among them.
         self.identity: Callable[[str], dict[str, Any]] = lambda node: {"revoked": False}
 
@@ -441,6 +443,11 @@ class NodesCloud:
             self._reports.setdefault(node, {})[what] = status
             self._reporters.setdefault(what, set()).add(node)
 
+    def reported(self, key: Key) -> dict[str, dict[str, Any]]:
+        """node -> what it said last of an object."""
+        what = f"{key.kind}/{key.namespace}/{key.name}"
+        return {n: self._reports[n][what] for n in sorted(self._reporters.get(what, ()))}
+
     async def _on_push(self, node: str, data: bytes) -> PushAnswer:
         ask = msgspec.msgpack.decode(data, type=PushAsk)
         site = self.roster.node(node).spec.site
@@ -616,6 +623,8 @@ class NodesCloud:
 
     async def _folded(self, key: Key) -> float | None:
         resource = self._store.find(key)
+        if key.kind in self.on_report:
+            self.on_report[key.kind](key)
         if resource is None or not self._folds(key.kind) or not self._leads:
             return None
         fold: Fold = extensions.get("fold", key.kind)

@@ -26,6 +26,8 @@ class Target(msgspec.Struct, frozen=True):
     created: str
     expected: frozenset[str] = frozenset()
     reports: Mapping[str, Mapping[str, Any]] = {}
+    #: Nodes that have what it needs and do not run it yet.
+    fetched: frozenset[str] = frozenset()
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -58,6 +60,17 @@ def verdict(node: str, targets: list[Target], handled: list[Handled]) -> tuple[s
         if phase not in ("Running", "Stopped") or report.get("wanted"):
             said = "busy"
     return said, ""
+
+
+def has_all(node: str, targets: list[Target]) -> bool:
+    """Whether a node has fetched what it needs of everything; of an App's program there is nothing to fetch."""
+    return all(
+        t.kind == "App"
+        or node not in t.expected
+        or node in t.fetched
+        or int((t.reports.get(node) or {}).get("observedGeneration") or 0) == t.generation
+        for t in targets
+    )
 
 
 def is_back(node: str, targets: list[Target], handled: list[Handled]) -> bool:

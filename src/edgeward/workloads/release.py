@@ -135,6 +135,11 @@ def choose(status: Status, made: str, declared: Declared, node: str, now: float,
     return "baseline" if target.baseline is not None else "none"
 
 
+def prefetched(kind: str, name: str, generation: int) -> str:
+    """How a node says that it has all of a version that it does not run yet."""
+    return f"{kind}/{name}@{generation}"
+
+
 def released(status: Status, node: str, now: float, has: bool) -> bool:
     """Whether the run has come to this node."""
     return any(node in g.nodes and (has or not g.until or now <= g.until) for g in status.groups)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from edgeward.workloads.outcome import Node, Target, is_back, verdict
+from edgeward.workloads.outcome import Node, Target, has_all, is_back, verdict
 from edgeward.workloads.release import GroupStatus, Handled, Status, Trying, Version
 
 #: The group of all that no declared group takes.
@@ -113,7 +113,8 @@ def step(rules: Rules, old: Status, targets: list[Target], nodes: list[Node], no
     fleet = {n.name: n for n in nodes if n.name in expected and n.governed}
     resumed = status.cancelled and old.phase == "RolledBack" and rules.cancelled != run and run in rules.approved
     if run != status.run or resumed:
-        _begin(rules, s, run, now)
+        _begin(s, run, now)
+    status.prefetched = sum(has_all(n, targets) for n in fleet)
     _regroup(rules, status)
     if status.phase in ("Succeeded", "RolledBack"):
         return s
@@ -148,7 +149,7 @@ def _rest(rules: Rules, s: Step, old: Status, targets: list[Target]) -> None:
         status.message = ""
 
 
-def _begin(rules: Rules, s: Step, run: str, now: float) -> None:
+def _begin(s: Step, run: str, now: float) -> None:
     status = s.status
     over = status.run and status.phase not in ("Succeeded", "RolledBack")
     if over:

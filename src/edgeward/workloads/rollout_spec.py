@@ -86,6 +86,9 @@ class RolloutSpec(Declared):
     maintenance: Annotated[
         list[Maintenance], Meta(description="When nodes may take a new version; none: at any time", max_length=16)
     ] = []
+    prefetch: Annotated[
+        bool, Meta(description="Nodes fetch code and packages of Functions as soon as they hear of them")
+    ] = True
     paused: Annotated[bool, Meta(description="Lets nobody on (`edgeward rollout pause`, `resume`)")] = False
     approved: Annotated[
         list[str], Meta(description="RUN/GROUP: what may begin (`edgeward rollout approve`)", max_length=64)
@@ -231,6 +234,7 @@ kinds.add(
         doc="How new versions of Apps and Functions go from group to group, and back when they are bad.",
         scope="follows",
         level=2,
+        reported=True,
         hub_fields=tuple(f for f in RolloutSpec.__struct_fields__ if f != "hold"),
         check=_check,
         refs=_refs,
