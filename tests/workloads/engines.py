@@ -6,12 +6,15 @@ Where podman, busybox or the kernel do not let a container run, the tests that n
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import subprocess
 import tarfile
 import tempfile
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -103,3 +106,69 @@ def a_store(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     store.box()
     yield store
     store.close()
+
+
+class Registry:
+    """The reading half of a registry (the distribution project's protocol), over HTTP on the loopback: images that a
+    store saves are there under ``place/NAME:TAG``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.tags: dict[str, str] = {}
+        self.asked: list[str] = []
+        self.broken = False
+        registry = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                registry.answer(self)
+
+            do_HEAD = do_GET
+
+            def log_message(self, format: str, *args: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.place = f"127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+
+    def conf(self) -> str:
+        """A file for CONTAINERS_REGISTRIES_CONF."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        file = self.root / "registries.conf"
+        file.write_text(f'[[registry]]\nlocation = "{self.place}"\ninsecure = true\n')
+        return str(file)
+
+    def take(self, store: Store, image: str, name: str) -> str:
+        """Puts a store's image under ``name:tag``; the digest of its manifest."""
+        folder = self.root / "layout"
+        shutil.rmtree(folder, ignore_errors=True)
+        store.podman("save", "--quiet", "--format", "oci-dir", "--output", str(folder), image)
+        shutil.copytree(folder / "blobs" / "sha256", self.root / "blobs", dirs_exist_ok=True)
+        digest = str(json.loads((folder / "index.json").read_text())["manifests"][0]["digest"])
+        self.tags[name] = digest
+        return digest
+
+    def answer(self, ask: BaseHTTPRequestHandler) -> None:
+        self.asked.append(ask.path)
+        words = ask.path.strip("/").split("/")
+        ref = words[-1]
+        if len(words) > 3 and words[-2] == "manifests":
+            ref = self.tags.get(f"{'/'.join(words[1:-2])}:{ref}", ref)
+        file = self.root / "blobs" / ref.removeprefix("sha256:")
+        found = self.broken is False and (words == ["v2"] or file.is_file())
+        data = b"{}" if words == ["v2"] or not found else file.read_bytes()
+        ask.send_response(200 if found else 503 if self.broken else 404)
+        kind = "vnd.oci.image.manifest.v1+json" if words[-2:-1] == ["manifests"] else "octet-stream"
+        ask.send_header("Content-Type", f"application/{kind}")
+        ask.send_header("Content-Length", str(len(data)))
+        if found and words != ["v2"]:
+            ask.send_header("Docker-Content-Digest", ref)
+        ask.end_headers()
+        if ask.command == "GET":
+            ask.wfile.write(data)
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join(30)

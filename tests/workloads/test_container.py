@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.workloads.engines import BOX, Store, a_store
 from tests.workloads.test_edge import Node
 
 from edgeward.core import cgroup, proc
+from edgeward.core.errors import NotFound
 from edgeward.core.resource import decode
 
 SERVE = 'echo "on $PORT as $(id -u)"; echo "$WORD" > /tmp/index.html; exec httpd -f -p "$PORT" -h /tmp'
@@ -174,8 +176,13 @@ def test_a_check_runs_inside_and_an_end_is_known_to_the_next_agent(tmp_path: Pat
         node.contain("job", "while ! test -e /tmp/go; do sleep 0.1; done; exit 0", **once)
         node.contain("short", "exit 0", **once)
         node.contain("bad", "exit 3", **once)
-        async with node.agent(leave=True):
+        async with node.agent(leave=True) as edge:
             await node.runs("well")
+            inside = edge.inside("default", "well", ["cat", "/proc/1/cmdline", "-"], stdin=True)
+            done = subprocess.run(inside.argv, env=inside.env, input=b"given", capture_output=True, timeout=60)
+            assert done.stdout == b"sleep\x001000\x00given"
+            with pytest.raises(NotFound, match="no instance 'other' of it runs on node n"):
+                edge.inside("default", "well", ["id"], "other")
             (job,) = await node.runs("job")
             await until(lambda: node.phase("short") == "Stopped", WAIT)
             await until(lambda: node.starts("bad") >= 3, WAIT)

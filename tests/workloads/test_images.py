@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 from tests.core.pair import until
-from tests.workloads.engines import BOX, Store, a_store
+from tests.workloads.engines import BOX, Registry, Store, a_store
 
 from edgeward.core.blobfetch import BlobFetch
 from edgeward.core.blobs import BlobAsk, BlobPart
@@ -203,3 +203,54 @@ def test_a_disk_that_is_full_while_it_is_loaded(tmp_path: Path, store: Store, mo
         there.close()
     finally:
         subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+
+def test_images_from_a_registry(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(tmp_path / "registry")
+    monkeypatch.setenv("CONTAINERS_REGISTRIES_CONF", registry.conf())
+    ids, digests = [], []
+    for n in ("first", "second"):
+        ids.append(store.box("localhost/app:1", **{"etc/n": n}))
+        digests.append(registry.take(store, "localhost/app:1", f"team/app:{n}"))
+        store.podman("rmi", "--force", "localhost/app:1")
+    registry.tags["team/app:1"] = digests[0]
+    node = Node(tmp_path / "node")
+    image = f"{registry.place}/team/app"
+
+    def version(n: int) -> tuple[str, str, str]:
+        return ("default", f"app{n}", str(n) * 64)
+
+    def note(n: int) -> tuple[str, str]:
+        found = node.images.note(version(n))
+        assert found is not None
+        assert found.ours or n in (2, 5)
+        return found.id, found.digest
+
+    async def main() -> None:
+        registry.broken = True
+        await node.waits(Container(image=f"{image}:1"), "cannot be pulled", version(1))
+        registry.broken = False
+        node.images.hurry()
+        await node.waits(Container(image=f"{image}:1"), "", version(1))
+        assert note(1) == (ids[0], digests[0])
+        registry.tags["team/app:1"] = digests[1]  # the tag moves
+        await node.waits(Container(image=f"{image}:1"), "", version(2))
+        assert note(2) == (ids[0], digests[0]), "missing: what is here is taken"
+        await node.waits(Container(image=f"{image}:1", pull="always"), "", version(3))
+        assert note(3) == (ids[1], digests[1])
+        assert note(1) == (ids[0], digests[0]), "a version stays what it was"
+        store.podman("rmi", "--force", ids[0])
+        await node.waits(Container(image=f"{image}@{digests[0]}"), "", version(4))
+        assert note(4) == (ids[0], digests[0])
+        asked = len(registry.asked)
+        await node.waits(Container(image=f"{image}@{digests[0]}"), "", version(5))
+        assert note(5) == (ids[0], digests[0])
+        assert len(registry.asked) == asked, "what a digest names need not be asked for again"
+        # a registry that gives something else under a digest
+        (registry.root / "blobs" / ("f" * 64)).write_bytes((registry.root / "blobs" / digests[1][7:]).read_bytes())
+        await node.waits(Container(image=f"{image}@sha256:{'f' * 64}"), "cannot be pulled", version(6))
+
+    try:
+        run(node, main())
+    finally:
+        registry.close()

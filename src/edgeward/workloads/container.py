@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,7 +32,7 @@ from edgeward.workloads.engine import Engine, Mount, Run
 from edgeward.workloads.ground import Ground, write_file
 from edgeward.workloads.images import Images
 from edgeward.workloads.podman import Podman
-from edgeward.workloads.runtime import Kept, Started
+from edgeward.workloads.runtime import Inside, Kept, Started
 from edgeward.workloads.spec import AppSpec, substitute
 from edgeward.workloads.state import InstanceRow, Snapshot
 
@@ -85,7 +85,7 @@ class ContainerRuntime:
             why = self.images.waits_for(version, _of(spec))
             raise EdgewardError(f"its image is not on this node: {why}", field="$.spec.container.image")
         container = _of(spec)
-        env = self._environment(row, snapshot, container, extra)
+        env = self.environment(row, snapshot, extra)
         at = "$.spec.container"
         command = [substitute(t, env, f"{at}.command[{n}]") for n, t in enumerate(container.command)]
         args = [substitute(t, env, f"{at}.args[{n}]") for n, t in enumerate(container.args)]
@@ -99,7 +99,9 @@ class ContainerRuntime:
         addresses = ["127.0.0.1"]  # and where other nodes look for it; nothing listens on all addresses
         if self.ground.address != "127.0.0.1" and _is_address(self.ground.address):
             addresses.append(self.ground.address)
-        publish = [(a, row.ports[p.name], self._inside(row, container)[p.name]) for p in spec.ports for a in addresses]
+        publish = [
+            (a, row.ports[p.name], self._ports_inside(row, container)[p.name]) for p in spec.ports for a in addresses
+        ]
         run = Run(
             self._name(row), note.id, self.label, row.id, folder.absolute(), env, command or None, args,
             container.user, container.workingDir, mounts, container.network == "host", publish, _limits(spec),
@@ -107,13 +109,12 @@ class ContainerRuntime:
         return run, note.digest
 
     @staticmethod
-    def _inside(row: InstanceRow, container: Container) -> dict[str, int]:
+    def _ports_inside(row: InstanceRow, container: Container) -> dict[str, int]:
         return {**row.ports, **container.ports}
 
-    def _environment(
-        self, row: InstanceRow, snapshot: Snapshot, container: Container, extra: Mapping[str, str]
-    ) -> dict[str, str]:
-        inside = self._inside(row, container)
+    def environment(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> dict[str, str]:
+        container = _of(msgspec.convert(snapshot.spec, AppSpec))
+        inside = self._ports_inside(row, container)
         return self.ground.environment(row, snapshot, extra, container.env, "$.spec.container.env", inside)
 
     def _volume(self, row: InstanceRow, volume: Any, field: str) -> Mount:
@@ -172,16 +173,19 @@ class ContainerRuntime:
         note = self.images.note((row.namespace, row.name, row.version))
         row.image = row.image or (note.digest if note is not None else "")
 
-    def check(
-        self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]
-    ) -> tuple[list[str], dict[str, str], dict[str, Any]]:
-        """An exec check's command runs in the container, with its environment and user."""
-        spec = msgspec.convert(snapshot.spec, AppSpec)
-        env = self._environment(row, snapshot, _of(spec), extra)
-        command = spec.health.exec.command if spec.health.exec is not None else []
-        argv = [substitute(t, env, f"$.spec.health.exec.command[{n}]") for n, t in enumerate(command)]
-        words, around = self.engine.exec(self._name(row), argv)
-        return words, around, {}
+    def inside(
+        self,
+        row: InstanceRow,
+        snapshot: Snapshot,
+        extra: Mapping[str, str],
+        argv: Sequence[str],
+        *,
+        stdin: bool = False,
+        tty: bool = False,
+    ) -> Inside:
+        """The engine runs it in the container, with its environment and user."""
+        words, around = self.engine.exec(self._name(row), [*argv], stdin=stdin, tty=tty)
+        return Inside(words, around, self.ground.folder(row), {})
 
     def pids(self, process: proc.ProcId) -> list[int]:
         return cgroup.members(process.pid) if proc.alive(process) else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import msgspec
 
 from edgeward.core import cgroup, clock, proc
 from edgeward.core.blobfetch import BlobFetch
-from edgeward.core.errors import EdgewardError
+from edgeward.core.errors import EdgewardError, NotFound
 from edgeward.core.files import ensure_dir
 from edgeward.core.reconcile import Loop
 from edgeward.core.registry import extensions
@@ -43,7 +43,7 @@ from edgeward.workloads.plan import (
     slot_key,
 )
 from edgeward.workloads.reader import LogReader
-from edgeward.workloads.runtime import Runtime
+from edgeward.workloads.runtime import Inside, Runtime
 from edgeward.workloads.spec import AppSpec, runtime_of
 from edgeward.workloads.state import KEEP, InstanceRow, WorkloadState
 from edgeward.workloads.times import Look, look
@@ -177,6 +177,28 @@ class AppsEdge:
     def usage(self) -> list[dict[str, Any]]:
         """Present use of every instance: processor in cores since the last call, memory in bytes."""
         return self._meter.measure(self.node, self._live, lambda i: self._runtime(i.spec).pids)
+
+    def inside(
+        self,
+        namespace: str,
+        name: str,
+        argv: Sequence[str],
+        instance: str = "",
+        *,
+        stdin: bool = False,
+        tty: bool = False,
+    ) -> Inside:
+        """What runs ``argv`` as a living instance of an app does, in its container where it has one; the first one's,
+        unless one is named. Raises ``NotFound``."""
+        living = [i for i in self._live.get((namespace, name), {}).values() if i.alive and instance in ("", i.row.id)]
+        row = min((i.row for i in living), key=lambda r: (r.slot, r.id), default=None)
+        snapshot = self._db.version(namespace, name, row.version) if row is not None else None
+        if row is None or snapshot is None:
+            what = f"instance {instance!r}" if instance else "instance"
+            raise NotFound(f"no {what} of it runs on node {self.node}", resource=f"App/{name}")
+        spec = msgspec.convert(snapshot.spec, AppSpec)
+        extra = self._source.service_env(namespace)
+        return self._runtime(spec).inside(row, snapshot, extra, argv, stdin=stdin, tty=tty)
 
     # -- adoption -----------------------------------------------------------------------------------------------------
 

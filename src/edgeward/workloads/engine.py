@@ -95,6 +95,8 @@ class Engine(Protocol):
         """Names of all containers with this node's label, to the instance that each is."""
         ...
 
-    def exec(self, name: str, argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    def exec(
+        self, name: str, argv: list[str], *, stdin: bool = False, tty: bool = False
+    ) -> tuple[list[str], dict[str, str]]:
         """Command and environment that run ``argv`` in the container and end with its status."""
         ...

@@ -229,8 +229,11 @@ class Podman:
         said = await self._ask("ps", "--all", "--no-trunc", "--filter", f"label={NODE_LABEL}={node}", "--format", form)
         return dict(line.split()[:2] for line in said.splitlines() if len(line.split()) == 2)
 
-    def exec(self, name: str, argv: list[str]) -> tuple[list[str], dict[str, str]]:
-        return self._words("exec", name, *argv), self._env()
+    def exec(
+        self, name: str, argv: list[str], *, stdin: bool = False, tty: bool = False
+    ) -> tuple[list[str], dict[str, str]]:
+        how = [*(["--interactive"] if stdin else []), *(["--tty"] if tty else [])]
+        return self._words("exec", *how, name, *argv), self._env()
 
 
 def _reason(said: str) -> str:

@@ -12,9 +12,8 @@ import pwd
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -24,7 +23,7 @@ from edgeward.core.files import ensure_dir
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.registry import extensions
 from edgeward.workloads.ground import MARK, Ground, write_file
-from edgeward.workloads.runtime import Kept, Started
+from edgeward.workloads.runtime import Inside, Kept, Started
 from edgeward.workloads.spec import AppSpec, substitute
 from edgeward.workloads.state import InstanceRow, Snapshot
 
@@ -155,16 +154,21 @@ class ProcessRuntime:
             others.append({"what": "logs", "why": _OLDER})
         row.not_enforced = [*({"what": k, "why": v} for k, v in refused.items()), *others]
 
-    def check(
-        self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]
-    ) -> tuple[list[str], dict[str, str], dict[str, Any]]:
-        """An exec check's command, environment and user: the instance's own."""
+    def inside(
+        self,
+        row: InstanceRow,
+        snapshot: Snapshot,
+        extra: Mapping[str, str],
+        argv: Sequence[str],
+        *,
+        stdin: bool = False,
+        tty: bool = False,
+    ) -> Inside:
         spec = msgspec.convert(snapshot.spec, AppSpec)
         env = self.environment(row, snapshot, extra)
-        command = spec.health.exec.command if spec.health.exec is not None else []
-        argv = [substitute(t, env, f"$.spec.health.exec.command[{n}]") for n, t in enumerate(command)]
         uid, gid, groups, _ = self._user(spec.process.user if spec.process is not None else "")
-        return argv, env, {} if uid is None else {"user": uid, "group": gid, "extra_groups": groups}
+        user = {} if uid is None else {"user": uid, "group": gid, "extra_groups": groups}
+        return Inside([*argv], env, self.ground.folder(row), user)
 
     @staticmethod
     def _user(name: str) -> tuple[int | None, int | None, list[int] | None, dict[str, str]]:

@@ -9,8 +9,9 @@ takes away what nothing needs. An instance is a process of the node that can be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -25,6 +26,15 @@ class Started(msgspec.Struct):
     not_enforced: list[dict[str, str]]
     #: What it was made of, where that is a thing with a name of its own: the digest of its image.
     image: str = ""
+
+
+class Inside(NamedTuple):
+    """A program, its environment and folder, and the ``user``, ``group`` and ``extra_groups`` to run it as."""
+
+    argv: list[str]
+    env: dict[str, str]
+    folder: Path
+    user: dict[str, Any]
 
 
 class Kept(Protocol):
@@ -53,9 +63,24 @@ class Runtime(Protocol):
     def find(self, row: InstanceRow) -> proc.ProcId | None: ...
     def resume(self, row: InstanceRow, spec: AppSpec, process: proc.ProcId) -> None: ...
     async def exit_code(self, row: InstanceRow, spec: AppSpec) -> int | None: ...
-    def check(
-        self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]
-    ) -> tuple[list[str], dict[str, str], dict[str, Any]]: ...
+    def environment(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> dict[str, str]:
+        """The words that ``${NAME}`` is replaced from."""
+        ...
+
+    def inside(
+        self,
+        row: InstanceRow,
+        snapshot: Snapshot,
+        extra: Mapping[str, str],
+        argv: Sequence[str],
+        *,
+        stdin: bool = False,
+        tty: bool = False,
+    ) -> Inside:
+        """What to run for ``argv`` to run as the instance does: an exec check's command, or somebody's who looks, with
+        their ``stdin`` and on their terminal (``tty``)."""
+        ...
+
     def pids(self, process: proc.ProcId) -> list[int]:
         """All living processes of the instance that ``process`` leads."""
         ...

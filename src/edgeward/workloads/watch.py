@@ -17,7 +17,7 @@ from edgeward.workloads import health
 from edgeward.workloads.ground import Ground
 from edgeward.workloads.live import AppKey, Live
 from edgeward.workloads.runtime import Runtime
-from edgeward.workloads.spec import AppSpec
+from edgeward.workloads.spec import AppSpec, substitute
 from edgeward.workloads.state import WorkloadState
 from edgeward.workloads.wish import Source
 
@@ -92,8 +92,12 @@ class Watch:
                 return "its version is not kept any more"
             try:
                 extra = self._source.service_env(live.row.namespace)
-                argv, env, user = self._runtime(live.spec).check(live.row, snapshot, extra)
+                known = self._runtime(live.spec).environment(live.row, snapshot, extra)
+                argv = [
+                    substitute(t, known, f"$.spec.health.exec.command[{n}]") for n, t in enumerate(spec.exec.command)
+                ]
+                inside = self._runtime(live.spec).inside(live.row, snapshot, extra, argv)
             except EdgewardError as e:
                 return str(e)
-            return await health.command(argv, env, self._ground.folder(live.row), timeout, user)
+            return await health.command(inside.argv, inside.env, inside.folder, timeout, inside.user)
         return ""
