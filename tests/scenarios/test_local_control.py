@@ -94,9 +94,8 @@ def test_a_cut_site_is_worked_on_from_any_of_its_nodes(
     # a node that dies takes nothing along that it told, and one that comes back has what it missed
     system.run("lab", "kill", "plant-3")
     config = {"kind": "Config", "metadata": {"name": "late"}, "spec": {"data": {"k": "v"}}}
-    system.apply(
-        [config, {**APP, "metadata": {"name": "uses"}, "spec": {**APP["spec"], "replicas": 0}}], "--at", "plant-1"
-    )
+    idle = {**APP["spec"], "replicas": 0, "envFrom": [{"config": "late"}]}
+    system.apply([config, {"kind": "App", "metadata": {"name": "idle"}, "spec": idle}], "--at", "plant-1")
     system.wait("at plant-2", lambda: "late" in system.run("get", "configs", "--at", "plant-2"))
     system.run("lab", "start", "plant-3")
     system.wait("at plant-3", lambda: "late" in system.run("get", "configs", "--at", "plant-3"))
@@ -108,3 +107,30 @@ def test_a_cut_site_is_worked_on_from_any_of_its_nodes(
     system.wait("the Config at the hub", lambda: "late" in system.run("get", "configs"))
     journal = json.loads(system.run("journal", "-o", "json"))["items"]
     assert {j["outcome"] for j in journal} == {"accept"} and not any(j["loser"] for j in journal), journal
+
+    # the site keeps the hub's changes waiting until it says so; roles go on to be the hub's to say
+    monkeypatch.setenv("EDGEWARD_TOKEN", roles["viewer"])
+    system.run("site", "hold", "plant", "--at", "plant-1", code=3)
+    monkeypatch.setenv("EDGEWARD_TOKEN", roles["operator"])
+    system.run("site", "hold", "plant", "--at", "plant-1")
+    monkeypatch.delenv("EDGEWARD_TOKEN")
+    for node in NODES:
+        system.wait(
+            f"{node} holds", lambda node=node: "held since" in system.run("site", "status", "plant", "--at", node)
+        )
+    system.apply(with_replicas(2))
+    counts = lambda: (system.get("site", "plant")["status"].get("hold") or {}).get("waiting")  # noqa: E731
+    system.wait("what waits, at the hub", lambda: counts() == 1)
+    assert system.get("site", "plant", "--at", "plant-2")["status"]["hold"]["changes"] == ["App/web"]
+    system.apply({**config, "spec": {"data": {"k": "mine"}}}, "--at", "plant-2")
+    system.wait(
+        "among themselves", lambda: system.get("config", "late", "--at", "plant-3")["spec"]["data"]["k"] == "mine"
+    )
+    assert system.get("config", "late")["spec"]["data"]["k"] == "v"
+    assert {at(system, node)["spec"]["replicas"] for node in NODES} == {3}
+    system.run("site", "release", "plant", code=2)
+    system.run("site", "release", "plant", "--at", "plant-3")
+    for node in NODES:
+        system.wait(f"released, {node}", lambda node=node: at(system, node)["spec"]["replicas"] == 2)
+    system.wait("the site's own", lambda: system.get("config", "late")["spec"]["data"]["k"] == "mine")
+    system.wait("nothing waits", lambda: counts() is None)

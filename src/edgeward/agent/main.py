@@ -25,6 +25,7 @@ from edgeward.agent.changes import Changes
 from edgeward.agent.closing import Closing
 from edgeward.agent.desired import Desired
 from edgeward.agent.doors import GatewayRoutes
+from edgeward.agent.holding import Holding
 from edgeward.agent.keeper import Keeper
 from edgeward.agent.kinds import load
 from edgeward.agent.listen import Listener, address_of, needs_token
@@ -50,7 +51,7 @@ from edgeward.core.identity import NodeIdentity, inbox_prefix
 from edgeward.core.natsserver import AGENT_USER, NatsServer
 from edgeward.core.outbox import Outbox
 from edgeward.core.records import SqliteRecords
-from edgeward.core.resource import Key, Resource
+from edgeward.core.resource import CLUSTER, Key, Resource
 from edgeward.core.resources import Resources
 from edgeward.core.scope import check_local
 from edgeward.core.tokens import AccessTokens
@@ -151,6 +152,10 @@ class Agent:
             show=self.reports.keep,
             moved=lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
         )
+        self.holding = Holding(
+            self.node, self.site, self.replica, self.audit, changed=self._hold_changed, event=self.reports.event
+        )
+        self.siblings.holding, self.link.held_back = self.holding, self.holding.held_back
         self.link.on_report = self._reported
         self.desired.others, self.reports.sitewide = self.sitewide.endpoints, self.sitewide.status
         self.replica.listen(lambda change: self._spawn(self._look()) if change.key.kind == "Node" else None)
@@ -292,7 +297,7 @@ class Agent:
             self.resources,
             self.replica,
             auth=auth,
-            extra_routes=self.routes.routes(),
+            extra_routes=[*self.routes.routes(), *self.holding.routes()],
             health=self._health,
             metrics=self._metrics,
             info={"role": "agent", "version": __version__, "node": self.node, "site": self.site},
@@ -332,6 +337,7 @@ class Agent:
             async with asyncio.timeout(_PLANE_TIME):
                 await self.plane.started.wait()
         self._ready = True
+        self._show_hold()
         self._say()
         self._report_node()
         log.info("agent %s of node %s ready", __version__, self.node)
@@ -485,7 +491,14 @@ class Agent:
     def _report_node(self) -> None:
         self.link.report_node(
             about_node(
-                self.address, self.apps, self.vault, self.link, self.replica, self._audit_head(), self.mesh.status()
+                self.address,
+                self.apps,
+                self.vault,
+                self.link,
+                self.replica,
+                self._audit_head(),
+                self.mesh.status(),
+                self.holding.status(),
             )
         )
 
@@ -493,6 +506,19 @@ class Agent:
         """The nodes of this site, by the hub's word alone: what is written here makes nobody one of them."""
         said = [(n.metadata.name, s) for n, s in self.replica.from_hub("Node") if n.spec.site == self.site]
         return [known for node, status in said if (known := known_of(node, status)) is not None]
+
+    def _hold_changed(self) -> None:
+        """Somebody said that the site holds, or does not any more; or more of the hub's changes wait."""
+        self.siblings.changed()
+        self._show_hold()
+        if not self.holding.hold.held:
+            self.link.resume()
+        if self._ready:
+            self._report_node()
+
+    def _show_hold(self) -> None:
+        said = self.holding.status()
+        self.replica.put_beside(Key("Site", CLUSTER, self.site), {"hold": said} if said else {})
 
     def _reported(self, key: Key) -> None:
         if self.siblings.statuses is not None:

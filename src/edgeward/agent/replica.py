@@ -83,6 +83,8 @@ class Replica(SharedRows):
         self._seq = int(meta.get("seq", 0))
         #: The hub's level; None of one that was never heard.
         self.hub_level: int | None = int(meta["hub_level"]) if "hub_level" in meta else None
+        #: What this node's own verdicts say of objects beside their status: of this run only.
+        self._beside: dict[Key, dict[str, Any]] = {}
         #: What the hub holds and this release cannot read: the hub's revision, and why.
         self._strange: dict[Key, tuple[int, str]] = {}
         self._strange_kept = meta.get("strange") or "[]"
@@ -172,6 +174,8 @@ class Replica(SharedRows):
     def _effective(self, key: Key) -> Resource | None:
         row = self._rows[key]
         status = row.status or row.hub_status
+        if key in self._beside:
+            status = {**status, **self._beside[key]}
         if row.op == "delete":
             return None
         if row.op == "put" and row.local is not None:
@@ -340,6 +344,19 @@ class Replica(SharedRows):
         self._touch(before, key).status = status
         self._commit(before)
 
+    def put_beside(self, key: Key, said: dict[str, Any]) -> None:
+        """Fields that stand over an object's status for as long as this process runs, whoever wrote the status."""
+        if self._beside.get(key, {}) == said:
+            return
+        if said:
+            self._beside[key] = said
+        else:
+            del self._beside[key]
+        if key in self._rows:
+            before: dict[Key, Row | None] = {}
+            self._touch(before, key)
+            self._commit(before)
+
     # -- the sync ----------------------------------------------------------------------------------------------------
 
     def pending(self) -> list[LocalChange]:
@@ -416,6 +433,18 @@ class Replica(SharedRows):
             raise
         self.hub_revision, self.epoch, self.hub_level = revision, epoch, level
         return kept
+
+    def apply_passing(self, objects: list[HubObject]) -> None:
+        """Takes some of the hub's state out of turn; what was synced last stays what is said to be known."""
+        before: dict[Key, Row | None] = {}
+        for o in objects:
+            self._set_hub(o.key, self._touch(before, o.key), o)
+        self._commit(before)
+
+    def hub_revision_of(self, key: Key) -> int:
+        """The hub's revision of its side of an object; 0 where that is not there."""
+        row = self._rows.get(key)
+        return row.hub_revision if row is not None and row.hub is not None else 0
 
     def _ahead(self, limit: int) -> dict[Key, tuple[Resource, int]]:
         """What the site has and a hub that ends at revision ``limit`` has not, and on which revision; Overrides as the

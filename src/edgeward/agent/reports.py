@@ -89,12 +89,15 @@ def about_node(
     replica: Replica,
     head: Head | None,
     mesh: dict[str, Any],
+    hold: dict[str, Any],
 ) -> dict[str, Any]:
-    """What the node reports of itself. ``head``: the newest entry of its audit trail; ``mesh``: the mesh's members."""
+    """What the node reports of itself. ``head``: the newest entry of its audit trail; ``mesh``: the mesh's members;
+    ``hold``: of a site that holds."""
     return {
         "version": __version__,
         "address": address,
         **mesh,
+        **({"hold": hold} if hold else {}),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "enforced": [*apps.enforced(), *Closing.enforced()],

@@ -60,6 +60,7 @@ COMMANDS: dict[str, Row] = {
     "rollout": Row(
         f"{_CLI}.rollout:app", _RES, "How new versions go from group to group: status, approve.", group=True
     ),
+    "site": Row(f"{_CLI}.site:app", _RES, "Whether a site takes the hub's changes: hold, release.", group=True),
     "label": Row(f"{_CLI}.write:label", _RES, "Set and remove labels."),
     "diff": Row(f"{_CLI}.diff:diff", _RES, "What apply would change; exit code 1 if anything."),
     "explain": Row(f"{_CLI}.explain:explain", _RES, "What a kind or one of its fields means."),

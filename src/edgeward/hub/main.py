@@ -59,6 +59,7 @@ from edgeward.hub.enrol import EnrolRoutes
 from edgeward.hub.failover import Failover
 from edgeward.hub.front import Links, front_protocol
 from edgeward.hub.gateways import GatewayRelay
+from edgeward.hub.holds import Holds
 from edgeward.hub.kinds import load
 from edgeward.hub.neighbours import Neighbours
 from edgeward.hub.oidc import SignIn
@@ -198,6 +199,7 @@ class Hub:
         )
         await self.bundles.open()
         neighbours = Neighbours(self.store, self.steering_settings.scheme, lambda: self.peers.leads)
+        holds = Holds(self.store, lambda: self.peers.leads)
         levels = self.nodes.roster.levels
         rollouts = Rollouts(
             self.store,
@@ -301,6 +303,7 @@ class Hub:
                     self.steering.run,
                     history.run,
                     rollouts.run,
+                    holds.run,
                     *more,
                 )
             finally:

@@ -125,6 +125,8 @@ class NodeEdge:
         #: What was said to be not understood.
         self._strange = replica.strange()
         self.on_strange: Callable[[], None] | None = None
+        #: Gets what the hub sent, and whether it is all; True: it is not to be taken now.
+        self.held_back: Callable[[list[HubObject], bool], bool] = lambda objects, full: False
         #: Those of this node's changes that may be sent now, from the first one on.
         self.sendable: Callable[[list[LocalChange]], list[LocalChange]] = lambda changes: changes
         #: Called when what is said of an object is something else.
@@ -165,6 +167,11 @@ class NodeEdge:
 
     def wake_push(self) -> None:
         """There is a local change to send."""
+        self._push_wanted.set()
+
+    def resume(self) -> None:
+        """What waited here goes both ways again."""
+        self._sync_wanted.set()
         self._push_wanted.set()
 
     def wake_events(self) -> None:
@@ -376,6 +383,8 @@ class NodeEdge:
                 keep = {Key(*n) for n in answer.names}
                 gone = [k for k in self._replica.hub_keys() if k not in keep]
                 objects += [HubObject(k.kind, k.namespace, k.name, answer.revision) for k in gone]
+            if self.held_back(objects, answer.full):
+                return
             stayed, lost = self._replica.apply_sync(
                 objects,
                 revision=answer.revision,

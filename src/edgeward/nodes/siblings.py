@@ -102,6 +102,19 @@ class Digest(msgspec.Struct, omit_defaults=True):
     open: list[tuple[str, str, str, str, str, int]] = []
 
 
+class Hold(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The site's last word on whether the hub's changes wait (``holding.py``): ``stamp`` in seconds since 1970; ``by``
+    whom, at which ``node``. Before any: they do not."""
+
+    held: bool = False
+    stamp: float = 0.0
+    node: str = ""
+    by: str = ""
+
+    def later(self, other: Hold) -> bool:
+        return (self.stamp, self.node) > (other.stamp, other.node)
+
+
 class Answer(msgspec.Struct, omit_defaults=True):
     """``upto`` and ``mine``: all changes of the answering node up to that number are finished, but for these."""
 
@@ -112,6 +125,8 @@ class Answer(msgspec.Struct, omit_defaults=True):
     changes: list[SiteChange] = []
     finished: list[Finished] = []
     more: bool = False
+    #: The site's last word on holding, as this node has it.
+    hold: Hold = Hold()
 
 
 class Horizon(msgspec.Struct):

@@ -22,7 +22,7 @@ from edgeward.core.errors import EdgewardError
 from edgeward.core.reconcile import Loop
 from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key, Resource
-from edgeward.nodes.siblings import Answer, Digest, Finished, Lost, record
+from edgeward.nodes.siblings import Answer, Digest, Finished, Hold, Lost, record
 from edgeward.nodes.siblings_status import Statuses
 from edgeward.nodes.wire import Decided, LocalChange
 
@@ -84,6 +84,14 @@ class LinkLike(Protocol):
     def wake_push(self) -> None: ...
 
 
+class HoldLike(Protocol):
+    """Whether the site has the hub's changes wait, and its own."""
+
+    hold: Hold
+
+    def take(self, hold: Hold) -> bool: ...
+
+
 class Word(msgspec.Struct, array_like=True):
     """What a node says of itself: the print of what it holds open, whether the hub answers it, and how far it has
     counted what it says of its objects (``siblings_status.py``)."""
@@ -108,12 +116,13 @@ class Siblings:
         mesh.on_peers.append(self._met)
         self._pulls: Loop[str] = Loop("siblings", self._pull, backoff=(0.5, SAY), timeout=TIMEOUT * 2)
         self._news = asyncio.Event()
-        self._print = (-1, b"")
+        self._print: tuple[tuple[int, Hold], bytes] = (-1, Hold()), b""
         self._words: dict[str, tuple[Word, float]] = {}
         self._began = clock.monotonic()
         #: Open changes of other nodes that those of this node wait for, and since when.
         self._waited: dict[Key, float] = {}
         self.statuses: Statuses | None = None
+        self.holding: HoldLike | None = None
         self.counters = {"asked": 0, "answered": 0, "lost": 0, "sent_for": 0}
 
     async def run(self) -> None:
@@ -132,11 +141,15 @@ class Siblings:
 
     def print(self) -> bytes:
         """Equal at nodes that hold the same open."""
-        version = self._replica.open_version
+        hold = self._hold()
+        version = self._replica.open_version, hold
         if self._print[0] != version:
-            text = msgspec.json.encode(sorted(self._replica.digest().open))
+            text = msgspec.json.encode([sorted(self._replica.digest().open), hold.stamp, hold.node])
             self._print = version, hashlib.sha256(text).digest()[:8]
         return self._print[1]
+
+    def _hold(self) -> Hold:
+        return self.holding.hold if self.holding is not None else Hold()
 
     async def _say(self) -> None:
         said = b""
@@ -177,7 +190,9 @@ class Siblings:
     async def _asked(self, peer: str, data: bytes) -> bytes:
         ask = msgspec.msgpack.decode(data, type=Digest)
         self.counters["answered"] += 1
-        return msgspec.msgpack.encode(self._replica.answer(ask))
+        answer = self._replica.answer(ask)
+        answer.hold = self._hold()
+        return msgspec.msgpack.encode(answer)
 
     async def _pull(self, peer: str) -> float | None:
         if peer not in self._mesh.peers():
@@ -198,6 +213,8 @@ class Siblings:
             self.counters["asked"] += 1
             if got.node != peer:
                 raise EdgewardError("answers in another's name", resource=f"Node/{peer}")
+            if self.holding is not None:
+                self.holding.take(got.hold)
             before = self._replica.open_version
             for known in self._replica.take(got):
                 self._decided(known)
@@ -230,8 +247,10 @@ class Siblings:
     # -- towards the hub -----------------------------------------------------------------------------------------------
 
     def _sendable(self, changes: list[LocalChange]) -> list[LocalChange]:
-        """Changes of this node, up to the first one that names what another node's open change makes: that goes first.
-        Its origin sends it; if it does not, this node does."""
+        """Changes of this node, none while the site holds. Up to the first one that names what another node's open
+        change makes: that goes first. Its origin sends it; if it does not, this node does."""
+        if self._hold().held:
+            return []
         for n, change in enumerate(changes):
             if names := self._replica.names_open(change.key, foreign=True):
                 self._waited = {k: self._waited.get(k, clock.monotonic()) for k in names}
@@ -259,6 +278,8 @@ class Siblings:
         """Has the hub decide what other nodes changed, and what others changed of ``keys``, in their names.
         Raises ``Unreachable`` and what the hub says."""
         unable, late = set(nodes), set(keys)
+        if self._hold().held:
+            return
         sent = self._link.online and (self._replica.hub_level or 0) >= _LEVEL and bool(unable or late)
         while sent:
             sent = False
