@@ -27,6 +27,7 @@ from benchmarks import (
     idle,
     outbox,
     rollouts,
+    sharing,
     spine,
     steering,
 )
@@ -50,6 +51,7 @@ ALL: dict[str, Callable[[], list[Row]]] = {
     "rollouts": rollouts.rollouts,
     "functions": functions.functions,
     "steering": steering.steering,
+    "sharing": sharing.sharing,
 }
 #: Seconds for one benchmark.
 LIMIT = 900

@@ -69,6 +69,7 @@ from edgeward.nodes.mesh import Mesh
 from edgeward.nodes.mesh_sockets import settings_of
 from edgeward.nodes.mesh_wire import Known, known_of
 from edgeward.nodes.older import check_level
+from edgeward.nodes.sharing import Sharing
 from edgeward.nodes.siblings_edge import Siblings
 from edgeward.nodes.siblings_status import Statuses
 from edgeward.nodes.wan import LinkWatch, redial
@@ -131,6 +132,16 @@ class Agent:
             self._neighbours,
             event=self.reports.event,
             changed=lambda: self._report_node() if self._ready else None,
+        )
+        self.sharing = self.link.site = Sharing(
+            self.node,
+            self.site,
+            mesh=self.mesh,
+            link=self.link,
+            replica=self.replica,
+            trusted=self.identity.trusted,
+            ask=self._from_hub,
+            folder=data / "share",
         )
         self.siblings = Siblings(
             self.node, self.site, replica=self.replica, records=self.records, link=self.link, mesh=self.mesh
@@ -264,6 +275,7 @@ class Agent:
                 os.umask(old_umask)
                 works = [
                     self.mesh.run,
+                    self.sharing.run,
                     self.siblings.run,
                     self.sitewide.run,
                     self.apps.run,
@@ -366,6 +378,9 @@ class Agent:
             await self._exports.apply(self.desired.exports())
 
     async def _ask_hub(self, verb: str, data: bytes, timeout: float) -> bytes:
+        return await self.sharing.ask(verb, data, timeout)
+
+    async def _from_hub(self, verb: str, data: bytes, timeout: float) -> bytes:
         if self.bus is None or not self.link.online:
             raise Unreachable("the hub is not reached", remedy="it is tried again when the link is up")
         answer = await self.bus.request(f"ew.hub.{verb}.{self.node}", data, timeout=timeout)

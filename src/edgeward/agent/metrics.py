@@ -27,6 +27,7 @@ HELP = {
     "edgeward_link_beats_total": "Heartbeats that the hub answered.",
     "edgeward_link_syncs_total": "Syncs of desired state.",
     "edgeward_link_full_syncs_total": "Syncs that began from nothing.",
+    "edgeward_link_shared_total": "Syncs of desired state that another node of the site had.",
     "edgeward_link_pushed_total": "Local changes sent to the hub.",
     "edgeward_link_reports_total": "Reports of state.",
     "edgeward_site_asked_total": "Questions to other nodes of the site for their open changes.",

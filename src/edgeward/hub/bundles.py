@@ -78,12 +78,14 @@ class Bundles:
     # -- nodes -----------------------------------------------------------------------------------------------------
 
     def _allowed(self, node: str, namespace: str) -> None:
-        """Raises ``Refused`` for a node that has no function and no app of the namespace."""
+        """Raises ``Refused`` for a node at whose site nothing of the namespace is for any node: nodes of a site share."""
         check_name(namespace, "namespace")
         me = self._store.find(Key("Node", CLUSTER, node))
         if me is None or self._revoked(node):
             raise Refused("is not known here, or revoked", resource=f"Node/{node}")
-        if not any(takes(r, me) for kind in ("Function", "App") for r in self._store.items(kind, namespace)):
+        site = [n for n in self._store.items("Node") if n.spec.site == me.spec.site]
+        found = [r for kind in ("Function", "App") for r in self._store.items(kind, namespace)]
+        if not any(takes(r, n) for r in found for n in site):
             raise Refused(f"has no function and no app of namespace {namespace!r}", resource=f"Node/{node}")
 
     async def _blob(self, msg: Msg) -> bytes:

@@ -160,6 +160,7 @@ class Hub:
         self.peers = Peers(self.bus, clock.new_id(12), several=bool(self.cluster))
         await self.peers.open()
         self.nodes = NodesCloud(self.store, self.bus, self.records, self._write, self.peers)
+        self.nodes.sign = self.identity.authority.sign
         await self.nodes.open()
         self.streams = StreamsCloud(self.bus.client, replicas=replicas)
         system = await Bus.connect(self.nats.url, name="hub-system", user=identity.system_user)

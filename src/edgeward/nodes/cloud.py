@@ -46,6 +46,7 @@ from edgeward.nodes.liveness import LOOK, Liveness
 from edgeward.nodes.older import left_out
 from edgeward.nodes.reach import own_status, went_back
 from edgeward.nodes.roster import Roster
+from edgeward.nodes.shares import plain, to_sign
 from edgeward.nodes.takeover import Takeover
 from edgeward.nodes.views import STATUS_DOWN, SiteView
 from edgeward.nodes.wire import (
@@ -81,6 +82,8 @@ _UNPOKED = 30.0
 _LATER = 0.1
 #: Seconds that this process's cache may be behind another's.
 _BEHIND = 2.0
+#: Nodes that get the news from one other.
+_SHARED = 64
 #: Nodes that a peer may tell of before they are in this process's copy of the state, and words about each.
 _EARLY = 64
 
@@ -128,6 +131,10 @@ class NodesCloud:
         self._reporters: dict[str, set[str]] = {}
         #: Kinds whose status another controller makes of what nodes say; it is told of which object.
         self.on_report: dict[str, Callable[[Key], None]] = {}
+        #: Nodes that get the news from another one of their site, and from whom.
+        self._carried: dict[str, str] = {}
+        #: Signs what nodes pass on to one another; None: nothing is signed, so each asks for itself.
+        self.sign: Callable[[bytes], bytes] | None = None
         #: What the enrolment says of a node's identity: members of its status, ``revoked`` always among them.
         self.identity: Callable[[str], dict[str, Any]] = lambda node: {"revoked": False}
 
@@ -294,10 +301,24 @@ class NodesCloud:
                 while self._store.revision < revision:  # noqa: ASYNC110 - the store has no event for a number
                     await asyncio.sleep(0.02)  # the pace of looking at a cache that follows
 
+    def _carries(self, node: str, others: list[str]) -> None:
+        """A node asked for itself, and for ``others`` of its site: those are not poked while it is there."""
+        self._carried.pop(node, None)
+        site = self.roster.site_of.get(node)
+        self._carried |= {n: node for n in others[:_SHARED] if n != node and self.roster.site_of.get(n) == site}
+
     async def _on_sync(self, node: str, data: bytes) -> SyncAnswer:
         ask = msgspec.msgpack.decode(data, type=SyncAsk)
-        self.roster.node(node)
+        site = self.roster.node(node).spec.site
         self._heard(node)
+        answer = await self._news(node, ask)
+        self._carries(node, ask.share)
+        if not ask.share or self.sign is None:
+            return answer
+        packed = msgspec.msgpack.encode(answer)
+        return SyncAnswer(signed=packed, proof=self.sign(to_sign(site, plain(ask), packed)))
+
+    async def _news(self, node: str, ask: SyncAsk) -> SyncAnswer:
         ahead = ask.epoch == self._store.epoch and ask.since > self._store.revision
         if ahead and self._peers is not None and not self._peers.alone:
             await self._caught_up(ask.since)
@@ -416,6 +437,9 @@ class NodesCloud:
             return None
         revision = str(self._store.revision).encode()
         for node in sorted(self.roster.nodes_at.get(site, ())):
+            carrier = self._carried.get(node, "")
+            if carrier and carrier not in self._carried and self.is_online(carrier):
+                continue
             if self.is_online(node):
                 with contextlib.suppress(EdgewardError):
                     await self._bus.publish(f"ew.node.{node}.poke", revision)
@@ -427,7 +451,7 @@ class NodesCloud:
         for what in self._reports.get(node, {}):
             self._reporters.get(what, set()).discard(node)
         heard = (self._live, self._reports, self._node_reports, self._event_seq, self._runs, self.roster.told)
-        for known in (*heard, self.roster.levels, self.roster.untold):
+        for known in (*heard, self.roster.levels, self.roster.untold, self._carried):
             known.pop(node, None)
         self.takeover.forget(node)
         for key in self.roster.views.of(site, self._store.revision).entries:
@@ -553,6 +577,9 @@ class NodesCloud:
     def _flipped(self, node: str) -> None:
         online = self.is_online(node)
         self._node_status.add(node)
+        if not online and node in self._carried.values():
+            self._carried = {n: by for n, by in self._carried.items() if by != node}
+            self._poke.add(self.roster.site_of.get(node, ""))
         for what in self._reports.get(node, {}):
             self._fold.add(Key(*what.split("/")))
         waiting = self._flipped_events.setdefault(node, [])

@@ -84,6 +84,25 @@ class ReplicaLike(Protocol):
     def set_meta(self, name: str, value: str) -> str: ...
 
 
+class SiteLike(Protocol):
+    """What the link needs of the other nodes of the site (``sharing.py``)."""
+
+    def shared(self) -> list[str]:
+        """Those that get from this node what the hub says."""
+
+    def passes_on(self, ask: SyncAsk, answer: SyncAnswer) -> SyncAnswer:
+        """The answer that is in a signed one; it is kept for the others."""
+
+    async def news(self, epoch: str, since: int, wanted: int) -> list[list[SyncAnswer]]:
+        """What another node has that is newer than ``since``: syncs, each with its pages."""
+
+    def carried(self) -> bool:
+        """Whether another node asks the hub for this one."""
+
+    def moved(self) -> None:
+        """The replica has something new."""
+
+
 class NodeEdge:
     """One node's conversation with its hub."""
 
@@ -131,7 +150,13 @@ class NodeEdge:
         self.sendable: Callable[[list[LocalChange]], list[LocalChange]] = lambda changes: changes
         #: Called when what is said of an object is something else.
         self.on_report: Callable[[Key], None] = lambda key: None
-        self.counters = {"beats": 0, "syncs": 0, "full_syncs": 0, "pushed": 0, "reports": 0}
+        #: What is had from, and passed on to, other nodes of the site; None: each asks the hub.
+        self.site: SiteLike | None = None
+        #: The hub's newest revision, as far as it said; and: it said that what is held here is not right.
+        self._told, self._doubt = 0, False
+        #: What came last is held back.
+        self._waits = False
+        self.counters = {"beats": 0, "syncs": 0, "full_syncs": 0, "shared": 0, "pushed": 0, "reports": 0}
 
     @property
     def online(self) -> bool:
@@ -183,7 +208,8 @@ class NodeEdge:
         """Runs until cancelled. ``bus``: the connection to the local server."""
         self._bus = bus
 
-        async def poked(_: Msg) -> None:
+        async def poked(msg: Msg) -> None:
+            self._told = max(self._told, int(msg.data)) if msg.data.isdigit() and len(msg.data) < 19 else self._told
             self._sync_wanted.set()
 
         await bus.subscribe(f"ew.node.{self.node}.poke", poked)
@@ -318,6 +344,8 @@ class NodeEdge:
             self._later(wait, self._report_wanted)
         known = self._replica
         if answer.sync or answer.epoch != known.epoch or answer.revision > known.hub_revision:
+            self._doubt |= answer.sync or answer.epoch != known.epoch
+            self._told = max(answer.revision, self._told) if answer.epoch == known.epoch else 0
             self._later(wait, self._sync_wanted)
 
     def _later(self, seconds: float, event: asyncio.Event) -> None:
@@ -365,44 +393,79 @@ class NodeEdge:
 
     # -- sync ----------------------------------------------------------------------------------------------------
 
+    def there_is(self, revision: int) -> None:
+        """Another node of the site has news of the hub's."""
+        if revision > self._replica.hub_revision:
+            self._sync_wanted.set()
+
     async def _sync(self) -> None:
+        if await self._from_the_site():
+            return
+        self._doubt = False
         for attempt in range(3):
             since = self._replica.hub_revision if attempt == 0 else 0
-            ask = SyncAsk(since, self._replica.epoch, level=LEVEL)
-            objects: list[HubObject] = []
-            pages = 0
-            while True:
+            share = self.site.shared() if self.site is not None else []
+            ask = SyncAsk(since, self._replica.epoch, level=LEVEL, share=share)
+            answers: list[SyncAnswer] = []
+            while not answers or answers[-1].more:
+                if answers:
+                    last = answers[-1].objects[-1].key
+                    ask.after = (last.kind, last.namespace, last.name)
                 answer = await self._request("sync", ask, SyncAnswer)
-                objects += answer.objects
-                pages += 1
-                if not answer.more:
-                    break
-                last = answer.objects[-1].key
-                ask.after = (last.kind, last.namespace, last.name)
-            if answer.names is not None:
-                keep = {Key(*n) for n in answer.names}
-                gone = [k for k in self._replica.hub_keys() if k not in keep]
-                objects += [HubObject(k.kind, k.namespace, k.name, answer.revision) for k in gone]
-            if self.held_back(objects, answer.full):
-                return
-            stayed, lost = self._replica.apply_sync(
-                objects,
-                revision=answer.revision,
-                epoch=answer.epoch,
-                full=answer.full,
-                line=answer.line,
-                level=answer.level or UNSAID,
-            )
-            await self._restored(stayed, lost)
-            await self._say_strange()
-            self.counters["syncs"] += 1
-            self.counters["full_syncs"] += answer.full
-            self.synced.set()
-            if not answer.view or answer.view == self._replica.hub_view():
+                if answer.signed and self.site is not None:
+                    answer = self.site.passes_on(ask, answer)
+                answers.append(answer)
+            if await self._take(answers):
                 return
             log.info("the replica differs from the hub's view, asking for all of it")
-        if pages == 1:
+        if len(answers) == 1:
             raise EdgewardError("the replica differs from the hub's view after a full sync")
+
+    def look(self) -> None:
+        """The hub is to be asked, though nothing is known to be new."""
+        self._sync_wanted.set()
+
+    async def _from_the_site(self) -> bool:
+        """Whether another node of the site had all that the hub is known to have."""
+        if self.site is None or self._doubt or not self._replica.epoch:
+            return False
+        for answers in await self.site.news(self._replica.epoch, self._replica.hub_revision, self._told):
+            if answers[-1].revision > self._replica.hub_revision and not await self._take(answers):
+                self._doubt = True
+                return False
+            self.counters["shared"] += 1
+            if self._waits:
+                return True
+        # with no link there is nobody else to ask
+        return self._replica.hub_revision >= self._told and (self.site.carried() or not self.online)
+
+    async def _take(self, answers: list[SyncAnswer]) -> bool:
+        """Has the replica take one sync, all its pages; False where it does not hold what it should hold then."""
+        objects = [o for page in answers for o in page.objects]
+        answer = answers[-1]
+        if answer.names is not None:
+            keep = {Key(*n) for n in answer.names}
+            gone = [k for k in self._replica.hub_keys() if k not in keep]
+            objects += [HubObject(k.kind, k.namespace, k.name, answer.revision) for k in gone]
+        self._waits = self.held_back(objects, answer.full)
+        if self._waits:
+            return True
+        stayed, lost = self._replica.apply_sync(
+            objects,
+            revision=answer.revision,
+            epoch=answer.epoch,
+            full=answer.full,
+            line=answer.line,
+            level=answer.level or UNSAID,
+        )
+        await self._restored(stayed, lost)
+        await self._say_strange()
+        self.counters["syncs"] += 1
+        self.counters["full_syncs"] += answer.full
+        self.synced.set()
+        if self.site is not None:
+            self.site.moved()
+        return not answer.view or answer.view == self._replica.hub_view()
 
     async def _say_strange(self) -> None:
         """What the hub holds for this node and this release cannot read: it stays as it was, and that is said."""

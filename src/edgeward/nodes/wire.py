@@ -61,12 +61,14 @@ class SyncAsk(msgspec.Struct, omit_defaults=True):
     """``since``/``epoch``: what the node has. ``after``: continue a paged answer behind this key.
 
     ``level``: kinds and fields up to this level are known to the node (:attr:`edgeward.core.registry.Kind.level`).
+    ``share``: nodes of the site that get the answer from this one, so it comes signed and they are not poked.
     """
 
     since: int
     epoch: str
     after: tuple[str, str, str] | None = None
     level: int = 0
+    share: list[str] = []
 
 
 class SyncAnswer(msgspec.Struct, omit_defaults=True):
@@ -74,7 +76,8 @@ class SyncAnswer(msgspec.Struct, omit_defaults=True):
 
     ``line``: which stores this one was restored from, for a node that comes from another epoch.
     ``names``: the keys of all it may keep, when the hub does not know any more what left its view (last page only).
-    ``level``: the hub's; 0 of a release that does not say.
+    ``level``: the hub's; 0 of a release that does not say. ``signed`` stands for all else where it is to be shared: an
+    encoded answer, with the hub's signature of it for the site (``shares.py``).
     """
 
     epoch: str = ""
@@ -87,6 +90,8 @@ class SyncAnswer(msgspec.Struct, omit_defaults=True):
     line: list[Ancestor] = []
     names: list[tuple[str, str, str]] | None = None
     level: int = 0
+    signed: bytes = b""
+    proof: bytes = b""
 
 
 class PushAsk(msgspec.Struct, omit_defaults=True):
