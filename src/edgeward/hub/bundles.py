@@ -78,7 +78,7 @@ class Bundles:
     # -- nodes -----------------------------------------------------------------------------------------------------
 
     def _allowed(self, node: str, namespace: str) -> None:
-        """Raises ``Refused`` for a node at whose site nothing of the namespace is for any node: nodes of a site share."""
+        """Raises ``Refused`` where nothing of the namespace is for any node of its site: those share."""
         check_name(namespace, "namespace")
         me = self._store.find(Key("Node", CLUSTER, node))
         if me is None or self._revoked(node):
