@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import (
+    closed,
     cluster,
     convergence,
     enrol,
@@ -44,6 +45,7 @@ ALL: dict[str, Callable[[], list[Row]]] = {
     "convergence": convergence.convergence,
     "cluster": cluster.cluster,
     "enrol": enrol.enrol,
+    "closed": closed.closed,
     "gateway": gateway.gateway,
     "gateway-tls": gateway_tls.gateway_tls,
     "idle": idle.idle,

@@ -28,7 +28,7 @@ sites: [{name: berlin, nodes: 2, link: lan}, {name: bonn, nodes: 1, link: lan}, 
 SERVER = """
 import http.server, os
 class Web(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version, wbufsize = "HTTP/1.1", 65536
     def do_GET(self):
         body = f"{os.environ['EDGEWARD_SITE']} {os.environ['WORD']}".encode()
         self.send_response(200)
@@ -183,7 +183,7 @@ def test_requests_never_leave_their_site_until_a_fallback_says_so(net: Net) -> N
 
 
 class Cloud(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version, wbufsize = "HTTP/1.1", 65536
 
     def do_GET(self) -> None:
         self.send_response(200)

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 SERVER = """
 import http.server, os
 class Web(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version, wbufsize = "HTTP/1.1", 65536
     def do_GET(self):
         body = f"{os.environ['EDGEWARD_SITE']} to {self.headers['x-forwarded-host']}".encode()
         self.send_response(200)
