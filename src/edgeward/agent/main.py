@@ -255,7 +255,10 @@ class Agent:
             self.replica, apps=self.apps, plane=self.plane, link=self.link, closing=self.closing,
             exports=self._apply_exports,
         )  # fmt: skip
-        self.tunnel = tunnel_of(self.node, self.identity, self._doors, config.get("tunnel"))
+        self.tunnel, self.own_tunnels = tunnel_of(
+            self.node, self.identity, self._doors, config.get("tunnel"),
+            data=data, store=self.replica, audit=self.audit,
+        )  # fmt: skip
         self._ready = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self.bus: Bus | None = None
@@ -283,7 +286,7 @@ class Agent:
                     self.changes.run,
                 ]
                 works += [self._messages, self._token_uses, self._anchor, self.stock.run, self.orders.run]
-                works.append(self.closing.run)
+                works += [self.closing.run, self.own_tunnels.run]
                 if (listener := self.listener) is not None:
                     open_api = self._api(self._bearer)
                     works.append(lambda: listener.run(open_api))
@@ -309,7 +312,7 @@ class Agent:
             self.resources,
             self.replica,
             auth=auth,
-            extra_routes=[*self.routes.routes(), *self.holding.routes()],
+            extra_routes=[*self.routes.routes(), *self.holding.routes(), *self.own_tunnels.routes()],
             health=self._health,
             metrics=self._metrics,
             info={"role": "agent", "version": __version__, "node": self.node, "site": self.site},

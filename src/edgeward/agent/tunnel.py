@@ -1,18 +1,84 @@
-"""The node's tunnel, put together: its ways to the hub from enrolment, its policy from ``node.json``, its services."""
+"""The node's tunnel, put together: its ways to the hub from enrolment, its policy from ``node.json``, its services.
+
+The same services are at the node's own API for people at the site, where they are decided, watched and recorded as at
+the hub: with the link cut, ``edgeward --at NODE`` runs programs, copies files and opens ports all the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from starlette.routing import Route
+
+from edgeward.core.audit import Audit
 from edgeward.core.certs import verify
+from edgeward.core.errors import Invalid, Refused
 from edgeward.core.identity import NodeIdentity
+from edgeward.core.resource import CLUSTER, Key
+from edgeward.core.store import Store
 from edgeward.nodes.door import Door
-from edgeward.tunnel.edge import Policy, TunnelEdge
+from edgeward.tunnel.cloud import Tunnels
+from edgeward.tunnel.copy import Copy
+from edgeward.tunnel.edge import Policy, Service, TunnelEdge, tcp
+from edgeward.tunnel.exec import Exec
+from edgeward.tunnel.framing import Open
 from edgeward.tunnel.link import Way
+from edgeward.tunnel.session import Session, Stream
 
 
-def tunnel_of(node: str, identity: NodeIdentity, doors: Callable[[], list[Door]], config: Any) -> TunnelEdge:
+class OwnTunnels(Tunnels):
+    """The tunnel's end for operators at the node itself: streams go straight to its services."""
+
+    def __init__(self, node: str, edge: TunnelEdge, store: Store, audit: Audit, programs: Exec) -> None:
+        super().__init__(
+            store,
+            audit,
+            key_of=lambda _: "",
+            verify=lambda *_: False,
+            prove=lambda _: b"",
+            nonce=lambda: "",
+            use_nonce=lambda _: None,
+            call=_no_call,
+            online=lambda _: False,
+        )
+        self._node, self._edge, self._programs = node, edge, programs
+
+    def routes(self) -> list[Route]:
+        return [route for route in super().routes() if "{name}" in route.path]
+
+    async def run(self) -> None:
+        await self._programs.sweep()
+        await super().run()
+
+    async def prepare(self, node: str) -> None:
+        if node != self._node:
+            raise Refused(
+                f"this is the API of node {self._node}, which leads to no other node",
+                resource=f"Node/{node}",
+                remedy=f"ask it itself: --at {node}",
+            )
+
+    async def forward(self, stream: Stream, node: str, purpose: Open, origin: Session) -> None:
+        stream.purpose = purpose
+        self._edge.serve(stream)
+
+
+async def _no_call(node: str, args: dict[str, Any]) -> None:
+    raise Refused("a node calls no other node")
+
+
+def tunnel_of(
+    node: str,
+    identity: NodeIdentity,
+    doors: Callable[[], list[Door]],
+    config: Any,
+    *,
+    data: Path,
+    store: Store,
+    audit: Audit,
+) -> tuple[TunnelEdge, OwnTunnels]:
     """``config``: ``tunnel`` in ``node.json``."""
 
     def ways() -> list[Way]:
@@ -21,4 +87,25 @@ def tunnel_of(node: str, identity: NodeIdentity, doors: Callable[[], list[Door]]
     def hubs(proof: bytes, signature: bytes) -> bool:
         return any(verify(ca, proof, signature) for ca in identity.trusted())
 
-    return TunnelEdge(node, ways=ways, sign=identity.sign, hubs=hubs, policy=Policy.read(config))
+    async def note(use: dict[str, Any]) -> None:
+        await audit.write(
+            str(use["verb"]), Key("Node", CLUSTER, node), actor=str(use["who"]), source=str(use["source"]),
+            outcome=str(use["outcome"]), detail=use["detail"],
+        )  # fmt: skip
+
+    user = user_of(config)
+    programs = Exec(user=user, data=str(data), note=note)
+    services: dict[str, Service] = {
+        "exec": programs.exec, "shell": programs.shell, "copy": Copy(user=user, note=note), "http": tcp,
+    }  # fmt: skip
+    policy = Policy.read(config)
+    edge = TunnelEdge(node, ways=ways, sign=identity.sign, hubs=hubs, policy=policy, services=services)
+    return edge, OwnTunnels(node, edge, store, audit, programs)
+
+
+def user_of(config: Any) -> str:
+    """``tunnel.user`` in ``node.json``: whom programs run as; empty: as the agent itself. Raises ``Invalid``."""
+    user = config.get("user", "") if isinstance(config, dict) else ""
+    if not isinstance(user, str) or len(user) > 64:
+        raise Invalid("expected a user's name", field="tunnel.user", file="node.json")
+    return user

@@ -119,6 +119,34 @@ def open_(
     run(lambda: forward.run(where, ready))
 
 
+@app.command("stdio")
+@command
+def stdio(
+    session: Session,
+    node: Annotated[str, typer.Argument(metavar="NODE", help="The node.", show_default=False)],
+    port: Annotated[str, typer.Argument(metavar="PORT", help="The port there.", show_default=False)],
+    host: Annotated[
+        str, typer.Option("--host", metavar="HOST", help="A machine behind the node; else the node itself.")
+    ] = "",
+) -> None:
+    """Join a TCP port of a node to this command's input and output.
+
+    For SSH: ssh -o ProxyCommand='edgeward tunnel stdio %h %p' NODE
+    """
+    from edgeward.tunnel.attach import splice
+    from edgeward.tunnel.client import connect
+
+    check_name(node, "NODE", "Node")
+    args = {"port": _port(port, 1)} | ({"host": host} if host else {})
+    target = target_of(session)
+
+    async def work() -> None:
+        async with connect(target, node, "tcp", args) as stream:
+            await splice(stream, 0, 1)
+
+    asyncio.run(work())
+
+
 def _port(text: str, least: int) -> int:
     if not (text.isascii() and text.isdigit()) or not least <= int(text) <= 65535:
         raise Invalid("is no port", field="PORT", remedy=f"a number from {least} to 65535")

@@ -17,7 +17,7 @@ import termios
 import tty
 from collections.abc import Iterator
 
-from edgeward.core.errors import Unreachable
+from edgeward.core.errors import EdgewardError, Unreachable
 from edgeward.tunnel import channels, fds
 from edgeward.tunnel.channels import Exit
 from edgeward.tunnel.stream import Stream
@@ -96,11 +96,14 @@ class Attached:
                 await asyncio.wait({feeding, hearing}, return_when=asyncio.FIRST_COMPLETED)
                 if feeding.done() and not hearing.done():
                     feeding.result()
-                return await hearing
+                exit = await hearing
             finally:
                 for task in (feeding, hearing, *self._tasks):
                     task.cancel()
                 await asyncio.gather(feeding, hearing, *self._tasks, return_exceptions=True)
+        with contextlib.suppress(EdgewardError):  # it is over, whatever becomes of the stream
+            await self._stream.end()
+        return exit
 
     # -- to the node ---------------------------------------------------------------------------------------------------
 
@@ -189,6 +192,31 @@ class Attached:
         raise Unreachable(
             "the session broke off before the program had ended", remedy="its node's agent may have ended"
         )
+
+
+async def splice(stream: Stream, stdin: int, stdout: int) -> None:
+    """Bytes both ways, as a ``ProxyCommand`` of SSH does it, until the other side ends. Raises what ends the stream."""
+
+    async def there() -> None:
+        while data := await _typed(stdin, _PIECE):
+            await stream.write(data)
+        await stream.end()
+
+    async def back() -> None:
+        while data := await stream.read():
+            await _written(stdout, data)
+
+    feeding = asyncio.create_task(there())
+    hearing = asyncio.create_task(back())
+    try:
+        await asyncio.wait({feeding, hearing}, return_when=asyncio.FIRST_COMPLETED)
+        if feeding.done() and not hearing.done():
+            feeding.result()
+        await hearing
+    finally:
+        for task in (feeding, hearing):
+            task.cancel()
+        await asyncio.gather(feeding, hearing, return_exceptions=True)
 
 
 async def _typed(fd: int, n: int) -> bytes:

@@ -45,6 +45,7 @@ from edgeward.core.problems import refused
 from edgeward.core.resource import CLUSTER, Key
 from edgeward.core.store import Store
 from edgeward.tunnel.edge import PATH, answered, transcript, use_of
+from edgeward.tunnel.exec import told
 from edgeward.tunnel.framing import Open, accept_key
 from edgeward.tunnel.link import WebLink
 from edgeward.tunnel.session import Session, Stream
@@ -165,7 +166,7 @@ class Desk:
             if len(self.uses) >= _MOST_USES:
                 raise TooMany("this session does too many different things", remedy="open another one")
             self.uses[what] = _Use()
-            await self._tunnels.record(self, use, "opened", told(purpose))
+            await self._tunnels.record(self, use, "opened", told(purpose.service, purpose.args))
         self.uses[what].streams += 1
         self.uses[what].open += 1
         return what
@@ -228,11 +229,6 @@ class _Named(Passage):
 
     def __str__(self) -> str:
         return self.protocol
-
-
-def told(purpose: Open) -> dict[str, Any]:
-    """What a stream was opened with, as far as the audit keeps it."""
-    return {k: str(v)[:256] for k, v in list(purpose.args.items())[:16] if k not in ("host", "port", "env", "stdin")}
 
 
 class Tunnels:
@@ -361,7 +357,7 @@ class Tunnels:
         own = sum(d.principal.name == who.name for d in self.desks.values())
         if len(self.desks) >= _MOST or own >= _MOST_OF_ONE:
             raise TooMany(f"{own} tunnels of yours are open", remedy="close some")
-        await self.reach(node)  # an operator hears at once that a node is away, and the first stream need not wait
+        await self.prepare(node)  # an operator hears at once that a node is away, and the first stream need not wait
         again = request.scope.get("again") or (lambda: who)
         source = request.client.host if request.client and request.client.host else "local"
         desk = self.desks[id] = Desk(self, id, node, again, source)
@@ -371,6 +367,12 @@ class Tunnels:
         self.desks.pop(desk.id, None)
         self._desk_attempts.pop(desk.id, None)
         self.spawn(desk.close())
+
+    async def prepare(self, node: str) -> None:
+        """For streams that will come. Raises why there can be none now: a session that waits for its link to come
+        again is no reason to let a new operator wait as well."""
+        self._check_online(node)
+        await self.reach(node)
 
     async def forward(self, stream: Stream, node: str, purpose: Open, origin: Session) -> None:
         """Joins the stream to a new one at the node. Raises ``Unreachable``."""
@@ -417,13 +419,16 @@ class Tunnels:
                 f"node {node} did not open its tunnel", resource=f"Node/{node}", remedy="its agent's log says why"
             ) from None
 
-    async def _have_dial(self, node: str) -> None:
+    def _check_online(self, node: str) -> None:
         if not self._online(node):
             raise Unreachable(
                 f"node {node} is not connected",
                 resource=f"Node/{node}",
                 remedy="is its link up? see: edgeward get node",
             )
+
+    async def _have_dial(self, node: str) -> None:
+        self._check_online(node)
         task = self._asking.get(node)
         if task is None:
             task = self._asking[node] = asyncio.get_running_loop().create_task(self._ask_node(node))

@@ -105,12 +105,12 @@ async def give(stream: Stream, giver: Giver, hand: Hand, progress: Progress = _s
     for n, entry in enumerate(entries):
         if entry.kind == "file":
             await _send(wire, giver, hand, n, entry, have.get(n), lambda size: progress(size, total))
-    await stream.end()
     while not isinstance(said := await wire.next(), Done):
         if not isinstance(said, Failed):
             raise copying.broken("an end that is none")
         if len(result.failed) < _TOLD:
             result.failed.append((said.path, said.why))
+    await stream.end()
     result.failed = [*giver.skipped, *result.failed]
     result.files, result.bytes, result.moved = said.files, said.bytes, said.moved
     return result
@@ -165,6 +165,8 @@ async def take(stream: Stream, taker: Taker, hand: Hand, progress: Progress = _s
     await wire.say(*(Failed(path, reason) for path, reason in result.failed[:_TOLD]))
     await wire.say(Done(result.files, result.bytes, result.moved))
     await stream.end()
+    while await stream.read():  # until the giver has heard it: who closes the tunnel now would take it away
+        raise copying.broken("more than was asked for")
     result.failed = [*skipped, *result.failed]
     return result
 

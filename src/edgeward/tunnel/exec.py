@@ -99,7 +99,8 @@ def told(service: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """What an audit keeps of such a call: the argument list, bounded, what looks like a secret taken out. Pure."""
     scrubbed = Scrubber()
     if service not in ("exec", "shell"):
-        return {k: str(v)[:256] for k, v in list(args.items())[:16] if isinstance(v, str | int | bool)}
+        bare = {k: v for k, v in args.items() if k not in ("host", "port") and isinstance(v, str | int | bool)}
+        return {str(k)[:64]: str(v)[:256] for k, v in list(bare.items())[:16]}
     argv = [str(a) for a in args.get("argv") or []] if isinstance(args.get("argv"), list | tuple) else []
     kept: list[str] = []
     room = _TOLD_BYTES
