@@ -32,6 +32,7 @@ class Node:
         self.data = data
         self.wishes: dict[str, tuple[Resource, int]] = {}
         self.said: dict[str, dict[str, Any]] = {}
+        self.settings: dict[str, Any] = {}
         self.configs: dict[str, dict[str, str]] = {}
         self.events: list[str] = []
         self.edge: AppsEdge | None = None
@@ -73,8 +74,9 @@ class Node:
     async def agent(self, *, leave: bool = False) -> AsyncIterator[AppsEdge]:
         """An agent's life. ``leave``: what it runs outlives it."""
         edge = self.edge = AppsEdge(
-            node="n", site="s", data_dir=self.data, source=self, report=self._report, event=self._event
-        )
+            node="n", site="s", data_dir=self.data, source=self, report=self._report, event=self._event,
+            settings=self.settings,
+        )  # fmt: skip
         running = asyncio.create_task(edge.run())
         try:
             async with asyncio.timeout(60):

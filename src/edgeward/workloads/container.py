@@ -28,6 +28,7 @@ from edgeward.core.files import ensure_dir
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.registry import extensions
 from edgeward.workloads.container_spec import Container
+from edgeward.workloads.docker import Docker
 from edgeward.workloads.engine import Engine, Mount, Run
 from edgeward.workloads.ground import Ground, write_file
 from edgeward.workloads.images import Images
@@ -46,7 +47,7 @@ _TIDY, _SOON, _WORD = 3600.0, 60.0, 30.0
 class ContainerRuntime:
     def __init__(self, ground: Ground, engine: Engine | None = None) -> None:
         self.ground = ground
-        self.engine: Engine = engine or Podman(ground.settings)
+        self.engine: Engine = engine or choose(ground)
         self.images = Images(ground, self.engine)
         #: Tells this node's containers from those of other nodes on the machine.
         self.label = hashlib.sha256(str(ground.data.absolute()).encode()).hexdigest()[:12]
@@ -90,6 +91,7 @@ class ContainerRuntime:
         command = [substitute(t, env, f"{at}.command[{n}]") for n, t in enumerate(container.command)]
         args = [substitute(t, env, f"{at}.args[{n}]") for n, t in enumerate(container.args)]
         ensure_dir(self._used)
+        (self._used / "engine").write_text(self.engine.name, "ascii")
         folder = ensure_dir(self.ground.folder(row))
         mounts = [self._volume(row, v, f"{at}.volumes[{n}]") for n, v in enumerate(container.volumes)]
         for path, text in snapshot.files.items():
@@ -166,6 +168,10 @@ class ContainerRuntime:
 
     def resume(self, row: InstanceRow, spec: AppSpec, process: proc.ProcId) -> None:
         self.ground.pipes.adopt(self.ground.log_file(row))
+        if self.engine.keeps_output:
+            with contextlib.suppress(OSError):  # too many open files, say: then it stays with the engine
+                out = self.ground.pipes.make(self.ground.log_file(row), parse_bytes(spec.logs.bytes))
+                self.engine.follow(self._name(row), self.ground.folder(row), out)
         verdict = cgroup.holds(process.pid, _limits(spec))
         own = {*verdict.enforced, *verdict.refused}
         row.enforced = [*verdict.enforced, *(what for what in row.enforced if what not in own)]
@@ -233,6 +239,7 @@ class ContainerRuntime:
     async def run(self, kept: Kept) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.images.run())
+            group.create_task(self.engine.background())
             pause = _SOON
             while True:
                 if self._used.is_dir() and not self.engine.absent():
@@ -261,6 +268,19 @@ class ContainerRuntime:
         self._look.set()
 
 
+def choose(ground: Ground) -> Engine:
+    """The engine that ``node.json`` names, or the one that has this node's containers, or the first that is there."""
+    named, file = str(ground.settings.get("engine", "")), ground.data / "containers" / "engine"
+    if named:
+        return extensions.get("engine", named)(ground.settings)  # type: ignore[no-any-return]
+    engines: dict[str, Engine] = {n: extensions.get("engine", n)(ground.settings) for n in ("podman", "docker")}
+    with contextlib.suppress(OSError):
+        known = engines.get(file.read_text("ascii").strip())
+        if known is not None and not known.absent():
+            return known
+    return next((e for e in engines.values() if not e.absent()), engines["podman"])
+
+
 def _of(spec: AppSpec) -> Container:
     if spec.container is None:
         raise Invalid("no container is declared", field="$.spec.container")
@@ -287,5 +307,8 @@ def _limits(spec: AppSpec) -> cgroup.Limits:
     return cgroup.Limits(memory, spec.limits.cpu, spec.limits.pids)
 
 
+for _name, _engine in (("podman", Podman), ("docker", Docker)):
+    if _name not in extensions.names("engine"):
+        extensions.add("engine", _name, _engine)
 if "container" not in extensions.names("runtime"):
     extensions.add("runtime", "container", ContainerRuntime)

@@ -56,6 +56,8 @@ class Run(NamedTuple):
 
 class Engine(Protocol):
     name: str
+    #: A container's output stays with the engine and has to be followed; else it goes into the pipe by itself.
+    keeps_output: bool
 
     def absent(self) -> str:
         """Why there is no such engine here; "" when there is."""
@@ -99,4 +101,12 @@ class Engine(Protocol):
         self, name: str, argv: list[str], *, stdin: bool = False, tty: bool = False
     ) -> tuple[list[str], dict[str, str]]:
         """Command and environment that run ``argv`` in the container and end with its status."""
+        ...
+
+    def follow(self, name: str, folder: Path, out: int) -> None:
+        """Goes on moving an adopted container's output into the pipe ``out``, which it closes at the end."""
+        ...
+
+    async def background(self) -> None:
+        """Whatever it has to do all the time, until cancelled."""
         ...

@@ -94,6 +94,7 @@ def _may_raise() -> bool:
 
 class Podman:
     name = "podman"
+    keeps_output = False
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         """``settings``: ``containers`` of ``node.json``; its ``podman`` holds options for every call."""
@@ -234,6 +235,12 @@ class Podman:
     ) -> tuple[list[str], dict[str, str]]:
         how = [*(["--interactive"] if stdin else []), *(["--tty"] if tty else [])]
         return self._words("exec", *how, name, *argv), self._env()
+
+    def follow(self, name: str, folder: Path, out: int) -> None:
+        os.close(out)  # its processes have the pipe themselves
+
+    async def background(self) -> None:
+        """Nothing of it needs us."""
 
 
 def _reason(said: str) -> str:
