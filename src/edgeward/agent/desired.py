@@ -25,6 +25,10 @@ class Desired:
         self._said: dict[Key, list[dict[str, Any]]] = {}
         #: The endpoints of a Service at other nodes; the hub's word, until there is a better one.
         self.others: Callable[[Resource], list[dict[str, Any]]] = lambda s: list(s.status.get("endpoints", []))
+        #: What the site's verdicts say: whose share of an App moves, whether it stops here, who is dead.
+        self.gone: Callable[[Resource], frozenset[str]] = lambda app: frozenset()
+        self.stops: Callable[[Resource], bool] = lambda app: False
+        self.dead: Callable[[str], bool] = lambda node: False
         #: Instances that served when the agent before us ended: they do until one of our own looks says otherwise.
         self._served = {
             str(i.get("id"))
@@ -49,10 +53,13 @@ class Desired:
         found: dict[tuple[str, str], tuple[Resource, int]] = {}
         for declared in self._replica.items("App"):
             app = self._rolling.of(declared)
-            count = 0 if app is None or app.metadata.deletionTimestamp else share(app, nodes, self._node)
+            count = 0 if app is None or app.metadata.deletionTimestamp else self._share(app, nodes)
             if app is not None and count:
                 found[app.metadata.namespace, app.metadata.name] = (effective(app, self._site), count)
         return found
+
+    def _share(self, app: Resource, nodes: list[Resource]) -> int:
+        return 0 if self.stops(app) else share(app, nodes, self._node, self.gone(app))
 
     def elsewhere(self, key: Key) -> dict[str, Any]:
         """What this node can say of an App of which it runs nothing: which nodes of its site do, as far as it knows."""
@@ -62,7 +69,7 @@ class Desired:
         if not replicas_at(app, self._site):
             return {"phase": "Stopped"}
         nodes = self.nodes()
-        found = sorted(n.metadata.name for n in nodes if share(app, nodes, n.metadata.name))
+        found = sorted(n.metadata.name for n in nodes if share(app, nodes, n.metadata.name, self.gone(app)))
         if not found:
             return {"phase": "Pending", "message": f"no node of site {self._site} matches the placement"}
         return {"phase": "Elsewhere", "elsewhere": found, "message": f"runs on {', '.join(found)}, not on this node"}
@@ -182,9 +189,14 @@ class Desired:
         found = [{"address": a, "port": p, "here": True} for a, p in self._here(service)]
         if service.spec.scope != "node":
             for e in self.others(service):
-                if e.get("node") != self._node and e.get("site") == self._site and e.get("address"):
+                if self._elsewhere(e) and e.get("address"):
                     found.append({"address": str(e["address"]), "port": int(e["port"]), "here": False})
         return found
+
+    def _elsewhere(self, endpoint: dict[str, Any]) -> bool:
+        """Whether it is one of another node of this site that is not dead."""
+        node = str(endpoint.get("node"))
+        return node != self._node and endpoint.get("site") == self._site and not self.dead(node)
 
     def ports(self, service: Resource) -> list[int]:
         """The ports of a Service's instances on this node, whether they serve yet or not."""
@@ -218,7 +230,7 @@ class Desired:
                 if port and i.get("phase") == "Running":
                     endpoints.append(f"{i.get('address') or '127.0.0.1'}:{port}")
             for e in self.others(service):
-                if e.get("node") != self._node and e.get("site") == self._site:
+                if self._elsewhere(e):
                     endpoints.append(f"{e.get('address')}:{e.get('port')}")
             name = service.metadata.name.upper().replace("-", "_")
             env[f"EDGEWARD_SERVICE_{name}"] = ",".join(dict.fromkeys(endpoints))

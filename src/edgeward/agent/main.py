@@ -35,6 +35,7 @@ from edgeward.agent.reports import Reports, about_node
 from edgeward.agent.routes import AgentRoutes
 from edgeward.agent.sections import PlaneSections
 from edgeward.agent.sitewide import Sitewide
+from edgeward.agent.standing import Standing
 from edgeward.agent.timekeeping import Timekeeper
 from edgeward.agent.tunnel import tunnel_of
 from edgeward.core import clock, daemon
@@ -169,6 +170,20 @@ class Agent:
         self.siblings.holding, self.link.held_back = self.holding, self.holding.held_back
         self.link.on_report = self._reported
         self.desired.others, self.reports.sitewide = self.sitewide.endpoints, self.sitewide.status
+        self.standing = Standing(
+            self.node,
+            self.site,
+            data,
+            mesh=self.mesh,
+            replica=self.replica,
+            link=self.link,
+            ask_hub=self._ask_hub,
+            event=self.reports.event,
+            moved=self._died,
+            poke=lambda namespace, name: self.apps.poke(namespace, name),  # noqa: PLW0108 - the apps are made later
+        )
+        self.desired.gone, self.desired.stops = self.standing.gone, self.standing.stops
+        self.desired.dead = self.standing.dead
         self.replica.listen(lambda change: self._spawn(self._look()) if change.key.kind == "Node" else None)
         self.blobs = BlobFetch(data / "blobs", self._ask_hub)
         self.apps = AppsEdge(
@@ -279,6 +294,7 @@ class Agent:
                 works = [
                     self.mesh.run,
                     self.sharing.run,
+                    self.standing.run,
                     self.siblings.run,
                     self.sitewide.run,
                     self.apps.run,
@@ -344,7 +360,8 @@ class Agent:
             event=self.reports.event,
         )
         self._exports = exports
-        calls = CallServer(self.node, {**self.routes.calls(), "tunnel": self.tunnel.called})
+        more = {"tunnel": self.tunnel.called, "verdict": self.standing.called}
+        calls = CallServer(self.node, {**self.routes.calls(), **more})
         if self.replica.hub_revision:  # an empty replica knows nothing: what waits in the queues stays
             await exports.prune(self.desired.exports())
         await exports.apply(self.desired.exports())
@@ -397,6 +414,12 @@ class Agent:
         """The nats-server was started again."""
         self._say()
         self.plane.poke()
+
+    def _died(self) -> None:
+        """A node of the site is dead, or back: what ran there does not count, or counts again."""
+        self.plane.poke()
+        for app in self.replica.items("App"):
+            self.sitewide.shown(app.key)
 
     def _happened(self, record: dict[str, Any], about: Key | None) -> None:
         """An event is also said on the node's bus: functions may be called by it."""
@@ -495,6 +518,7 @@ class Agent:
 
     def _flipped(self, online: bool) -> None:
         self.renewer.flipped(online)
+        self.standing.link_changed()
         if online and self.outbox is not None:
             self.outbox.kick()
         if online:

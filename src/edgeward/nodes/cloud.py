@@ -47,6 +47,7 @@ from edgeward.nodes.older import left_out
 from edgeward.nodes.reach import own_status, went_back
 from edgeward.nodes.roster import Roster
 from edgeward.nodes.shares import plain, to_sign
+from edgeward.nodes.siteword import SiteWord, ask_nodes
 from edgeward.nodes.takeover import Takeover
 from edgeward.nodes.views import STATUS_DOWN, SiteView
 from edgeward.nodes.wire import (
@@ -57,6 +58,8 @@ from edgeward.nodes.wire import (
     Ok,
     PushAnswer,
     PushAsk,
+    ReachAnswer,
+    ReachAsk,
     ReportAsk,
     SyncAnswer,
     SyncAsk,
@@ -115,6 +118,8 @@ class NodesCloud:
         #: node -> "Kind/ns/name" -> reported status
         self._reports: dict[str, dict[str, dict[str, Any]]] = {}
         self._node_reports: dict[str, dict[str, Any]] = {}
+        #: What sites say of their own nodes.
+        self._words = SiteWord(self.is_online)
         #: What other processes told of nodes that this one's copy of the state does not have yet.
         self._early: dict[str, deque[Callable[[], None]]] = {}
         #: node -> [store id, last seq] of its events that were taken over
@@ -170,6 +175,7 @@ class NodesCloud:
             ("push", self._on_push),
             ("report", self._on_report),
             ("beat", self._on_beat),
+            ("reach", self._on_reach),
         ]
         for verb, handler in handlers:
             # the node's name is token 3; the answer goes to that node's inbox and nowhere else
@@ -491,6 +497,10 @@ class NodesCloud:
             self._reported(node, what, named[what])
             self._fold.add(Key(*what.split("/")))
         news = ask.node is not None and self._node_reports.get(node) != own_status(ask.node)
+        if ask.site is not None:
+            site = self.roster.site_of.get(node, "")
+            for about in self._words.take(site, node, ask.site, self.roster.nodes_at.get(site, ())):
+                self._node_status.add(about)
         if ask.node is not None:
             self._node_reports[node] = own_status(ask.node)
             if news:
@@ -519,6 +529,13 @@ class NodesCloud:
             await self._records.append("events", {**event, "node": node}, unique=f"e-{node}-{store}-{seq}")
             self._event_seq[node] = (store, seq)
         return Ok(now=clock.now())
+
+    async def _on_reach(self, node: str, data: bytes) -> ReachAnswer:
+        """What nodes say that their site does not hear: to it the hub is one more way."""
+        ask = msgspec.msgpack.decode(data, type=ReachAsk)
+        self._heard(node)
+        there = self.roster.nodes_at.get(self.roster.node(node).spec.site, set()) - {node}
+        return ReachAnswer(await ask_nodes(self._bus.client, [n for n in ask.nodes if n in there]))
 
     async def _audit_cut(self, node: str, before: int, now: int) -> None:
         await self._records.append(
@@ -580,8 +597,9 @@ class NodesCloud:
         if not online and node in self._carried.values():
             self._carried = {n: by for n, by in self._carried.items() if by != node}
             self._poke.add(self.roster.site_of.get(node, ""))
-        for what in self._reports.get(node, {}):
-            self._fold.add(Key(*what.split("/")))
+        for other in self._words.concerned(node, self.roster.nodes_at.get(self.roster.site_of.get(node, ""), ())):
+            self._node_status.add(other)
+        self._refold(node)
         waiting = self._flipped_events.setdefault(node, [])
         waiting.append(
             {
@@ -598,6 +616,11 @@ class NodesCloud:
         del waiting[:-_FLIPS]
         self._flips.add(node)
 
+    def _refold(self, node: str) -> None:
+        """What a node reports of counts otherwise now."""
+        for what in self._reports.get(node, {}):
+            self._fold.add(Key(*what.split("/")))
+
     async def _write_flips(self, node: str) -> float | None:
         if not self._leads:
             self._flipped_events.pop(node, None)
@@ -612,12 +635,20 @@ class NodesCloud:
             status = self._status_of(node)
             if status is None:
                 return None
+            was = self._verdict_of(node)
             try:
                 await self._store.put_status(Key("Node", CLUSTER, node), status, checked=True)
+                if was != status.get("verdict"):
+                    for other in self.roster.nodes_at.get(self.roster.site_of.get(node, ""), ()):
+                        self._refold(other)
                 return None
             except Conflict:  # made of what was there before somebody else wrote: once more, if we still lead
                 continue
         return _LATER
+
+    def _verdict_of(self, node: str) -> Any:
+        found = self._store.find(Key("Node", CLUSTER, node))
+        return found.status.get("verdict") if found is not None else None
 
     def _status_of(self, node: str) -> dict[str, Any] | None:
         """What a node's status should be; None where it is not for this process to say."""
@@ -631,6 +662,8 @@ class NodesCloud:
         if untold := self.roster.untold.get(node):
             status["notTold"] = untold
         old = found.status
+        site = self.roster.site_of.get(node, "")
+        status |= self._words.of(site, node, old, self.roster.nodes_at.get(site, ()))
         status["since"] = old.get("since", "") if old.get("online") == online else clock.timestamp()
         return status
 

@@ -29,7 +29,7 @@ from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import Key
 from edgeward.nodes.ancestry import Ancestor
 from edgeward.nodes.hubtime import HubClock
-from edgeward.nodes.liveness import LOOK, Liveness, Pace
+from edgeward.nodes.liveness import DOWN, LOOK, Liveness, Pace
 from edgeward.nodes.older import UNSAID
 from edgeward.nodes.wire import (
     LEVEL,
@@ -141,6 +141,8 @@ class NodeEdge:
         self._full = True
         self._node_status: dict[str, Any] = {}
         self._node_dirty = False
+        self._site_said: dict[str, dict[str, Any]] | None = None
+        self._site_dirty = False
         #: What was said to be not understood.
         self._strange = replica.strange()
         self.on_strange: Callable[[], None] | None = None
@@ -161,6 +163,31 @@ class NodeEdge:
     @property
     def online(self) -> bool:
         return self._live.online
+
+    @property
+    def unanswered(self) -> float:
+        """Seconds that a beat has waited for its answer; 0: none does."""
+        return max(0.0, clock.monotonic() - self._pace.waiting)
+
+    @property
+    def good(self) -> bool:
+        """The link is not known to be slow or to be late: what is not answered soon is not answered."""
+        return self._live.patience <= DOWN
+
+    @property
+    def next_beat(self) -> float:
+        """Seconds until the next beat, as far as is known now."""
+        return max(0.0, self._pace.due(online=self.online, jitter=0.0) - clock.monotonic())
+
+    def beat_within(self, seconds: float) -> None:
+        """Has the next beat come earlier than its turn."""
+        self._pace.pulled = min(self._pace.pulled, clock.monotonic() + seconds)
+        self._look_again.set()
+
+    def excuse(self) -> None:
+        """The present silence is a cut's, by what the site's nodes see together: it says nothing of how late answers
+        are on this link."""
+        self._live.excused = True
 
     @property
     def silence(self) -> float:
@@ -186,6 +213,13 @@ class NodeEdge:
         if status != self._node_status:
             self._node_status, self._node_dirty = status, True
             self._report_wanted.set()
+
+    def report_site(self, said: dict[str, dict[str, Any]] | None) -> None:
+        """The verdicts of this node's site, if it is this node that tells the hub of them; None: it is another."""
+        if said != self._site_said:
+            self._site_said, self._site_dirty = said, said is not None
+            if said is not None:
+                self._report_wanted.set()
 
     def statuses(self) -> dict[Key, dict[str, Any]]:
         return dict(self._statuses)
@@ -561,15 +595,18 @@ class NodeEdge:
         self._dirty -= dirty
         node_status = self._node_status if self._node_dirty or full else None
         self._node_dirty = False
+        site = self._site_said if self._site_dirty or full else None
+        self._site_dirty = False
         sent = int(self._replica.meta("events_sent") or 0)
         events = self._records.first_after("events", sent, _EVENTS)
-        if not dirty and not full and node_status is None and not events:
+        if not dirty and not full and node_status is None and site is None and not events:
             return
         ask = ReportAsk(
             [Status(k.kind, k.namespace, k.name, self._statuses.get(k)) for k in sorted(dirty)],
             full,
             node_status,
             [{**e, "store": self._replica.store_id} for e in events],
+            site,
         )
         try:
             await self._request("report", ask, Ok)
@@ -577,6 +614,7 @@ class NodeEdge:
             self._dirty |= dirty
             self._full |= full
             self._node_dirty = self._node_dirty or node_status is not None
+            self._site_dirty = self._site_dirty or (site is not None and site == self._site_said)
             raise
         self.counters["reports"] += 1
         if events:

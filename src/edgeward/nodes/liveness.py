@@ -108,6 +108,10 @@ class Pace(msgspec.Struct):
     exchanged: float = float("-inf")
     refused: float = float("-inf")
     answered: bool = True
+    #: When the first question that is not answered yet was asked.
+    waiting: float = float("inf")
+    #: The next beat comes by then, whatever its turn.
+    pulled: float = float("inf")
     #: Seconds from a question to its answer on this link at its best.
     rtt: float = 0.0
     #: The link is new: the next beat comes early by chance, so that a fleet that came back together does not beat so.
@@ -116,16 +120,20 @@ class Pace(msgspec.Struct):
     def ask(self, now: float) -> None:
         """A beat is sent."""
         self.fresh = self.fresh and not self.answered
-        self.sent, self.answered = now, False
+        if self.waiting == float("inf"):
+            self.waiting = now
+        self.sent, self.answered, self.pulled = now, False, float("inf")
 
     def answer(self, now: float, asked: float) -> None:
         """Something that was asked at ``asked`` is answered."""
         took = min(30.0, max(0.0, now - asked))
-        # what the link takes when nothing is lost: quick to fall, slow to rise
-        self.rtt = took if not self.rtt or took < self.rtt else self.rtt + (took - self.rtt) / 32
+        # what the link takes when nothing is lost: quick to fall, slow to rise; an answer to what was asked again
+        # meanwhile tells of a loss or of an outage that ended
+        if not self.rtt or took < self.rtt or asked >= self.sent:
+            self.rtt = took if not self.rtt or took < self.rtt else self.rtt + (took - self.rtt) / 32
         self.exchanged = max(self.exchanged, asked)
         if asked >= self.sent:
-            self.answered = True
+            self.answered, self.waiting = True, float("inf")
 
     def refuse(self, now: float) -> None:
         """Nobody is there: the node's own server says so at once."""
@@ -149,4 +157,5 @@ class Pace(msgspec.Struct):
         if not online:
             return self.sent + _RETRY * (0.8 + 0.4 * jitter)
         # early rather than late, so that a beat is not late by our own doing
-        return max(self.sent, self.exchanged) + self.interval * (1 - (0.6 if self.fresh else 0.04) * jitter)
+        turn = max(self.sent, self.exchanged) + self.interval * (1 - (0.6 if self.fresh else 0.04) * jitter)
+        return min(turn, self.pulled)

@@ -20,6 +20,27 @@ _UP = 2
 _AGAIN = 1.0
 
 
+#: Seconds without an answer after which a node doubts its link, and after which it is cut if others doubt theirs.
+DOUBT, CUT = 2.0, 4.0
+#: Two nodes whose beats are nearer than this part of their even spacing are moved apart.
+_NEAR = 0.5
+
+
+def linked(online: bool, good: bool, unanswered: float, others: int) -> bool:
+    """Whether the hub counts as reached: a link that is good by nature and whose answers fail to come at two nodes of
+    the site at once is cut, before the silence alone would say so. ``others``: nodes that doubt theirs."""
+    return online and not (good and unanswered >= CUT and others > 0)
+
+
+def pull(mine: float, before: Sequence[float], n: int, interval: float) -> float:
+    """Seconds until a node's next beat, moved so that the beats of a site's ``n`` nodes come one after another: then
+    the first that is not answered comes soon after a cut. ``before``: those of the nodes that need not move."""
+    spacing = interval / n
+    if mine > 1.0 and any(abs(mine - other) < _NEAR * spacing for other in before):
+        return max(0.5, mine - spacing)
+    return mine
+
+
 class Check(msgspec.Struct, frozen=True):
     """``type`` names the extension. Times in seconds."""
 

@@ -18,7 +18,7 @@ from edgeward.core.resource import Key, Resource, from_stored, to_stored
 from edgeward.core.scope import hub_fields, placed_sites, refs_at
 
 #: Written by the hub into a Node's status; a node's word on them counts for nothing.
-_HUBS = ("online", "since", "revoked", "notTold", "credentials")
+_HUBS = ("online", "since", "revoked", "notTold", "credentials", "verdict", "evidence")
 
 
 def check_known(key: Key, site: str, *, there: bool, known: bool) -> None:

@@ -78,6 +78,8 @@ class Roster:
         if resource is None:
             return HubObject(key.kind, key.namespace, key.name, revision)
         status = resource.status if key.kind in STATUS_DOWN and resource.status else None
+        if status is not None and key.kind == "Node":  # its site knows that better
+            status = {k: v for k, v in status.items() if k not in ("verdict", "evidence")}
         stored = trimmed(to_stored(resource), level)
         return HubObject(key.kind, key.namespace, key.name, revision, stored, status)
 

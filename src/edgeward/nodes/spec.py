@@ -14,6 +14,8 @@ from edgeward.core.errors import Invalid
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import CLUSTER, Resource, check_name
 from edgeward.core.spans import is_address
+from edgeward.nodes import checks as _checks  # what `verdicts.checks` may name
+from edgeward.nodes.verdict_spec import Verdicts, check_verdicts
 
 
 class Coordinates(msgspec.Struct, forbid_unknown_fields=True):
@@ -37,6 +39,7 @@ class SiteSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
             max_length=16,
         ),
     ] = []
+    verdicts: Annotated[Verdicts | None, Meta(description="How its nodes judge one another")] = None
 
 
 class NodeSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -56,6 +59,7 @@ class JoinTokenSpec(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tr
 
 
 def _check_site(r: Resource) -> None:
+    check_verdicts(r.spec.verdicts, "$.spec.verdicts")
     for n, prefix in enumerate(r.spec.prefixes):
         try:
             ipaddress.ip_network(prefix)
@@ -122,7 +126,7 @@ kinds.add(
         doc="Nodes that share a local network.",
         namespaced=False,
         scope="site",
-        newer={"addresses": 2},
+        newer={"addresses": 2, "verdicts": 2},
         # by these clients are led to a site: one that was broken into must not draw in other sites' clients
         hub_fields=("coordinates", "prefixes", "addresses"),
         check=_check_site,
@@ -147,6 +151,7 @@ kinds.add(
         columns=(
             Column("SITE", lambda d: d["spec"]["site"]),
             Column("STATE", _state),
+            Column("VERDICT", lambda d: d.get("status", {}).get("verdict", "")),
             Column("VERSION", lambda d: d.get("status", {}).get("version", "")),
             Column("SYSTEM", lambda d: d.get("status", {}).get("system", ""), wide=True),
             Column("ADDRESS", lambda d: d.get("status", {}).get("address", ""), wide=True),
@@ -173,3 +178,5 @@ kinds.add(
         ),
     )
 )
+
+__all__ = ["Coordinates", "JoinTokenSpec", "NodeSpec", "SiteSpec", "_checks"]

@@ -62,7 +62,8 @@ class Report(msgspec.Struct, array_like=True):
     """``at``: the sender's steady clock. Other nodes are named by :func:`tag`.
 
     ``silent``: of whom nothing was heard lately (whoever has news of them passes it on); ``lost``: who is missed, which
-    is the vote; ``parted``: whom the hub, asked, does not reach either; ``answers``: (who asked, epoch of its report).
+    is the vote; ``parted``: whom the hub, asked, does not reach either; ``answers``: (who asked, epoch of its report);
+    ``doubt``: the hub has not answered it lately; ``beat``: seconds until it asks the hub again, -1 if it does not.
     """
 
     node: str
@@ -75,6 +76,8 @@ class Report(msgspec.Struct, array_like=True):
     lost: list[int] = []
     parted: list[int] = []
     answers: list[tuple[int, int]] = []
+    doubt: bool = False
+    beat: float = -1.0
 
 
 class Told(msgspec.Struct, array_like=True, frozen=True):
@@ -144,10 +147,14 @@ class Council:
         self.me, self.site, self.epoch, self.seq = me, site, epoch, 0
         self.settings = Settings()
         self.link = False
+        #: What is said of the link beside: see :class:`Report`.
+        self.doubt, self.beat = False, -1.0
+        #: Something came that may change a verdict; whoever votes sets it back.
+        self.stirred = True
         #: Whom the hub was asked for and does not reach.
         self.parted: set[str] = set()
         self.gone: set[str] = set(gone)
-        self.counters = {"taken": 0, "replayed": 0, "future": 0, "stale": 0, "strange": 0, "unproven": 0}
+        self.counters = {"taken": 0, "replayed": 0, "future": 0, "stale": 0, "strange": 0, "unproven": 0, "forged": 0}
         self._started = now
         self._others: dict[str, _Member] = {}
         self._tags: dict[int, str] = {tag(me): me}
@@ -197,6 +204,16 @@ class Council:
         if node in self._others:
             self._others[node].works = works
 
+    def linked(self, up: bool, *, doubt: bool = False, beat: float = -1.0) -> list[Say | PassOn]:
+        """The hub is reached, or not any more, or that is doubted: all hear that at once."""
+        self.beat = beat
+        if (up, doubt) == (self.link, self.doubt):
+            return []
+        self.link, self.doubt, self.stirred = up, doubt, True
+        if not up:
+            self.parted.clear()
+        return [Say(None)]
+
     # -- what comes in -----------------------------------------------------------------------------------------------
 
     def take(self, report: Report, told: Told, via: str, now: float, steady: float) -> list[Say | PassOn]:
@@ -210,6 +227,11 @@ class Council:
             # who starts where nobody hears it directly proves itself when both have asked
             return self._answer(report, member, now) if refused == "unproven" else []
         self.counters["taken"] += 1
+        known = member.report
+        said = (report.link, report.lost, report.parted, report.doubt)
+        self.stirred |= (
+            known is None or not member.present or said != (known.link, known.lost, known.parted, known.doubt)
+        )
         ahead = report.at - steady
         fresh = member.report is None or member.report.epoch != report.epoch
         member.best = ahead if fresh else max(member.best, ahead)
@@ -286,7 +308,20 @@ class Council:
         asked = [(tag(n), epoch) for n, epoch in sorted(self._asked_me.items())[:_ANSWERS]]
         parted = [tag(n) for n in sorted(self.parted)] if self.link else []
         silent = [t for t in silent if t not in lost]
-        return Report(self.me, self.site, self.epoch, self.seq, steady, self.link, silent, lost, parted, asked)
+        return Report(
+            self.me,
+            self.site,
+            self.epoch,
+            self.seq,
+            steady,
+            self.link,
+            silent,
+            lost,
+            parted,
+            asked,
+            self.doubt,
+            self.beat,
+        )
 
     def tick(self, now: float) -> list[Say | PassOn]:
         """Time passed: who is missed now, and what is to be said."""
@@ -295,7 +330,7 @@ class Council:
         for name, member in self._others.items():
             if member.present and now - member.heard > self.patience:
                 member.present, member.left, member.streak = False, now, math.inf
-                changed = True
+                changed = self.stirred = True
             if self._is_silent(member, now) and now - member.hurried >= _HURRY and not self._is_lost(name, now):
                 member.hurried = now
                 hurry.append(name)
@@ -343,6 +378,16 @@ class Council:
             theirs = [v for v, r in voters.items() if v != name and tag(name) in r.lost]
             found[name] = tuple(sorted(mine + theirs))
         return found
+
+    def doubters(self) -> int:
+        """Other nodes that doubt their link or have none: those only that had a link are a sign of a cut."""
+        heard = (m.report for m in self._others.values() if m.present and m.report is not None)
+        return sum(r.doubt for r in heard)
+
+    def beats(self, now: float) -> list[float]:
+        """Seconds until those other nodes beat that stand before this one in the alphabet."""
+        first = [m for n, m in self._others.items() if n < self.me and m.present]
+        return [m.report.beat - (now - m.heard) for m in first if m.report is not None and m.report.beat >= 0]
 
     def _parted(self) -> set[int]:
         """Whom the hub does not reach: by our own question, else by those of the others."""

@@ -128,6 +128,8 @@ class ReportAsk(msgspec.Struct, omit_defaults=True):
     full: bool = False
     node: dict[str, Any] | None = None
     events: list[dict[str, Any]] = []
+    #: What the site's majority says of each of its nodes (``verdict``, ``evidence``); only from who speaks for it.
+    site: dict[str, dict[str, Any]] | None = None
 
 
 class BeatAsk(msgspec.Struct, omit_defaults=True):
@@ -155,3 +157,16 @@ class BeatAnswer(msgspec.Struct, omit_defaults=True):
 class Ok(msgspec.Struct, omit_defaults=True):
     error: str = ""
     now: float = 0.0  #: the hub's time: reports stand in for beats
+
+
+class ReachAsk(msgspec.Struct, omit_defaults=True):
+    """``ew.hub.reach.<node>``: whether the hub reaches these nodes of the asker's site."""
+
+    nodes: list[str]
+
+
+class ReachAnswer(msgspec.Struct, omit_defaults=True):
+    """What each of them says now (a packed :class:`~edgeward.nodes.voting.Told`); who is not named was not reached."""
+
+    told: dict[str, bytes] = {}
+    error: str = ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from edgeward.core.resource import Resource
-from edgeward.workloads.persite import replicas_at
+from edgeward.workloads.disconnect import gone as lost
+from edgeward.workloads.persite import effective, replicas_at
 from edgeward.workloads.placement import share
 
 
@@ -31,19 +33,21 @@ def fold(app: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, A
     by_site: dict[str, list[Resource]] = {}
     for node in nodes:
         by_site.setdefault(node.spec.site, []).append(node)
-    expected = {n.metadata.name: share(app, by_site[n.spec.site], n.metadata.name) for n in nodes}
+    dead = {n.metadata.name for n in nodes if n.status.get("verdict") == "dead"}
+    gone = {site: lost(effective(app, site).spec, dict.fromkeys(dead, math.inf)) for site in by_site}
+    expected = {n.metadata.name: share(app, by_site[n.spec.site], n.metadata.name, gone[n.spec.site]) for n in nodes}
     wanted = sum(expected.values())
     instances: list[dict[str, Any]] = []
     online = {n.metadata.name: bool(n.status.get("online")) for n in nodes}
     messages: list[str] = []
-    for name in sorted(reports):
+    for name in sorted(reports.keys() - dead):  # what ran on a dead node runs elsewhere, or nowhere
         for reported in reports[name].get("instances", []):
             i = {**reported, "node": name}  # whatever it says: a node speaks of its own
             instances.append(i if online.get(name) else {**i, "stale": True})
         if reports[name].get("message"):
             messages.append(f"{name}: {reports[name]['message']}")
     status: dict[str, Any] = {
-        "phase": phase_of(wanted, instances, [str(r.get("phase", "")) for r in reports.values()]),
+        "phase": phase_of(wanted, instances, [str(r.get("phase", "")) for n, r in reports.items() if n not in dead]),
         "instances": instances,
         "version": ",".join(sorted({str(r.get("version", "")) for r in reports.values()} - {""})),
         "nodes": {n: {k: v for k, v in r.items() if k != "instances"} for n, r in sorted(reports.items())},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from edgeward.core.resource import Resource
 from edgeward.core.scope import takes
@@ -16,9 +16,14 @@ def _rank(app: Resource, node: Resource) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def share(app: Resource, nodes_of_site: Sequence[Resource], node: str) -> int:
-    """Instances of ``app`` that ``node`` runs. ``replicas`` counts per site and is spread over its matching nodes."""
+def share(app: Resource, nodes_of_site: Sequence[Resource], node: str, gone: Container[str] = ()) -> int:
+    """Instances of ``app`` that ``node`` runs. ``replicas`` counts per site and is spread over its matching nodes.
+
+    ``gone``: nodes that are lost (:func:`edgeward.workloads.disconnect.gone`), whose share the others take. Where all
+    are, nobody is left to take it.
+    """
     matching = sorted((n for n in nodes_of_site if takes(app, n)), key=lambda n: _rank(app, n))
+    matching = [n for n in matching if n.metadata.name not in gone] or matching
     names = [n.metadata.name for n in matching]
     if node not in names:
         return 0

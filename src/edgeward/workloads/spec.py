@@ -14,7 +14,9 @@ from edgeward.core.errors import Invalid
 from edgeward.core.quantity import BYTES_PATTERN, DURATION_PATTERN, parse_bytes, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import Resource, check_name
+from edgeward.workloads import disconnect
 from edgeward.workloads.container_spec import Container, check_container
+from edgeward.workloads.disconnect import Disconnect
 from edgeward.workloads.persite import checked, effective, with_sites
 from edgeward.workloads.times import Times, check_times
 
@@ -148,6 +150,9 @@ class AppSpec(Declared):
     restart: Annotated[Restart, Meta(description="When it ends by itself")] = msgspec.field(default_factory=Restart)
     stop: Annotated[Stop, Meta(description="How it is ended")] = msgspec.field(default_factory=Stop)
     logs: Annotated[Logs, Meta(description="What is kept of its output")] = msgspec.field(default_factory=Logs)
+    disconnect: Annotated[Disconnect, Meta(description="When nodes of its site are lost")] = msgspec.field(
+        default_factory=Disconnect
+    )
     schedule: Annotated[
         Times | None, Meta(description="It runs at times and ends by itself; left out: it is kept running")
     ] = None
@@ -285,6 +290,7 @@ def _check_app(r: Resource) -> None:
     for part in ("health", "restart", "stop"):
         _durations(getattr(spec, part), f"$.spec.{part}")
     _sizes(spec)
+    disconnect.check(spec)
     runtime = runtime_of(spec)
     if spec.container is not None:
         check_container(spec.container, names)
@@ -372,8 +378,8 @@ kinds.add(
         reported=True,
         doc="A program kept running at sites.",
         scope="placed",
-        newer={"perSite": 2, "schedule": 2, "container": 2},
-        at_once=("replicas", "placement", "dependsOn"),
+        newer={"disconnect": 2, "perSite": 2, "schedule": 2, "container": 2},
+        at_once=("replicas", "placement", "dependsOn", "disconnect"),
         check=checked(_check_app),
         refs=with_sites(_app_refs),
         usage=_app_usage,

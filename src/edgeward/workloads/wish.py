@@ -54,7 +54,7 @@ def snapshot(app: Resource, source: Source) -> Snapshot:
             raise EdgewardError(f"{f.config or f.secret} has no key {f.key!r}", resource=what, field="$.spec.files")
         files[f.path] = found[f.key]
     plain = msgspec.to_builtins(spec)
-    for name in ("replicas", "placement", "dependsOn", "schedule"):
+    for name in ("replicas", "placement", "dependsOn", "schedule", "disconnect"):
         plain.pop(name, None)
     return Snapshot(plain, env, files)
 
