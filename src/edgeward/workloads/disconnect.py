@@ -7,7 +7,7 @@ alone. Out: whose share moves to others, and whether this node has to stop. The 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from msgspec import Meta
 
@@ -38,13 +38,6 @@ class Disconnect(Declared):
             "it, and starts it only when it has one"
         ),
     ] = None
-    reconcile: Annotated[
-        Literal["keep-original", "keep-replacement", "best-score", "longest-running"],
-        Meta(
-            description="When the node is back: its own goes on (keep-original), what took its place does "
-            "(keep-replacement), the one on the node that ranks first (best-score), or the one that has run longer"
-        ),
-    ] = "keep-original"
 
 
 def lost_after(policy: Disconnect, grace: float) -> float:

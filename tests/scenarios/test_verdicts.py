@@ -1,0 +1,102 @@
+"""A site judges its own nodes: cut from the cloud, with a dead node, and parted in two."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeward.lab import namespaces
+
+NODES = ("plant-1", "plant-2", "plant-3")
+TOPOLOGY = "sites: [{name: plant, nodes: 3, link: lan}]\n"
+SERVER = "import os, http.server as h; h.test(h.SimpleHTTPRequestHandler, port=int(os.environ['PORT']), bind='0.0.0.0')"
+WEB = [
+    {
+        "kind": "App",
+        "metadata": {"name": "web"},
+        "spec": {
+            "placement": {"site": "plant"},
+            "process": {"command": ["python3", "-c", SERVER]},
+            "ports": [{"name": "http", "env": "PORT"}],
+            "health": {"http": {"port": "http", "path": "/"}},
+        },
+    },
+    {"kind": "Service", "metadata": {"name": "web"}, "spec": {"app": "web", "port": "http"}},
+    {"kind": "Route", "metadata": {"name": "web"}, "spec": {"path": "/", "to": {"service": "web"}}},
+]
+
+
+def states(system: Any, node: str) -> dict[str, str]:
+    items = system.get("nodes", "--at", node)["items"]
+    assert all(i["status"].get("evidence") for i in items if i["status"].get("verdict")), items
+    return {i["metadata"]["name"]: i["status"].get("verdict", "") for i in items}
+
+
+def say(system: Any, nodes: tuple[str, ...], **expected: str) -> None:
+    """Until each of ``nodes`` says it; ``_1`` stands for ``plant-1``."""
+    full = {f"plant{name.replace('_', '-')}": state for name, state in expected.items()}
+    for node in nodes:
+        system.wait(f"{node} says {full}", lambda node=node: states(system, node) == full)
+
+
+def homes(system: Any, *at: str) -> set[str]:
+    instances = system.get("app", "web", *at)["status"].get("instances", [])
+    return {i["node"] for i in instances if i["phase"] == "Running" and not i.get("stale")}
+
+
+def answers(system: Any, node: str) -> bool:
+    import urllib.error
+    import urllib.request
+
+    url = next(n["gateway_url"] for n in system.context["nodes"] if n["name"] == node)
+    try:
+        with urllib.request.urlopen(url, timeout=10) as got:  # noqa: S310 - our own node's gateway
+            return bool(got.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.mark.root
+def test_a_site_judges_its_nodes(systems: Callable[..., Any], tmp_path: Path) -> None:
+    if why := namespaces.unusable():
+        pytest.skip(f"no network namespaces here: {why}")
+    file = tmp_path / "lab.yaml"
+    file.write_text(TOPOLOGY)
+    lab = systems("lab", "lab", "up", "-f", str(file), "--backing", "namespaces")
+    say(lab, NODES, _1="healthy", _2="healthy", _3="healthy")
+    lab.apply(WEB, "--wait")
+    (home,) = homes(lab)
+    rest = tuple(n for n in NODES if n != home)
+
+    # the site is cut: nothing moves
+    lab.run("lab", "cut", "plant")
+    say(lab, NODES, _1="wan-cut", _2="wan-cut", _3="wan-cut")
+    assert homes(lab, "--at", rest[0]) == {home}
+    lab.wait("the hub says that it does not know", lambda: _verdicts(lab) == {"unknown"})
+
+    # one node hears nobody: it decides nothing, also not that it goes on alone; the others take its share
+    lab.run("lab", "partition", "plant", f"{home}/{','.join(rest)}")
+    lab.wait("the minority knows nothing", lambda: set(states(lab, home).values()) == {"unknown"})
+    lab.wait("the majority decides", lambda: states(lab, rest[0])[home] == states(lab, rest[1])[home] == "dead")
+    lab.wait("the Service answers at both", lambda: all(answers(lab, n) for n in rest))
+    (heir,) = homes(lab, "--at", rest[0])
+    assert heir in rest
+    lab.run("lab", "heal", "plant")
+    say(lab, NODES, _1="healthy", _2="healthy", _3="healthy")
+    lab.wait("it runs where it belongs", lambda: homes(lab) == {home} == homes(lab, "--at", rest[1]))
+
+    # a node dies while the cloud is there: the hub hears it from the others
+    lab.run("lab", "kill", home)
+    lab.wait("dead at the hub", lambda: lab.get("node", home)["status"].get("verdict") == "dead")
+    lab.wait("counted where it runs now", lambda: homes(lab) == {heir})
+    lab.wait("the Service answers at both", lambda: all(answers(lab, n) for n in rest))
+    events = json.loads(lab.run("events", "-o", "json"))["items"]
+    assert any(e["reason"] == "NodeDead" and e["resource"] == f"Node/{home}" for e in events)
+
+
+def _verdicts(system: Any) -> set[str]:
+    return {i["status"].get("verdict", "") for i in system.get("nodes")["items"]}
