@@ -49,6 +49,31 @@ def test_what_is_here_and_what_is_elsewhere(tmp_path: Path) -> None:
     assert found == {WEB: closing.Closed("Service/web", "site", (8080, 8081), (("10.2.0.2", 8080),))}
 
 
+def test_what_other_sites_nodes_say_stops_nothing(tmp_path: Path) -> None:
+    odd = [{"site": "shop", "address": "10.2.0.2", "port": p} for p in ("x", -1, 65536, True, None, 1.5, [], 443)]
+    odd += [{"site": "shop", "address": a, "port": 1} for a in (None, "", {}, "fe80::1%a } x")]
+    r = replica(tmp_path, *declared(), status={"Service/web": {"endpoints": odd}})
+    (found,) = services(Desired(r, "plant-1", "plant"), r, "plant").values()
+    assert ("10.2.0.2", 443) in found.away
+    wall, _ = closing.closed.build([found], closing.closed.Site(), "10.1.0.2")
+    assert [(str(a), p) for a, p in wall.away] == [("10.2.0.2", 443)]
+
+
+def test_a_failure_is_told_and_the_node_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> tuple[str, ...]:
+        raise OSError("no descriptors")
+
+    monkeypatch.setattr(closing, "links", broken)
+    told: dict[Key, dict[str, Any] | None] = {}
+    r = replica(tmp_path, *declared(), status=STATUS)
+    one = Closing(
+        "plant-1", "plant", "10.1.0.2", tmp_path,
+        replica=r, desired=Desired(r, "plant-1", "plant"), status=told.__setitem__, event=lambda *_: None,
+    )  # fmt: skip
+    assert asyncio.run(one._step(True)) == "no descriptors"
+    assert told == {WEB: {"enforced": False, "why": "no descriptors"}}
+
+
 def test_a_node_that_may_not_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(closing, "unusable", lambda: "needs root (CAP_NET_ADMIN)")
     told: dict[Key, dict[str, Any] | None] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import shutil
 import socket
@@ -68,6 +69,21 @@ def test_nodes_at_a_loopback_address_are_not_told_apart() -> None:
     assert not wall
     assert list(why) == ["Service/web"]
     assert "other sites on this machine" in why["Service/web"]
+
+
+@pytest.mark.parametrize("text", ["fe80::1%x } drop", "10.2.0.2 }", "fd00::9%eth0", "", "any host"])
+def test_what_a_node_says_of_its_address_becomes_no_rule(text: str) -> None:
+    wall, _ = build(
+        [Closed("Service/web", "site", (80,), ((text, 80),))], Site((), (text,), (text, "10.1.0.2")), "10.1.0.2"
+    )
+    assert wall == Wall((80,), (), (ipaddress.ip_network("10.1.0.2/32"),), ())
+    assert "drop }" not in script("t", wall)
+
+
+def test_places_elsewhere_have_an_end() -> None:
+    many = tuple((f"10.{a}.{b}.{c}", 80) for a in range(2, 4) for b in range(100) for c in range(100))
+    wall, _ = build([Closed("Service/web", "site", (), many)], PLANT, "10.1.0.2")
+    assert len(wall.away) == 16384
 
 
 def test_the_tables_name_is_the_nodes_alone() -> None:

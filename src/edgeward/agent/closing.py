@@ -41,13 +41,18 @@ def services(desired: Desired, replica: Replica, site: str) -> dict[Key, Closed]
         if service.metadata.deletionTimestamp:
             continue
         away = [
-            (str(e["address"]), int(e["port"]))
+            (str(e["address"]), e["port"])
             for e in service.status.get("endpoints", [])
-            if e.get("site") not in ("", None, site) and e.get("address") and e.get("port")
+            # other sites' nodes have said that, whatever it is
+            if e.get("site") not in ("", None, site) and e.get("address") and _is_port(e.get("port"))
         ]
         ports = tuple(desired.ports(service))
         found[service.key] = Closed(str(service.key), service.spec.scope, ports, tuple(sorted(away)))
     return found
+
+
+def _is_port(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 65536
 
 
 class Closing:
@@ -107,16 +112,16 @@ class Closing:
         """Makes it so; what failed, in words. ``look``: whether the kernel still has it."""
         declared = services(self._desired, self._replica, self._site)
         wanted = {k: s for k, s in declared.items() if s.scope != "any"}
-        wall, why = closed.build(list(declared.values()), self._around(), self._address)
-        failed = ""
-        if wall and (cannot := unusable()):
-            why = dict.fromkeys((s.key for s in wanted.values()), cannot)
-        else:
-            try:
+        failed, why = "", dict[str, str]()
+        try:
+            wall, why = closed.build(list(declared.values()), self._around(), self._address)
+            if wall and (cannot := unusable()):
+                why = dict.fromkeys((s.key for s in wanted.values()), cannot)
+            else:
                 await self._apply(wall, look)
-            except EdgewardError as e:
-                failed, self._wall = str(e), None
-                why = dict.fromkeys((s.key for s in wanted.values()), failed)
+        except (EdgewardError, OSError, ValueError) as e:  # what is not closed is told; the node goes on
+            failed, self._wall = str(e), None
+            why = dict.fromkeys((s.key for s in wanted.values()), failed)
         self._tell({k: why.get(s.key) for k, s in wanted.items()})
         return failed
 

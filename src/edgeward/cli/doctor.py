@@ -393,6 +393,7 @@ def _sync_time(folder: Path) -> float | None:
 
 def _kernel() -> list[Check]:
     from edgeward.core import cgroup
+    from edgeward.gateway import nft
 
     host = cgroup.host()
     features: dict[str, bool | None] = {
@@ -401,6 +402,7 @@ def _kernel() -> list[Check]:
         "pidfd": _pidfd(),
         "user namespaces": _user_namespaces(),
         "TUN": Path("/dev/net/tun").exists(),
+        "nftables": not nft.unusable(),
     }
     if not sys.platform.startswith("linux"):
         features = dict.fromkeys(features, None)

@@ -162,6 +162,7 @@ def kernel(features: Mapping[str, bool | None], *, cgroups: Sequence[str], why_n
         "seccomp": "needs CONFIG_SECCOMP_FILTER",
         "pidfd": "needs Linux 5.3",
         "user namespaces": "sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces above 0",
+        "nftables": "apt-get install nftables; run the agent as root (install-service gives it CAP_NET_ADMIN)",
         "TUN": "modprobe tun; in a container pass /dev/net/tun",
     }
     found = []

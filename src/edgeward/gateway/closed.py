@@ -22,6 +22,8 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _PRIORITY = -150
 #: Bridges of container engines: what comes in by them is of this machine.
 _BRIDGES = ("podman*", "cni-podman*", "docker*")
+#: Instances at other sites that are told apart; what they say of themselves has no end otherwise.
+_PLACES = 16384
 COUNTERS = ("refused_in", "refused_out")
 
 
@@ -59,7 +61,7 @@ class Wall(NamedTuple):
 
 def _network(text: str) -> Network | None:
     try:
-        return ipaddress.ip_network(text, strict=False)
+        return None if "%" in text else ipaddress.ip_network(text, strict=False)
     except ValueError:
         return None  # a node may be known by a host name
 
@@ -101,7 +103,7 @@ def build(services: Sequence[Closed], site: Site, address: str) -> tuple[Wall, d
                 )
     away -= {(ip, port) for s in services if s.scope == "any" for a, port in s.away if (ip := _address(a)) is not None}
     ports["node"] -= ports["site"]  # one Service opens it to the site
-    found = sorted(away, key=lambda a: (a[0].version, int(a[0]), a[1]))
+    found = sorted(away, key=lambda a: (a[0].version, int(a[0]), a[1]))[:_PLACES]
     return Wall(tuple(sorted(ports["site"])), tuple(sorted(ports["node"])), inside(site), tuple(found)), why
 
 
@@ -120,8 +122,10 @@ def _among(text: str, networks: Iterable[str]) -> bool:
 
 
 def _address(text: str) -> Address | None:
+    """None: it is none. Nodes say their addresses themselves, and what an address may have behind ``%`` is any text
+    that would stand in our rules then."""
     try:
-        return ipaddress.ip_address(text)
+        return None if "%" in text else ipaddress.ip_address(text)
     except ValueError:
         return None
 
