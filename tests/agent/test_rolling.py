@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.agent.test_desired import doc
 
 from edgeward.agent.desired import Desired
@@ -110,10 +112,13 @@ def test_what_came_after_its_rollout_waits(tmp_path: Path) -> None:
     late.metadata.creationTimestamp = "2026-03-01T00:00:00Z"
     plant.hear(late, rollout={})
     assert plant.runs is None
+    said = {"phase": "Pending", "instances": [], "message": "waits for Rollout/web"}
+    assert plant.desired.waits(KEY) == plant.desired.elsewhere(KEY) == said
     plant.hear(late, rollout=status("Running", late, None, "other"))
     assert plant.runs is None
     plant.hear(late, rollout=status("Running", late, None, "plant-1"))
     assert plant.runs == (1, "new")
+    assert plant.desired.waits(KEY) == {}
 
 
 def test_a_site_that_holds_stays_where_it_is_until_it_says_so(tmp_path: Path) -> None:
@@ -240,3 +245,23 @@ def test_what_comes_is_fetched_before_and_the_hub_is_told(tmp_path: Path) -> Non
     assert coming(of("Running", new, old, "plant-1")) == []
     assert coming(of("RolledBack", new, old, "other")) == [], "what was given up is not fetched"
     assert coming(of("Running", new, old, "other"), prefetch=False) == []
+
+
+def test_on_a_full_disk_what_runs_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant = Plant(tmp_path)
+    old, new = app("old", 1), app("new", 2)
+    plant.hear(old, rollout=status("Succeeded", old, old))
+    assert plant.runs == (1, "old")
+    plant.hear(new, rollout=status("Running", new, old, "plant-1"))
+
+    def full(*_: str) -> str:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as m:
+        m.setattr(plant.replica, "set_meta", full)
+        assert plant.runs == (2, "new")
+        assert plant.runs == (2, "new")
+    assert plant.runs == (2, "new")  # and written now
+    plant.open()
+    plant.hear(new, rollout=status("Failed", new, old, "plant-1"), hold=True)
+    assert plant.runs == (2, "new")

@@ -497,10 +497,13 @@ def test_only_a_report_on_the_generation_counts() -> None:
     assert of(observedGeneration=1, phase="Running") == "busy"
     assert of(observedGeneration=1, phase="Failed", takenBack="x") == "busy"
     assert of(observedGeneration=2, phase="Running") == "good"
+    assert of(observedGeneration="much", phase=["Running"]) == "busy"  # whatever a node says
     assert of(observedGeneration=2, phase="Running", wanted="new") == "busy"
     assert of(observedGeneration=2, phase="Degraded") == "busy"
     assert of(observedGeneration=2, phase="Degraded", takenBack="new") == "bad"
     assert of(observedGeneration=2, phase="Failed") == "bad"
+    # a function whose code cannot be had, or has another digest: the old one goes on, and the time runs out
+    assert of(observedGeneration=1, phase="Degraded", refusedGeneration=2) == "busy"
     t = Target("App", "web", "u", 2, "new", {}, MADE, frozenset({"n"}), {"n": {"observedGeneration": 2}})
     assert not is_back("n", [t], handled)
 

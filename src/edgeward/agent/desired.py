@@ -69,10 +69,19 @@ class Desired:
         if not replicas_at(app, self._site):
             return {"phase": "Stopped"}
         nodes = self.nodes()
+        if waits := self.waits(key):
+            return waits
         found = sorted(n.metadata.name for n in nodes if share(app, nodes, n.metadata.name, self.gone(app)))
         if not found:
             return {"phase": "Pending", "message": f"no node of site {self._site} matches the placement"}
         return {"phase": "Elsewhere", "elsewhere": found, "message": f"runs on {', '.join(found)}, not on this node"}
+
+    def waits(self, key: Key) -> dict[str, Any]:
+        """The status of an App that this node is to run when its Rollout has come so far; {}: no such."""
+        app = self._replica.find(key)
+        if app is None or app.metadata.deletionTimestamp or not share(app, self.nodes(), self._node, self.gone(app)):
+            return {}
+        return self._rolling.waits(app)
 
     def config(self, namespace: str, name: str) -> dict[str, str] | None:
         found = self._replica.find(Key("Config", namespace, name))
@@ -99,20 +108,24 @@ class Desired:
 
     def functions(self) -> list[Resource]:
         """The Functions that are to be called on this node."""
+        return [f for one in self._functions() if (f := self._rolling.of(one)) is not None]
+
+    def _functions(self) -> list[Resource]:
+        """Those that are placed here, as they are declared."""
         me = self._replica.find(Key("Node", CLUSTER, self._node))
         # a node that its replica does not know yet is itself all the same
         labels = me.metadata.labels if me is not None else {}
         view = NodeView(self._node, self._site, (labels,))
         placed = [f for f in self._replica.items("Function") if matches(f.spec.placement, view)]
-        rolled = [self._rolling.of(f) for f in placed if not f.metadata.deletionTimestamp]
-        return [f for f in rolled if f is not None]
+        return [f for f in placed if not f.metadata.deletionTimestamp]
+
+    def waiting(self) -> dict[Key, dict[str, Any]]:
+        """The status of each Function that is to be called here when its Rollout has come so far."""
+        return {f.key: waits for f in self._functions() if (waits := self._rolling.waits(f))}
 
     def coming(self) -> list[Resource]:
         """The Functions that a Rollout will bring to this node."""
-        me = self._replica.find(Key("Node", CLUSTER, self._node))
-        view = NodeView(self._node, self._site, (me.metadata.labels if me is not None else {},))
-        placed = [f for f in self._replica.items("Function") if matches(f.spec.placement, view)]
-        return [c for f in placed if (c := self._rolling.coming(f)) is not None]
+        return [c for f in self._functions() if (c := self._rolling.coming(f)) is not None]
 
     def fetched(self, here: dict[Key, bool]) -> dict[Key, dict[str, Any]]:
         """What the hub is told of Rollouts: what of :meth:`coming` is here."""

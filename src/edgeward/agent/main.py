@@ -237,6 +237,7 @@ class Agent:
             ),
             broker=self.broker.reach,
             report=self.link.report,
+            status=self.reports.status,
         )
         self.plane = Keeper(
             data,

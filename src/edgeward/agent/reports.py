@@ -60,7 +60,7 @@ class Reports:
         key = Key("App", namespace, name)
         self._desired.said(key, status)
         self._moved()  # where its Services are may be new
-        self._link.report(key, status)
+        self._link.report(key, status if status is not None else self._desired.waits(key) or None)
         self.keep(key, self.sitewide(key, status))
 
     def export_status(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:

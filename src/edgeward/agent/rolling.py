@@ -8,7 +8,9 @@ holds stays where it is, and what people changed here themselves, which waits fo
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sqlite3
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,6 +52,8 @@ class Rolling:
     def __init__(self, replica: Replica, node: str, now: Callable[[], float] = clock.now) -> None:
         self._replica, self._node, self._now = replica, node, now
         self._taken: dict[Key, Taken] = {}
+        #: What the disk had no room for.
+        self._unsaved: set[Key] = set()
         #: What was made last of a target, and of what.
         self._made: dict[Key, tuple[tuple[Any, ...], Resource]] = {}
 
@@ -85,9 +89,17 @@ class Rolling:
             version = now if has else taken.version  # its site says when
         if version is None:
             return None
-        if taken.version is None or taken.version != version or taken.own:
+        if taken.version != version or taken.own or key in self._unsaved:
             self._keep(key, Taken(taken.uid, version))
         return declared if version.digest == now.digest else self._with(declared, version)
+
+    def waits(self, declared: Resource) -> dict[str, Any]:
+        """What is said of something that runs nowhere here because its Rollout has not come so far; {}: it has."""
+        rollout = self._governor(declared.key)
+        if rollout is None or self.of(declared) is not None:
+            return {}
+        none: dict[str, Any] = {"instances": [] if declared.kind == "App" else 0}  # a Function's are counted
+        return {"phase": "Pending", **none, "message": f"waits for {rollout.key}"}
 
     def coming(self, declared: Resource) -> Resource | None:
         """What is declared, while something else runs here and it may still come: what it needs is fetched before."""
@@ -159,15 +171,24 @@ class Rolling:
         return found if found.uid == uid else Taken(uid)
 
     def _keep(self, key: Key, taken: Taken) -> None:
-        if self._taken.get(key) != taken:
+        """On a full disk it is known until the agent ends, and written when there is room: what runs goes on."""
+        if self._taken.get(key) == taken and key not in self._unsaved:
+            return
+        self._taken[key] = taken
+        try:
             self._replica.set_meta(self._meta(key), msgspec.json.encode(taken).decode())
-            self._taken[key] = taken
+            self._unsaved.discard(key)
+        except sqlite3.Error as e:
+            if key not in self._unsaved:
+                log.error("which version of %s was taken is not kept: %s", key, e)
+            self._unsaved.add(key)
 
     def _forget(self, key: Key) -> None:
-        if key in self._taken or key in self._made:
-            self._replica.set_meta(self._meta(key), "")
-            self._taken.pop(key, None)
-            self._made.pop(key, None)
+        if self._taken.pop(key, None) is not None:
+            with contextlib.suppress(sqlite3.Error):  # of what nothing governs nothing is asked
+                self._replica.set_meta(self._meta(key), "")
+        self._made.pop(key, None)
+        self._unsaved.discard(key)
 
 
 def _version(resource: Resource) -> Version:

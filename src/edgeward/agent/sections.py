@@ -33,7 +33,8 @@ from edgeward.gateway.rules import Listen
 
 class PlaneSections:
     """``given``: the ``gateway`` of ``node.json``; ``broker``: how the plane reaches the node's nats-server;
-    ``report``: tells the hub of an object (None: no more)."""
+    ``report``: tells the hub of an object (None: no more);
+    ``status``: keeps what is told as well."""
 
     def __init__(
         self,
@@ -53,11 +54,14 @@ class PlaneSections:
         beside: Beside,
         broker: Callable[[], dict[str, Any] | None],
         report: Callable[[Key, dict[str, Any] | None], None] = lambda *_: None,
+        status: Callable[[Key, dict[str, Any]], None] = lambda *_: None,
     ) -> None:
         self._node, self._site, self._bind, self._address = node, site, bind, address
         self._gateway, self._desired, self._replica = given, desired, replica
         self._history, self._broker, self._identity, self._report = history, broker, identity, report
         self._reported: set[Key] = set()
+        self._status = status
+        self._waiting: dict[Key, dict[str, Any]] = {}
         values = desired.values
         self._auths = Auths(values, vault)
         self._functions = Sections(partial(values, "Config"), partial(values, "Secret"), vault, stock, beside.of)
@@ -74,6 +78,11 @@ class PlaneSections:
         """What the plane shall do now."""
         declared = self._desired.functions()
         functions = self._functions.section(declared, self._desired.coming())
+        waiting = self._desired.waiting()
+        for key, said in waiting.items():
+            if self._waiting.get(key) != said:
+                self._status(key, said)
+        self._waiting = waiting
         self._tell_fetched(self._desired.fetched(self._functions.fetched))
         self._history.note(declared, functions["functions"])
         if (broker := self._broker()) is not None:

@@ -219,8 +219,13 @@ def _target(resource: Resource, nodes: list[Resource], said: Mapping[str, Mappin
         meta.creationTimestamp,
         frozenset(_expected(resource, nodes)),
         reports,
-        frozenset(n for n, s in said.items() if word in (s.get("prefetched") or ())),
+        frozenset(n for n, s in said.items() if word in _words(s)),
     )
+
+
+def _words(said: Mapping[str, Any]) -> list[Any]:
+    words = said.get("prefetched")
+    return words if isinstance(words, list) else []
 
 
 def _expected(resource: Resource, nodes: list[Resource]) -> list[str]:

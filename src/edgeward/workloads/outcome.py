@@ -41,6 +41,12 @@ class Node(msgspec.Struct, frozen=True):
     governed: bool = True
 
 
+def _generation(report: Mapping[str, Any]) -> int:
+    """The generation that a report is on; whatever else a node says there is none."""
+    found = report.get("observedGeneration")
+    return found if isinstance(found, int) else 0
+
+
 def verdict(node: str, targets: list[Target], handled: list[Handled]) -> tuple[str, str]:
     """How a node does with what the run moves: ``good``, ``bad`` or ``busy``, and why."""
     moving = {(t.kind, t.name): t for t in handled if t.moves}
@@ -50,7 +56,7 @@ def verdict(node: str, targets: list[Target], handled: list[Handled]) -> tuple[s
         if h is None or node not in t.expected:
             continue
         report = t.reports.get(node) or {}
-        if int(report.get("observedGeneration") or 0) != h.generation:
+        if _generation(report) != h.generation:
             said = "busy"
             continue
         phase = str(report.get("phase", ""))
@@ -68,7 +74,7 @@ def has_all(node: str, targets: list[Target]) -> bool:
         t.kind == "App"
         or node not in t.expected
         or node in t.fetched
-        or int((t.reports.get(node) or {}).get("observedGeneration") or 0) == t.generation
+        or _generation(t.reports.get(node) or {}) == t.generation
         for t in targets
     )
 
@@ -82,12 +88,8 @@ def is_back(node: str, targets: list[Target], handled: list[Handled]) -> bool:
             continue
         report = t.reports.get(node)
         if h.baseline is None:
-            if report is not None:
+            if _generation(report or {}):
                 return False
-        elif (
-            report is None
-            or int(report.get("observedGeneration") or 0) != h.baseline.generation
-            or bool(report.get("wanted"))
-        ):
+        elif report is None or _generation(report) != h.baseline.generation or bool(report.get("wanted")):
             return False
     return True
