@@ -31,6 +31,7 @@ from benchmarks import (
     sharing,
     spine,
     steering,
+    tunnel,
 )
 from benchmarks.common import Row, save
 
@@ -54,6 +55,7 @@ ALL: dict[str, Callable[[], list[Row]]] = {
     "functions": functions.functions,
     "steering": steering.steering,
     "sharing": sharing.sharing,
+    "tunnel": tunnel.tunnel,
 }
 #: Seconds for one benchmark.
 LIMIT = 900

@@ -285,7 +285,7 @@ def test_a_stranger_does_not_pass_for_a_node_and_garbage_ends_only_its_own_sessi
             bad = Tunnel(target(system), NODE)
             await bad.connect()
             assert bad.session.link is not None
-            bad.session.link.send(b"\xee" * 64)
+            bad.session.link.send([b"\xee" * 64])
             await bad.ended.wait()
             assert isinstance(bad.session.error, Refused)
             stream = good.open("tcp", {"port": digests.port})

@@ -21,9 +21,9 @@ def _carry(rate: float, rtt: float, seconds: float) -> Window:
     return window
 
 
-def test_a_slow_link_gets_about_two_round_trips_and_a_fast_one_the_whole_window() -> None:
+def test_a_slow_link_gets_a_few_round_trips_and_a_fast_one_the_whole_window() -> None:
     slow = _carry(1.25e6, 0.05, 10)
-    assert 1.25e6 * 0.05 < slow.size < 1.25e6 * 0.05 * 3
+    assert 1.25e6 * 0.05 < slow.size < 1.25e6 * 0.05 * 5
     assert _carry(50e6, 0.05, 10).size == LARGEST
     assert _carry(20e3, 0.05, 10).size == SMALLEST
 

@@ -136,8 +136,8 @@ def test_small_answers_do_not_stand_behind_bulk() -> None:
             def __init__(self) -> None:
                 self.writes: list[bytes] = []
 
-            def send(self, payload: bytes) -> None:
-                self.writes.append(payload)
+            def send(self, pieces: list[bytes]) -> None:
+                self.writes.append(b"".join(pieces))
                 self.paused = True
 
             def close(self) -> None: ...
@@ -222,7 +222,7 @@ def test_a_flood_of_asks_that_takes_no_answers_ends_the_session() -> None:
         class Full:
             paused = True
 
-            def send(self, payload: bytes) -> None: ...
+            def send(self, pieces: list[bytes]) -> None: ...
 
             def close(self) -> None: ...
 
@@ -246,8 +246,8 @@ class Cut:
         self.loop = asyncio.get_running_loop()
         self.broken = asyncio.Event()
 
-    def send(self, payload: bytes) -> None:
-        data = payload[: self.left]
+    def send(self, pieces: list[bytes]) -> None:
+        data = b"".join(pieces)[: self.left]
         self.left -= len(data)
         if data:
             self.loop.call_soon(self._arrive, data)

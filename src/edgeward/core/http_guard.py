@@ -54,7 +54,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _unsupported_upgrade_warning(self) -> None:
         """It is a request like others until its handler takes it over."""
 
-    def _take_over(self, protocol: asyncio.Protocol) -> asyncio.Transport:
+    def _take_over(self, protocol: asyncio.BaseProtocol) -> asyncio.Transport:
         transport = self.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")

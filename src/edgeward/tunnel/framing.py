@@ -95,14 +95,15 @@ class Frames:
         self._data_left = 0
         self._stream = 0
 
-    def feed(self, data: bytes) -> list[Frame]:
+    def feed(self, data: bytes | memoryview) -> list[Frame]:
+        """What it gives is never a part of ``data``, whose memory may be used again."""
         if self._rest:
             data, self._rest = self._rest + data, b""
         found: list[Frame] = []
         at, size = 0, len(data)
         while at < size:
             if self._data_left:
-                piece = data[at : at + self._data_left]
+                piece = bytes(data[at : at + self._data_left])
                 at += len(piece)
                 self._data_left -= len(piece)
                 found.append((DATA, self._stream, piece))
@@ -123,10 +124,10 @@ class Frames:
                 raise Garbage(f"a frame of {length} bytes that is no data")
             if size - at < 8 + length:
                 break
-            found.append((kind, stream, data[at + 8 : at + 8 + length]))
+            found.append((kind, stream, bytes(data[at + 8 : at + 8 + length])))
             at += 8 + length
         if at < size:
-            self._rest = data[at:]
+            self._rest = bytes(data[at:])
         return found
 
 
@@ -175,14 +176,14 @@ class Messages:
         self.answers: list[bytes] = []
         self.closed = False
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """The pieces of payload in ``data``."""
+    def feed(self, data: bytes | memoryview) -> list[bytes | memoryview]:
+        """The pieces of payload in ``data``, as parts of it."""
         if self._left >= len(data) and not self._rest and self._opcode < 8 and not self._mask:
             self._left -= len(data)  # the middle of a large message
             return [data]
         if self._rest:
             data, self._rest = self._rest + data, b""
-        found: list[bytes] = []
+        found: list[bytes | memoryview] = []
         at = 0
         while at < len(data) and not self.closed:
             if self._left:
@@ -192,12 +193,12 @@ class Messages:
                 continue
             used = self._head(data, at)
             if not used:
-                self._rest = data[at:]
+                self._rest = bytes(data[at:])
                 break
             at += used
         return found
 
-    def _head(self, data: bytes, at: int) -> int:
+    def _head(self, data: bytes | memoryview, at: int) -> int:
         """The bytes of the head at ``at``; 0 when it is not whole."""
         size = len(data) - at
         if size < 2:
@@ -222,7 +223,7 @@ class Messages:
         if second & 0x80:
             if size < used + 4:
                 return 0
-            mask = data[at + used : at + used + 4]
+            mask = bytes(data[at + used : at + used + 4])
             used += 4
             self._mask = mask if mask != b"\0\0\0\0" else b""
         self._left, self._opcode = length, opcode
@@ -230,7 +231,7 @@ class Messages:
             self._act(b"")
         return used
 
-    def _payload(self, piece: bytes, found: list[bytes]) -> None:
+    def _payload(self, piece: bytes | memoryview, found: list[bytes | memoryview]) -> None:
         self._left -= len(piece)
         if self._mask:
             piece = self._unmasked(piece)
@@ -242,7 +243,7 @@ class Messages:
             said, self._control = self._control, b""
             self._act(said)
 
-    def _unmasked(self, piece: bytes) -> bytes:
+    def _unmasked(self, piece: bytes | memoryview) -> bytes:
         n = len(piece)
         key = (self._mask[self._turn :] + self._mask[: self._turn]) * (n // 4 + 1)
         self._turn = (self._turn + n) % 4

@@ -32,7 +32,9 @@ MOST_STREAMS = 1024
 #: Frames that are no data and wait for the link: more are a flood.
 _MOST_CONTROL = 4096
 #: Bytes of one write, and of one stream's turn while others wait.
-_BATCH, _TURN = 256 * 1024, 32 * 1024
+_BATCH, _TURN = 112 * 1024, 32 * 1024
+#: Pieces from here on go out as they are; smaller ones are put together.
+_LARGE = 8 * 1024
 #: Bytes after which what was received is confirmed.
 _CONFIRM = 256 * 1024
 #: Seconds between two looks at the link; between two pings while something moves, and while nothing does.
@@ -48,7 +50,8 @@ class Link(Protocol):
 
     paused: bool
 
-    def send(self, payload: bytes) -> None: ...
+    def send(self, pieces: list[bytes]) -> None:
+        """Takes all of it, as one after the other."""
 
     def close(self) -> None: ...
 
@@ -159,8 +162,8 @@ class Session:
         self._waiting_pong = False
         self._measured = False
         self._skip = self.received_bytes - (self.received_bytes if said is None else said)
-        for piece in again:
-            link.send(piece)
+        if again:
+            link.send(again)
         self._ping()
         self._plan()
 
@@ -193,7 +196,7 @@ class Session:
         if link is not None:
             if tell:
                 self._control.append(framing.frame(framing.BYE, 0, msgspec.msgpack.encode(self.error.problem())))
-                link.send(b"".join(self._control))
+                link.send([b"".join(self._control)])
             link.close()
         self._control.clear()
         self._ready.clear()
@@ -225,9 +228,10 @@ class Session:
             parts = self._batch()
             if not parts:
                 return
-            data = parts[0] if len(parts) == 1 else b"".join(parts)
-            self._kept.add(data)
-            link.send(data)
+            pieces = _gathered(parts)
+            for piece in pieces:
+                self._kept.add(piece)
+            link.send(pieces)
             self._moved = self._now()
 
     def _batch(self) -> list[bytes]:
@@ -280,8 +284,8 @@ class Session:
 
     # -- receiving -------------------------------------------------------------------------------------------------
 
-    def received(self, link: Link, data: bytes) -> None:
-        """Bytes of the link. What is no tunnel ends the session."""
+    def received(self, link: Link, data: bytes | memoryview) -> None:
+        """Bytes of the link, whose memory may be used again. What is no tunnel ends the session."""
         if link is not self.link:
             return
         self._heard = now = self._now()
@@ -423,6 +427,25 @@ class Session:
         self._timer = self._loop.call_later(_LOOK, self._look)
 
 
+def _gathered(parts: list[bytes]) -> list[bytes]:
+    """The parts with small neighbours put together: each piece costs a TLS record at least."""
+    if len(parts) == 1:
+        return parts
+    pieces: list[bytes] = []
+    small: list[bytes] = []
+    for part in parts:
+        if len(part) < _LARGE:
+            small.append(part)
+            continue
+        if small:
+            pieces.append(b"".join(small))
+            small.clear()
+        pieces.append(part)
+    if small:
+        pieces.append(b"".join(small))
+    return pieces
+
+
 class _Wire:
     """One direction's end of a link in memory."""
 
@@ -432,9 +455,9 @@ class _Wire:
         self.session: Session | None = None
         self._loop = asyncio.get_running_loop()
 
-    def send(self, payload: bytes) -> None:
+    def send(self, pieces: list[bytes]) -> None:
         if self.other is not None and self.other.session is not None:
-            self._loop.call_soon(self.other.session.received, self.other, payload)
+            self._loop.call_soon(self.other.session.received, self.other, b"".join(pieces))
 
     def close(self) -> None:
         other, self.other = self.other, None

@@ -1,0 +1,356 @@
+"""A tunnel beside ssh: bulk, small requests during bulk, new connections; direct and over an emulated 4g link.
+
+The origin is one process "at the node". Edgeward's way is the product's own: `edgeward tunnel open`, hub, agent.
+ssh's is Debian's sshd with a configuration and keys of its own on loopback: ``-R`` as the node would use it, taken at
+the hub's machine (one encrypted hop), and ``-R`` with ``-L`` as an operator elsewhere needs (two hops, which is what a
+tunnel by the hub always is). Both with AES-128-GCM, which is the fastest cipher of sshd here. Over 4g the lab's own
+relay stands between node and hub for both. All in one run, in turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import PYTHON, Row, free_ports, percentile, row, system, wait
+
+ROUNDS = int(os.environ.get("EDGEWARD_BENCH_RUNS", "3"))
+SMALL = 200
+BULK = {"direct": 256 << 20, "4g": 6 << 20}
+_SSHD = "/usr/sbin/sshd"
+
+
+# -- the origin ------------------------------------------------------------------------------------------------------
+
+
+class _Origin(asyncio.Protocol):
+    """``S``: 200 bytes. ``B<MiB>;``: so much. ``H``: for ever, to one who does not read."""
+
+    def __init__(self) -> None:
+        self.transport: Any = None
+        self.left = 0
+        self.paused = False
+        self.rest = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.rest += data
+        while self.rest:
+            if self.rest[:1] == b"S":
+                self.rest = self.rest[1:]
+                self.transport.write(bytes(SMALL))
+            elif self.rest[:1] == b"B" and b";" in self.rest:
+                size, _, self.rest = self.rest[1:].partition(b";")
+                self.left += int(size)
+                self.pump()
+            else:
+                return
+
+    def pump(self) -> None:
+        while self.left and not self.paused:
+            n = min(self.left, 1 << 18)
+            self.left -= n
+            self.transport.write(_BLOCK[:n])
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        self.pump()
+
+
+_BLOCK = os.urandom(1 << 18)
+
+
+def _uvloop(main: Any) -> Any:
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main())
+
+
+def origin(port: int) -> None:
+    async def main() -> None:
+        server = await asyncio.get_running_loop().create_server(_Origin, "127.0.0.1", port, backlog=1024)
+        async with server:
+            await server.serve_forever()
+
+    _uvloop(main)
+
+
+def relay(profile: str, port: int, to: int) -> None:
+    """The lab's own relay, for ssh."""
+    from edgeward.lab.links import BUILTIN
+    from edgeward.lab.relay import Relay
+
+    async def main() -> None:
+        await Relay(("127.0.0.1", to), BUILTIN[profile], port=port).open()
+        await asyncio.Event().wait()
+
+    _uvloop(main)
+
+
+# -- what is measured ------------------------------------------------------------------------------------------------
+
+
+async def _bulk(port: int, size: int) -> float:
+    """Bytes per second."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
+    began = time.monotonic()
+    writer.write(b"B%d;" % size)
+    left = size
+    while left:
+        data = await reader.read(1 << 20)
+        if not data:
+            raise ConnectionError(f"{left} bytes are missing")
+        left -= len(data)
+    took = time.monotonic() - began
+    writer.close()
+    return size / took
+
+
+async def _small(port: int, until: asyncio.Event, pace: float) -> list[float]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    took = []
+    while not until.is_set():
+        began = time.monotonic()
+        writer.write(b"S")
+        await reader.readexactly(SMALL)
+        took.append(time.monotonic() - began)
+        await asyncio.sleep(pace)
+    writer.close()
+    return took
+
+
+async def during(port: int, size: int, pace: float) -> tuple[float, list[float]]:
+    """Small requests on a connection of their own while a bulk one runs: bytes per second, seconds each."""
+    done = asyncio.Event()
+    small = asyncio.ensure_future(_small(port, done, pace))
+    await asyncio.sleep(0.2)  # it has begun
+    rate = await _bulk(port, size)
+    done.set()
+    return rate, await small
+
+
+async def connections(port: int, n: int) -> list[float]:
+    """Seconds from the dial to the first answer."""
+    took = []
+    for _ in range(n):
+        began = time.monotonic()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"S")
+        await reader.readexactly(SMALL)
+        took.append(time.monotonic() - began)
+        writer.close()
+    return took
+
+
+async def active(port: int, n: int, requests: int, stalled: int) -> list[float]:
+    """``n`` connections that ask in turn, beside ``stalled`` ones that ask for much and read nothing."""
+    held = []
+    for _ in range(stalled):
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        writer.write(b"B%d;" % (64 << 20))
+        held.append(writer)
+    await asyncio.sleep(0.5)  # they are stalled now
+
+    async def one() -> list[float]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        took = []
+        for _ in range(requests):
+            began = time.monotonic()
+            writer.write(b"S")
+            await reader.readexactly(SMALL)
+            took.append(time.monotonic() - began)
+            await asyncio.sleep(0.02)
+        writer.close()
+        return took
+
+    got = await asyncio.gather(*(one() for _ in range(n)))
+    for writer in held:
+        writer.transport.abort()
+    return [t for times in got for t in times]
+
+
+def measure(port: int, link: str) -> dict[str, float]:
+    async def main() -> dict[str, float]:
+        size = BULK[link]
+        pace = 0.002 if link == "direct" else 0.02
+        await connections(port, 3)
+        bulk = await _bulk(port, size)
+        _, small = await during(port, size, pace)
+        opened = await connections(port, 200 if link == "direct" else 30)
+        return {
+            "bulk": bulk / 1e6,
+            "small": percentile(small, 99) * 1e3,
+            "small50": percentile(small, 50) * 1e3,
+            "open": percentile(opened, 50) * 1e3,
+        }
+
+    return _uvloop(main)
+
+
+# -- the ways --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def child(*argv: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(argv, **options)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _listens(port: int) -> bool:
+    import socket
+
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+@contextmanager
+def _helper(what: str, *args: Any) -> Iterator[None]:
+    root = str(Path(__file__).parents[1])
+    code = f"import sys; sys.path.insert(0, {root!r}); from benchmarks import tunnel; tunnel.{what}(*{args!r})"
+    port = args[0] if what == "origin" else args[1]
+    with child(PYTHON, "-c", code):
+        wait(lambda: _listens(port))
+        yield
+
+
+def _key(folder: Path, name: str) -> Path:
+    path = folder / name
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
+    return path
+
+
+@contextmanager
+def ssh(folder: Path, link: str, origin_port: int) -> Iterator[dict[str, int]]:
+    """Ports of ``-R`` at the hub's machine, and of ``-R`` with ``-L`` at the operator's."""
+    sshd_port, way, back, there = free_ports(4)
+    host, user = _key(folder, "host"), _key(folder, "user")
+    shutil.copy(f"{user}.pub", folder / "authorized")
+    (folder / "authorized").chmod(0o600)
+    config = folder / "sshd_config"
+    config.write_text(
+        f"Port {sshd_port}\nListenAddress 127.0.0.1\nHostKey {host}\nAuthorizedKeysFile {folder / 'authorized'}\n"
+        "PasswordAuthentication no\nKbdInteractiveAuthentication no\nUsePAM no\nStrictModes no\n"
+        f"PidFile {folder / 'sshd.pid'}\nPermitRootLogin prohibit-password\n"
+    )
+    Path("/run/sshd").mkdir(exist_ok=True)
+    common = ["ssh", "-N", "-F", "none", "-i", str(user), "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes"]
+    common += ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
+    common += ["-o", "ExitOnForwardFailure=yes", "-c", "aes128-gcm@openssh.com", "127.0.0.1"]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(child(_SSHD, "-D", "-e", "-f", str(config), stderr=subprocess.DEVNULL))
+        wait(lambda: _listens(sshd_port))
+        if link != "direct":
+            stack.enter_context(_helper("relay", link, way, sshd_port))
+        port = sshd_port if link == "direct" else way
+        node = [*common, "-p", str(port), "-R", f"127.0.0.1:{back}:127.0.0.1:{origin_port}"]
+        stack.enter_context(child(*node, stdin=subprocess.DEVNULL))
+        wait(lambda: _listens(back))
+        operator = [*common, "-p", str(sshd_port), "-L", f"127.0.0.1:{there}:127.0.0.1:{back}"]
+        stack.enter_context(child(*operator, stdin=subprocess.DEVNULL))
+        wait(lambda: _listens(there))
+        yield {"ssh -R": back, "ssh -R -L": there}
+
+
+@contextmanager
+def ours(folder: Path, link: str, origin_port: int) -> Iterator[tuple[Any, int]]:
+    topology = folder / "lab.yaml"
+    topology.write_text(f"sites: [{{name: plant, nodes: 1, link: {'lan' if link == 'direct' else link}}}]")
+    command = ("up",) if link == "direct" else ("lab", "up", "-f", str(topology))
+    with system(*command) as running:
+        env = {**os.environ, "EDGEWARD_CONTEXT": str(running.data / "context.json")}
+        argv = [PYTHON, "-m", "edgeward", "tunnel", "open", "plant-1", str(origin_port)]
+        with child(*argv, env=env, stdout=subprocess.PIPE) as opened:
+            assert opened.stdout is not None
+            line = opened.stdout.readline().decode()
+            yield running, int(line.rsplit(":", 1)[1])
+
+
+def compare(link: str) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Medians by way; and of ours what stalled streams do."""
+    got: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory(prefix="edgeward-bench-") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        (port,) = free_ports(1)
+        stack.enter_context(_helper("origin", port))
+        ways = dict(stack.enter_context(ssh(folder, link, port))) if Path(_SSHD).exists() else {}
+        running, ways["edgeward"] = stack.enter_context(ours(folder, link, port))
+        for _ in range(ROUNDS):
+            for way, at in ways.items():
+                got.setdefault(way, []).append(measure(at, link))
+        more: dict[str, Any] = {}
+        if link == "direct":
+            more = stalled(running, ways["edgeward"])
+    median: Callable[[list[float]], float] = lambda v: percentile(sorted(v), 50)  # noqa: E731
+    return {w: {k: median([r[k] for r in rs]) for k in rs[0]} for w, rs in got.items()}, more
+
+
+def stalled(running: Any, port: int) -> dict[str, float]:
+    def p99(n: int) -> float:
+        return percentile(_uvloop(lambda: active(port, 50, 60, n)), 99) * 1e3
+
+    p99(0)
+    alone = [p99(0) for _ in range(ROUNDS)]
+    beside = [p99(1) for _ in range(ROUNDS)]
+    return {"alone": percentile(alone, 50), "beside": percentile(beside, 50)}
+
+
+def tunnel() -> list[Row]:
+    rows = []
+    for link in ("direct", "4g"):
+        ways, more = compare(link)
+        mine = ways.pop("edgeward")
+        for what, unit, less in (("bulk", "MB/s", False), ("small", "ms", True), ("open", "ms", True)):
+            title = {
+                "bulk": "tunnel: bulk",
+                "small": "tunnel: p99 of a small request during bulk",
+                "open": "tunnel: a new connection's first answer, p50",
+            }[what]
+            for way, base in ways.items():
+                rows.append(
+                    row(
+                        f"{title}, {link}, beside {way}",
+                        mine[what],
+                        unit,
+                        base[what],
+                        less=less,
+                        base=(way, base[what]),
+                    )
+                )
+        if more:
+            rise = (more["beside"] / more["alone"] - 1) * 100
+            rows.append(row("tunnel: rise of the p99 of 50 active streams by 1 stalled one", rise, "%", 20, base=None))
+    return rows
+
+
+if __name__ == "__main__":
+    for link in sys.argv[1:] or ["direct", "4g"]:
+        found, also = compare(link)
+        for way, values in found.items():
+            print(link, f"{way:10}", {k: round(v, 2) for k, v in values.items()})
+        print(link, also)
