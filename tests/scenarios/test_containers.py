@@ -90,8 +90,8 @@ def test_an_image_comes_through_the_hub(store: Store, systems: Callable[..., Any
     assert one["image"].startswith("sha256:")
     with urllib.request.urlopen(f"http://127.0.0.1:{one['ports']['http']}/", timeout=30) as got:
         assert b"the image came through the hub" in got.read()
-    assert "page" in store.podman("images", "--format", "{{.Repository}}")
+    assert store.has("localhost/page:1")
     up.run("delete", "-f", str(folder / "app.yaml"))
-    up.wait("the image is gone", lambda: "page" not in store.podman("images", "--format", "{{.Repository}}"))
+    up.wait("the image is gone", lambda: not store.has("localhost/page:1"))
     refused = up.run("--at", "plant-1", "apply", "-f", str(folder / "app.yaml"), code=3)
     assert refused == ""

@@ -1,6 +1,7 @@
 """An agent's app runtime alone, for test_kill_at_every_step: ends when the wanted version is whole, or dies at a step.
 
-``python driver.py DIR VERSION STEP``: a step is the moment before or after anything that changes the disk or a process.
+``python driver.py DIR VERSION STEP [IMAGE]``: a step is the moment before or after anything that changes the disk or a
+process; with an image the app is a container of it, and steps are those that concern it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from typing import Any
 from edgeward.core.resource import Resource, decode
 from edgeward.hub.kinds import load
 from edgeward.workloads import process
+from edgeward.workloads.container import ContainerRuntime
 from edgeward.workloads.edge import AppsEdge
+from edgeward.workloads.podman import Podman
 from edgeward.workloads.process import ProcessRuntime
 from edgeward.workloads.state import WorkloadState
 
 STEP = int(sys.argv[3])
+IMAGE = sys.argv[4] if len(sys.argv) > 4 else ""
 os.environ["EDGEWARD_DATA"] = sys.argv[1]  # as the agent does: by it the test finds what runs
 steps = itertools.count()
+WRITES = ("save_app", "save_version", "trim_versions", "save_instance", "remove_instance")
 
 
 def step() -> None:
@@ -56,8 +61,10 @@ def stepped(owner: Any, name: str) -> None:
 
 class Wishes:
     def __init__(self, version: str) -> None:
-        spec = {
-            "process": {"command": ["sleep", version]},
+        what: dict[str, Any] = {"process": {"command": ["sleep", version]}}
+        if IMAGE:
+            what = {"container": {"image": IMAGE, "args": [f"exec sleep {version}"]}}
+        spec = what | {
             "health": {"window": "100ms"},
             "stop": {"grace": "2s"},
         }
@@ -88,11 +95,14 @@ async def main() -> None:
             if f"sleep\0{version}\0".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                 whole.set()
 
-    for name in ("save_app", "save_version", "trim_versions", "save_instance", "remove_instance"):
+    for name in () if IMAGE else WRITES:
         stepped(WorkloadState, name)
-    for name in ("start", "stop", "clean"):
-        stepped(ProcessRuntime, name)
-    stepped(process.proc, "spawn_detached")
+    for name in ("stop", "clean") if IMAGE else ("start", "stop", "clean"):
+        stepped(ContainerRuntime if IMAGE else ProcessRuntime, name)
+    if IMAGE:
+        stepped(Podman, "run")
+    else:
+        stepped(process.proc, "spawn_detached")
     apps = AppsEdge(
         node="n", site="s", data_dir=Path(sys.argv[1]), source=Wishes(version), report=report, event=lambda *_: None
     )

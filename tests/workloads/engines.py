@@ -5,6 +5,7 @@ Where podman, busybox or the kernel do not let a container run, the tests that n
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -65,11 +66,22 @@ class Store:
             change = ["--change", "ENV PATH=/bin", "--change", 'ENTRYPOINT ["/bin/sh", "-c"]', "--change", "CMD id"]
             return self.podman("import", "--quiet", *change, str(tar), name).strip().removeprefix("sha256:")
 
+    def has(self, image: str) -> bool:
+        """Asked so that an image that is just being taken away is no error."""
+        argv = ["podman", *options(podman.facts()), "image", "exists", image]
+        return subprocess.run(argv, env=os.environ | self.env, capture_output=True, timeout=60).returncode == 0
+
     def names(self) -> list[str]:
         return self.podman("ps", "--all", "--format", "{{.Names}}").split()
 
     def close(self) -> None:
         self.podman("rm", "--force", "--all", "--time", "0", "--volumes")
+        # conmon of what was run inside by the API stays for five minutes, so that its status can be asked for
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (process / "cmdline").read_bytes()
+                if words.split(b"\0")[0].endswith(b"conmon") and f"{self.root}/".encode() in words:
+                    os.kill(int(process.name), 9)
         shutil.rmtree(self.root, ignore_errors=True)
 
 

@@ -122,9 +122,9 @@ def test_an_archive_comes_when_the_hub_is_there_and_its_image_goes_with_the_app(
         again = Node(node.data)
         assert again.images.waits_for(VERSION, spec) == "", "the next agent knows"
         await node.images.tidy({VERSION}, 0.0)
-        assert id in store.podman("images", "--quiet", "--no-trunc")
+        assert store.has(id)
         await node.images.tidy(set(), 0.0)
-        assert id not in store.podman("images", "--quiet", "--no-trunc")
+        assert not store.has(id)
         assert node.images.note(VERSION) is None
         assert node.hub.asked == asked
 
@@ -137,7 +137,7 @@ def test_an_image_that_was_there_stays(tmp_path: Path, store: Store) -> None:
     async def main() -> None:
         await node.waits(Container(image=BOX), "")
         await node.images.tidy(set(), 0.0)
-        assert BOX in store.podman("images", "--format", "{{.Repository}}:{{.Tag}}")
+        assert store.has(BOX)
 
     run(node, main())
 

@@ -155,7 +155,7 @@ class ContainerRuntime:
     def _process(folder: Path) -> proc.ProcId | None:
         """The first process of the container of an instance's folder, if it lives: nobody else who has its number."""
         try:
-            pid, cid = _pid(folder), (folder / "cid").read_text("ascii").strip()
+            pid, cid = int((folder / "pid").read_text("ascii")), (folder / "cid").read_text("ascii").strip()
             found = proc.identify(pid)
             if found is not None and cid and cid in Path(f"/proc/{pid}/cgroup").read_text():
                 return found
