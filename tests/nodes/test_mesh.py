@@ -427,12 +427,12 @@ def test_a_storm_of_strangers_stops_nothing(tmp_path: Path) -> None:
                     if n % 50 == 0:
                         await asyncio.sleep(0)  # they are taken
                 idle = []
-                for _ in range(40):  # connections that say nothing
+                for _ in range(60):  # connections that say nothing
                     one = held.enter_context(socket.socket())
                     one.bind(("127.0.0.2", 0))
                     one.connect(place(b))
                     idle.append(one)
-                await until(lambda: b.counters["flooded"] >= 32)
+                await until(lambda: b.counters["flooded"] >= 36)
                 assert await a.ask("b", "echo", b"x", timeout=60) == b"x"
                 await said(a, ear, b"through it all")
             assert {p for p, _ in ear.got} == {"a"}

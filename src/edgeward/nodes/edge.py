@@ -463,15 +463,15 @@ class NodeEdge:
         """Whether another node of the site had all that the hub is known to have."""
         if self.site is None or self._doubt or not self._replica.epoch:
             return False
+        waits = False
         for answers in await self.site.news(self._replica.epoch, self._replica.hub_revision, self._told):
             if answers[-1].revision > self._replica.hub_revision and not await self._take(answers):
                 self._doubt = True
                 return False
             self.counters["shared"] += 1
-            if self._waits:
-                return True
-        # with no link there is nobody else to ask
-        return self._replica.hub_revision >= self._told and (self.site.carried() or not self.online)
+            waits = self._waits
+        # with no link there is nobody else to ask; and what waits here waits whoever sent it
+        return waits or (self._replica.hub_revision >= self._told and (self.site.carried() or not self.online))
 
     async def _take(self, answers: list[SyncAnswer]) -> bool:
         """Has the replica take one sync, all its pages; False where it does not hold what it should hold then."""

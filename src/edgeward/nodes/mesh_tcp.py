@@ -42,7 +42,7 @@ _VOUCH, _ASK, _PIECE, _END, _ERROR = 1, 2, 3, 4, 5
 _BOUND = {_VOUCH: 512, _ASK: MOST + 64, _PIECE: MOST, _END: 0, _ERROR: 8192}
 _HEAD = struct.Struct(">BI")
 #: Connections that have not proved anything yet: in all, and of one address; and of one peer.
-_PENDING, _PENDING_OF_ONE, _OF_ONE = 32, 8, 8
+_PENDING, _PENDING_OF_ONE, _OF_ONE = 64, 24, 8
 #: Seconds: to prove oneself; that a connection may lie idle, at the asking side less; for a handler; for one write.
 _PROOF, _IDLE, _IDLE_HERE, _WORK, _WRITE = 5.0, 60.0, 20.0, 60.0, 30.0
 _KEPT = 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
@@ -300,14 +301,25 @@ class Sharing:
             return msgspec.msgpack.encode(await self.shelf.part(ask, timeout))
         if ask.offset == 0 and ask.digest in self._begun:
             self._begun[ask.digest] = False  # what came was not right: the hub gives it
-        if self.carrier and self._begun.get(ask.digest, True):
-            with contextlib.suppress(EdgewardError, msgspec.MsgspecError):
+        got = await self._from_carrier(ask, data, timeout)
+        return got if got is not None else await self._ask(verb, data, timeout)
+
+    async def _from_carrier(self, ask: BlobAsk, data: bytes, timeout: float) -> bytes | None:
+        """What the carrier has of a blob; None: ask the hub."""
+        for last in (False, True):
+            if not self.carrier or not self._begun.get(ask.digest, True):
+                return None
+            try:
                 got = await self._mesh.ask(self.carrier, BLOB, data, min(timeout, 40.0))
                 part = msgspec.msgpack.decode(got, type=BlobPart)
-                if not part.error or not part.again:
-                    self._begun[ask.digest] = not part.error
-                    while len(self._begun) > _BEGUN:
-                        self._begun.popitem(last=False)
-                if not part.error:
-                    return got
-        return await self._ask(verb, data, timeout)
+            except (EdgewardError, msgspec.MsgspecError) as e:
+                log.info("nothing of %s from node %s: %s", ask.digest, self.carrier, e)
+                if not last:  # too many may have come at once
+                    await asyncio.sleep(random.uniform(0.1, 1.0))  # noqa: S311 - jitter
+                continue
+            if not part.error or not part.again:
+                self._begun[ask.digest] = not part.error
+                while len(self._begun) > _BEGUN:
+                    self._begun.popitem(last=False)
+            return None if part.error else got
+        return None
