@@ -76,6 +76,7 @@ from edgeward.nodes.siblings_status import Statuses
 from edgeward.nodes.wan import LinkWatch, redial
 from edgeward.streams.edge import ExportsEdge
 from edgeward.streams.turnstile import Turnstile
+from edgeward.tunnel.proxy import Proxy, ticket_key
 from edgeward.workloads.edge import AppsEdge
 
 log = logging.getLogger("edgeward.agent")
@@ -275,6 +276,7 @@ class Agent:
             self.node, self.identity, self._doors, config.get("tunnel"),
             data=data, store=self.replica, audit=self.audit,
         )  # fmt: skip
+        self.proxy = Proxy(self.own_tunnels, self.replica, self.audit, ticket_key(os.urandom(32)))
         self._ready = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self.bus: Bus | None = None
@@ -303,7 +305,7 @@ class Agent:
                     self.changes.run,
                 ]
                 works += [self._messages, self._token_uses, self._anchor, self.stock.run, self.orders.run]
-                works += [self.closing.run, self.own_tunnels.run]
+                works += [self.closing.run, self.own_tunnels.run, self.proxy.run]
                 if (listener := self.listener) is not None:
                     open_api = self._api(self._bearer)
                     works.append(lambda: listener.run(open_api))
@@ -325,16 +327,23 @@ class Agent:
         return 0
 
     def _api(self, auth: Auth) -> Gate:
-        return build_app(
+        app = build_app(
             self.resources,
             self.replica,
             auth=auth,
-            extra_routes=[*self.routes.routes(), *self.holding.routes(), *self.own_tunnels.routes()],
+            extra_routes=[
+                *self.routes.routes(),
+                *self.holding.routes(),
+                *self.own_tunnels.routes(),
+                *self.proxy.routes(),
+            ],
             health=self._health,
             metrics=self._metrics,
             info={"role": "agent", "version": __version__, "node": self.node, "site": self.site},
             audit_head=self._audit_head,
         )
+        app.ticket = self.proxy.ticket
+        return app
 
     async def _messages(self) -> None:
         """nats-server, and everything that speaks through it."""

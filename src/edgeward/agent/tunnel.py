@@ -25,7 +25,7 @@ from edgeward.tunnel.edge import Policy, Service, TunnelEdge, tcp
 from edgeward.tunnel.exec import Exec
 from edgeward.tunnel.framing import Open
 from edgeward.tunnel.link import Way
-from edgeward.tunnel.session import Session, Stream
+from edgeward.tunnel.session import Session, Stream, pair
 
 
 class OwnTunnels(Tunnels):
@@ -44,6 +44,7 @@ class OwnTunnels(Tunnels):
             online=lambda _: False,
         )
         self._node, self._edge, self._programs = node, edge, programs
+        self._own: Session | None = None
 
     def routes(self) -> list[Route]:
         return [route for route in super().routes() if "{name}" in route.path]
@@ -59,6 +60,12 @@ class OwnTunnels(Tunnels):
                 resource=f"Node/{node}",
                 remedy=f"ask it itself: --at {node}",
             )
+
+    async def reach(self, node: str) -> Session:
+        await self.prepare(node)
+        if self._own is None or self._own.error is not None:
+            self._own, _ = pair(self._edge.serve)
+        return self._own
 
     async def forward(self, stream: Stream, node: str, purpose: Open, origin: Session) -> None:
         stream.purpose = purpose

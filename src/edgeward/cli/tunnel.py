@@ -147,6 +147,29 @@ def stdio(
     asyncio.run(work())
 
 
+@app.command("url")
+@command
+def url(
+    session: Session,
+    node: Annotated[str, typer.Argument(metavar="NODE", help="The node.", show_default=False)],
+    port: Annotated[str, typer.Argument(metavar="PORT", help="The port there.", show_default=False)],
+    host: Annotated[
+        str, typer.Option("--host", metavar="HOST", help="A machine behind the node; else the node itself.")
+    ] = "",
+) -> None:
+    """Print a link by which a browser reaches a web page behind a node, through the hub, for an hour.
+
+    Whoever has the link sees the page as you do. A page that does not work so is reached by `tunnel open`.
+    """
+    from urllib.parse import quote
+
+    check_name(node, "NODE", "Node")
+    where = f"{f'[{host}]' if ':' in host else host}:{_port(port, 1)}" if host else str(_port(port, 1))
+    with session.api() as api:
+        found = api.request("POST", f"/api/v1/nodes/{quote(node, safe='')}/proxy", query={"port": where})
+        typer.echo(api.url.rstrip("/") + str(found["path"]))
+
+
 def _port(text: str, least: int) -> int:
     if not (text.isascii() and text.isdigit()) or not least <= int(text) <= 65535:
         raise Invalid("is no port", field="PORT", remedy=f"a number from {least} to 65535")

@@ -50,12 +50,14 @@ class Gate:
         # a refused caller must not be able to push what others did out of the audit
         self._refused = Throttle(burst=30, rate=1 / 60)
         self._unkept: dict[str, int] = {}
+        #: The token that a request brings in another way than by its header, where it may; None: none.
+        self.ticket: Callable[[Scope], str | None] = lambda _: None
 
     def _login(self, scope: Scope, headers: dict[bytes, bytes]) -> Callable[[], Principal]:
         """Who calls, as a question that can be asked again. Raises ``Unauthorized``, or ``TooMany`` of such."""
         client = scope.get("client")
         scheme, _, secret = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        token = secret.strip() if scheme.lower() == "bearer" else None
+        token = secret.strip() if scheme.lower() == "bearer" else self.ticket(scope)
 
         def who() -> Principal:
             return self._auth(token, client)

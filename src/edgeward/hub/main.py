@@ -73,6 +73,7 @@ from edgeward.nodes.enrol_cloud import Enrolment
 from edgeward.nodes.wire import LEVEL
 from edgeward.streams.cloud import StreamsCloud
 from edgeward.tunnel.cloud import Tunnels
+from edgeward.tunnel.proxy import Proxy, ticket_key
 
 log = logging.getLogger("edgeward.hub")
 
@@ -249,6 +250,7 @@ class Hub:
             call=self._have_dial,
             online=self.nodes.is_online,
         )
+        self.proxy = Proxy(self.tunnels, self.store, audit, ticket_key(identity.derived("proxy")))
         self.app = app = build_app(
             self.resources,
             self.store,
@@ -261,6 +263,7 @@ class Hub:
                 *BlobRoutes(self.store, self.blobs, self.bundles, audit, scratch).routes(),
                 *enrol_routes.routes(),
                 *self.tunnels.routes(),
+                *self.proxy.routes(),
                 *backup_routes(self.bus.client, self.data, sealing_key(self.data), vault),
             ],
             health=self._health,
@@ -268,6 +271,7 @@ class Hub:
             info={"role": "hub", "version": __version__},
             audit_head=lambda: _head(self.store.fact(self.head_fact)),
         )
+        app.ticket = self.proxy.ticket
         self.links = Links(lambda: ("127.0.0.1", self.nats.ports["websocket"]))
         async with daemon.http_server(
             app,
@@ -296,6 +300,7 @@ class Hub:
                     self.enrolment.run,
                     enrol_routes.run,
                     self.tunnels.run,
+                    self.proxy.run,
                     self._controllers,
                     self._retention,
                     self._listener,
