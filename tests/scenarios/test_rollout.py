@@ -56,11 +56,11 @@ def test_group_by_group_and_back(lab: Callable[[str], Any]) -> None:
     assert two != one
     assert running("south-1") == one
     system.run("rollout", "approve", "web")
-    system.wait("the second group", lambda: status()["phase"] == "Succeeded")
+    assert "Succeeded" in system.run("rollout", "status", "web", "--wait")
     assert running("south-1") == two
 
     system.apply(web("bad", "exit 3"))
-    system.wait("the way back", lambda: status()["phase"] == "RolledBack")
+    assert "RolledBack" in system.run("rollout", "status", "web", "--wait", code=1)
     assert running("north-1") == running("south-1") == two
     first, second = status()["groups"][:2]
     assert "north-1" in first["failed"]

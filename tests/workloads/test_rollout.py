@@ -358,6 +358,26 @@ def test_a_node_that_goes_silent_after_it_was_let_on_has_failed() -> None:
     assert "n000" in fleet.status.message  # not heard since
 
 
+def test_a_box_that_dies_of_it_has_failed_even_when_others_took_its_share() -> None:
+    parts = {"v": 2}
+    everyone = [Node("a"), Node("b")]
+
+    def target(*expected: str) -> Target:
+        return Target("App", "web", "u", 2, digest_of(parts), parts, LATER, frozenset(expected))
+
+    rules = Rules((GroupRules("one", size=Amount(1)),), silent_after=10.0)
+    status = step(rules, Status(), [target("a")], everyone, 0.0, MADE).status
+    assert status.groups[0].nodes == ["a"]
+    dead = [Node("a", online=False), Node("b")]
+    status = step(rules, status, [target("b")], dead, 1.0, MADE).status
+    assert (status.groups[0].nodes, status.phase) == (["a"], "Running")
+    status = step(rules, status, [target("b")], dead, 12.0, MADE).status
+    assert "silent" in status.groups[0].failed["a"]
+    # one that is well and only has nothing of it any more is none of the run's
+    status = step(rules, Status(), [target("a")], everyone, 0.0, MADE).status
+    assert step(rules, status, [target("b")], everyone, 1.0, MADE).status.groups[0].nodes == ["b"]
+
+
 def test_pause_approve_cancel_and_resume() -> None:
     fleet = ready(
         msgspec.structs.replace(RULES, groups=(RULES.groups[0], by_site("second", "s1", approval=True))), boxes(6)

@@ -6,6 +6,8 @@ and `release` are the site's: with `--at NODE` they take effect there at once, w
 
 from __future__ import annotations
 
+import contextlib
+import time
 from typing import Annotated, Any
 
 import typer
@@ -13,21 +15,61 @@ import typer
 from edgeward.cli.kinds import find_kind
 from edgeward.cli.output import emit, print_rows, write
 from edgeward.cli.session import Session, command
-from edgeward.core.errors import Refused
+from edgeward.cli.write import Timeout, seconds
+from edgeward.core.errors import EdgewardError, NotFound, Refused
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="How new versions go from group to group.")
 
 Name = Annotated[str, typer.Argument(metavar="ROLLOUT", show_default=False)]
 Doc = dict[str, Any]
+#: Seconds between two looks.
+_LOOK = 1.0
 
 
-def status(session: Session, name: Name) -> None:
+def status(
+    session: Session,
+    name: Name,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until what is declared is everywhere; fails when it went back.")
+    ] = False,
+    timeout: Timeout = "1h",
+) -> None:
     """How far a run is: its groups, and which nodes failed and why."""
     output = session.output()
     kind = find_kind("rollout")
+    until = time.monotonic() + seconds(timeout, "--timeout")
     with session.api() as api:
-        doc: Doc = api.get(kind, session.one(kind), _plain(name))
+        while True:
+            doc: Doc = api.get(kind, session.one(kind), _plain(name))
+            said: Doc = doc.get("status") or {}
+            if not wait or _over(api, doc) or time.monotonic() >= until:
+                break
+            time.sleep(_LOOK)  # the pace of looking
+        late = wait and not _over(api, doc)
+    _show(said, output)
+    if late or (wait and said.get("phase") != "Succeeded"):
+        raise EdgewardError(
+            f"is {said.get('phase', 'Pending')}" + (f" after {timeout}" if late else ""),
+            resource=f"Rollout/{_plain(name)}",
+            remedy=str(said.get("message") or "see: edgeward rollout status"),
+        )
+
+
+def _over(api: Any, doc: Doc) -> bool:
+    """Whether the run is over of what is declared now: the hub may not have begun with it yet."""
     said: Doc = doc.get("status") or {}
+    if said.get("phase") not in ("Succeeded", "RolledBack"):
+        return False
+    known = {(t["kind"], t["name"]): t.get("generation") for t in said.get("targets", [])}
+    for t in doc["spec"].get("targets", []):
+        with contextlib.suppress(NotFound):
+            target = api.get(find_kind(t["kind"]), doc["metadata"].get("namespace"), t["name"])
+            if known.get((t["kind"], t["name"])) != target["metadata"]["generation"]:
+                return False
+    return True
+
+
+def _show(said: Doc, output: str) -> None:
     if output in ("json", "yaml"):
         emit(said, output)
         return

@@ -24,8 +24,8 @@ from edgeward.core.resource import CLUSTER, Key, Resource
 from edgeward.core.scope import takes
 from edgeward.core.store import Change
 from edgeward.core.store_nats import NatsStore
+from edgeward.workloads.cloud import shares
 from edgeward.workloads.outcome import Node, Target
-from edgeward.workloads.placement import share
 from edgeward.workloads.release import Status, digest_of, parts_of, prefetched, read_status
 from edgeward.workloads.rollout import Step, follow, run_of, step
 from edgeward.workloads.rollout_spec import rules_of
@@ -232,7 +232,4 @@ def _expected(resource: Resource, nodes: list[Resource]) -> list[str]:
     """The nodes that run it."""
     if resource.kind != "App":
         return [n.metadata.name for n in nodes if takes(resource, n)]
-    by_site: dict[str, list[Resource]] = {}
-    for n in nodes:
-        by_site.setdefault(n.spec.site, []).append(n)
-    return [n.metadata.name for n in nodes if share(resource, by_site[n.spec.site], n.metadata.name)]
+    return [n for n, count in shares(resource, nodes).items() if count]

@@ -28,14 +28,21 @@ def phase_of(wanted: int, instances: list[dict[str, Any]], phases: list[str]) ->
     return "Starting" if instances or phases else "Pending"
 
 
-def fold(app: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """An App's status from what its nodes report."""
+def shares(app: Resource, nodes: list[Resource]) -> dict[str, int]:
+    """node -> instances that it is to run, without those that are dead."""
     by_site: dict[str, list[Resource]] = {}
     for node in nodes:
         by_site.setdefault(node.spec.site, []).append(node)
     dead = {n.metadata.name for n in nodes if n.status.get("verdict") == "dead"}
     gone = {site: lost(effective(app, site).spec, dict.fromkeys(dead, math.inf)) for site in by_site}
-    expected = {n.metadata.name: share(app, by_site[n.spec.site], n.metadata.name, gone[n.spec.site]) for n in nodes}
+    return {n.metadata.name: share(app, by_site[n.spec.site], n.metadata.name, gone[n.spec.site]) for n in nodes}
+
+
+def fold(app: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """An App's status from what its nodes report."""
+    sites = {node.spec.site for node in nodes}
+    dead = {n.metadata.name for n in nodes if n.status.get("verdict") == "dead"}
+    expected = shares(app, nodes)
     wanted = sum(expected.values())
     instances: list[dict[str, Any]] = []
     online = {n.metadata.name: bool(n.status.get("online")) for n in nodes}
@@ -58,7 +65,7 @@ def fold(app: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, A
         status["observedGeneration"] = min(seen)
     if app.spec.perSite:
         status["sites"] = _by_site(expected, {n.metadata.name: n.spec.site for n in nodes}, reports)
-        if empty := sorted(s for s in app.spec.perSite if s not in by_site and replicas_at(app, s)):
+        if empty := sorted(s for s in app.spec.perSite if s not in sites and replicas_at(app, s)):
             messages.append(f"no node at {', '.join(empty)} (named in perSite)")
     if not wanted and (app.spec.replicas or any(replicas_at(app, s) for s in app.spec.perSite)):
         status["phase"] = "Pending"

@@ -123,7 +123,7 @@ def step(rules: Rules, old: Status, targets: list[Target], nodes: list[Node], no
             status.cancelled = True
             _fail(s, "was cancelled")
         else:
-            _watch(rules, s, targets, fleet, now)
+            _watch(rules, s, targets, fleet, {n.name: n for n in nodes}, now)
     if status.phase == "Failed":
         _go_back(s, targets, fleet)
         return s
@@ -199,7 +199,9 @@ def _go_back(s: Step, targets: list[Target], fleet: Mapping[str, Node]) -> None:
     s.events.append(("Warning", "RolloutRolledBack", f"run {status.run}: {len(touched)} nodes are at the baseline"))
 
 
-def _watch(rules: Rules, s: Step, targets: list[Target], fleet: Mapping[str, Node], now: float) -> None:
+def _watch(
+    rules: Rules, s: Step, targets: list[Target], fleet: Mapping[str, Node], everyone: Mapping[str, Node], now: float
+) -> None:
     """What became of the nodes that were let on; too many failures end the run."""
     status = s.status
     by_name = {g.name: g for g in rules.groups}
@@ -207,9 +209,11 @@ def _watch(rules: Rules, s: Step, targets: list[Target], fleet: Mapping[str, Nod
         how = by_name.get(group.name) or rules.rest
         closed = _renew(how, s, group, now)
         for name in list(group.nodes):
-            node = fleet.get(name)
-            if node is None:
-                status.updating.pop(name, None)  # it has nothing of the targets any more
+            node = everyone.get(name)
+            if node is None or (name not in fleet and node.online):
+                # it has nothing of the targets any more; a dead one, whose share others took, counts as silent
+                status.updating.pop(name, None)
+                group.nodes = [n for n in group.nodes if n != name]
             elif name not in group.failed:
                 _node(rules, how, s, group, node, targets, now, closed)
         group.done = sum(n not in status.updating and n not in group.failed for n in group.nodes)
