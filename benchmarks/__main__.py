@@ -32,6 +32,7 @@ from benchmarks import (
     spine,
     steering,
     tunnel,
+    verdicts,
 )
 from benchmarks.common import Row, save
 
@@ -56,6 +57,7 @@ ALL: dict[str, Callable[[], list[Row]]] = {
     "steering": steering.steering,
     "sharing": sharing.sharing,
     "tunnel": tunnel.tunnel,
+    "verdicts": verdicts.verdicts,
 }
 #: Seconds for one benchmark.
 LIMIT = 900

@@ -1,0 +1,238 @@
+"""What a site's verdicts cost while nothing happens, and how soon they come.
+
+Idle: 20 nodes' meshes and seats in this process over the loopback, its processor time and the datagrams (with their IP
+and UDP headers) divided by 20; the baseline is their meshes without the vote. Soon: a lab of three nodes is cut, a node
+of it is killed meanwhile, and once more with the hub there. A cut is seen when every node shows all as wan-cut, its
+baseline is the hub's own liveness; a failover is over when the App's Service answers at the gateways of both nodes that
+are left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from benchmarks.common import Row, System, percentile, row, wait, web
+from edgeward.core.certs import check_csr, key_pem, make_csr, new_key, pem
+from edgeward.core.errors import Unreachable
+from edgeward.core.identity import HubIdentity, NodeIdentity
+from edgeward.core.nkeys import public_raw
+from edgeward.nodes.mesh import Mesh
+from edgeward.nodes.mesh_sockets import Settings
+from edgeward.nodes.mesh_wire import Known, address_of
+from edgeward.nodes.verdict_spec import Wish
+from edgeward.nodes.verdicts import Verdicts
+
+NODES, SECONDS = 20, 60.0
+CUTS, KILLS = 8, 3
+_HEADERS = 28  # IPv4 and UDP
+
+
+class QuietLink:
+    """A link that is there and silent."""
+
+    online, good, unanswered, silence = True, True, 0.0, 0.0
+
+    def __init__(self) -> None:
+        self._beat = time.monotonic() + random.uniform(0, 11)
+
+    @property
+    def next_beat(self) -> float:
+        return (self._beat - time.monotonic()) % 11
+
+    def beat_within(self, seconds: float) -> None:
+        self._beat = time.monotonic() + seconds
+
+    def excuse(self) -> None:
+        return
+
+
+class Counted:
+    """Counts what goes through a datagram transport."""
+
+    def __init__(self, transport: Any, counts: list[int]) -> None:
+        self._transport, self._counts = transport, counts
+
+    def sendto(self, data: bytes, address: Any) -> None:
+        self._counts[0] += len(data) + _HEADERS
+        self._transport.sendto(data, address)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+async def _idle(root: Path, *, vote: bool) -> tuple[float, float]:
+    """Processor time in percent of a core, and bytes a second sent, for each node."""
+    hub = HubIdentity.open(root / "hub")
+    told: dict[str, Known] = {}
+    meshes: dict[str, Mesh] = {}
+    seats: list[Verdicts] = []
+    names = [f"n{k:02}" for k in range(NODES)]
+
+    def made(name: str) -> Mesh:
+        own, key = NodeIdentity.open(root / name / "identity"), new_key()
+        cert = hub.authority.node(check_csr(make_csr(name, key), name), name, time.time() + 86400)
+        own.accept(hub.issue_node(name, own.public_key), hub.ca_pem, key_pem=key_pem(key), certificate=pem(cert))
+        told[name] = Known(name, public_raw(own.public_key, "user"))
+
+        def moved() -> None:
+            told[name] = Known(name, told[name].key, address_of(meshes[name].address))
+            for other in meshes.values():
+                other.look()
+
+        there = Settings("127.0.0.1")
+        return Mesh(name, "plant", own, root / name / "mesh.json", there, lambda: list(told.values()), changed=moved)
+
+    async def no_hub(verb: str, data: bytes, timeout: float) -> bytes:
+        raise Unreachable("there is none")
+
+    for name in names:
+        meshes[name] = made(name)
+        if vote:
+            path = root / name / "verdicts.json"
+            seats.append(
+                Verdicts(
+                    meshes[name], path, link=QuietLink(), ask_hub=no_hub,
+                    wish=Wish, names=lambda: names, changed=lambda nodes: None,
+                )
+            )  # fmt: skip
+    tasks = [asyncio.create_task(x.run()) for x in (*meshes.values(), *seats)]
+    try:
+        async with asyncio.timeout(120):
+            while not all(p.linked for m in meshes.values() for p in m.peers().values()) or not all(
+                s.verdicts and all(v.state == "healthy" for v in s.verdicts.values()) and len(s.verdicts) == NODES
+                for s in seats
+            ):
+                await asyncio.sleep(0.1)  # noqa: ASYNC110 - looking at twenty nodes' states
+        await asyncio.sleep(10)  # what is left of finding one another
+        counts = [0]
+        for mesh in meshes.values():
+            mesh._transport = Counted(mesh._transport, counts)  # type: ignore[assignment]
+        began, cpu = time.monotonic(), time.process_time()
+        await asyncio.sleep(SECONDS)
+        took = time.monotonic() - began
+        return 100 * (time.process_time() - cpu) / took / NODES, counts[0] / took / NODES
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def idle() -> list[Row]:
+    found = {}
+    for vote in (False, True):
+        with tempfile.TemporaryDirectory(prefix="edgeward-bench-") as folder:
+            found[vote] = asyncio.run(_idle(Path(folder), vote=vote))
+    (cpu, sent), (bare_cpu, bare_sent) = found[True], found[False]
+    return [
+        row(f"idle vote of {NODES} nodes, processor of each", cpu, "% of a core", 1.0, base=("mesh alone", bare_cpu)),
+        row(
+            f"idle vote of {NODES} nodes, sent by each", sent / 1000, "kB/s", 2.0, base=("mesh alone", bare_sent / 1000)
+        ),
+    ]
+
+
+# -- how soon ----------------------------------------------------------------------------------------------------------
+
+_PLANT = ("plant-1", "plant-2", "plant-3")
+
+
+def _states(lab: System, node: str) -> dict[str, str]:
+    items = lab.node("/api/v1/nodes", node)["items"]
+    return {i["metadata"]["name"]: i["status"].get("verdict", "") for i in items}
+
+
+def _all(lab: System, state: str) -> bool:
+    return all(set(_states(lab, n).values()) == {state} for n in _PLANT)
+
+
+def _answers(lab: System, node: str) -> bool:
+    url = urlsplit(next(n["gateway_url"] for n in lab.context["nodes"] if n["name"] == node) or "")
+    c = http.client.HTTPConnection(url.hostname or "", url.port, timeout=2)
+    try:
+        c.request("GET", "/")
+        return c.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        c.close()
+
+
+def _failover(lab: System) -> float:
+    """Kills the node that runs the App; seconds until its Service answers at both others. The node is back after."""
+    status = lab.node("/api/v1/namespaces/default/apps/web", "plant-1")["status"]
+    (home,) = {i["node"] for i in status["instances"] if i["phase"] == "Running"}
+    rest = [n for n in _PLANT if n != home]
+    lab.lab("kill", node=home)
+    began = time.monotonic()
+    # the killed one's program is gone, so an answer is another's
+    wait(lambda: all(_answers(lab, n) for n in rest), 120, 0.05)
+    took = time.monotonic() - began
+    lab.lab("start", node=home)
+    wait(lambda: all(_states(lab, n).get(home) in ("healthy", "wan-cut") for n in _PLANT), 120, 0.1)
+    wait(lambda: all(_answers(lab, n) for n in _PLANT), 60, 0.1)
+    time.sleep(5)  # what took its place is gone
+    return took
+
+
+def soon() -> list[Row]:
+    with tempfile.TemporaryDirectory(prefix="edgeward-bench-") as folder:
+        file = Path(folder) / "lab.yaml"
+        file.write_text("sites: [{name: plant, nodes: 3, link: lan}]\n")
+        lab = System(Path(folder) / "data", "lab", "up", "-f", str(file))
+        try:
+            return _soon(lab)
+        finally:
+            lab.stop()
+
+
+def _soon(lab: System) -> list[Row]:
+    api = lab.api()
+    base = "/api/v1/namespaces/default"
+    api.call("POST", f"{base}/apps", web("web"))
+    head = {"apiVersion": "edgeward/v1", "metadata": {"name": "web"}}
+    api.call("POST", f"{base}/services", {**head, "kind": "Service", "spec": {"app": "web", "port": "http"}})
+    api.call("POST", f"{base}/routes", {**head, "kind": "Route", "spec": {"path": "/", "to": {"service": "web"}}})
+    wait(lambda: _all(lab, "healthy") and all(_answers(lab, n) for n in _PLANT), 120, 0.1)
+    cuts, by_hub, cut_off, linked = [], [], [], []
+    rng = random.Random(1)
+    for _ in range(CUTS):
+        time.sleep(rng.uniform(5, 16))
+        lab.lab("cut", site="plant")
+        began = time.monotonic()
+        wait(lambda: _all(lab, "wan-cut"), 120, 0.05)
+        cuts.append(time.monotonic() - began)
+        wait(lambda: not any(n["status"]["online"] for n in api.call("GET", "/api/v1/nodes")["items"]), 180, 0.05)
+        by_hub.append(time.monotonic() - began)
+        lab.lab("heal", site="plant")
+        wait(lambda: _all(lab, "healthy"), 180, 0.1)
+    for _ in range(KILLS):
+        linked.append(_failover(lab))
+    lab.lab("cut", site="plant")
+    wait(lambda: _all(lab, "wan-cut"), 120, 0.1)
+    for _ in range(KILLS):
+        cut_off.append(_failover(lab))
+    return [
+        row(
+            f"cut to wan-cut at all three nodes, worst of {CUTS}", max(cuts), "s", 15.0,
+            base=("until the hub misses all of them", max(by_hub)),
+        ),
+        row(
+            f"cut to wan-cut at all three nodes, p50 of {CUTS}", percentile(cuts, 50), "s", 15.0,
+            base=("until the hub misses all of them", percentile(by_hub, 50)),
+        ),
+        row(
+            f"node killed in a cut site to its Service answering elsewhere, worst of {KILLS}", max(cut_off), "s", 30.0,
+            base=("with the hub there", max(linked)),
+        ),
+    ]  # fmt: skip
+
+
+def verdicts() -> list[Row]:
+    return [*idle(), *soon()]
