@@ -102,14 +102,16 @@ async def _idle(root: Path, *, vote: bool) -> tuple[float, float]:
                     wish=Wish, names=lambda: names, changed=lambda nodes: None,
                 )
             )  # fmt: skip
+
+    def settled() -> bool:
+        linked = all(p.linked for m in meshes.values() for p in m.peers().values())
+        return linked and all([v.state for v in s.verdicts.values()] == ["healthy"] * NODES for s in seats)
+
     tasks = [asyncio.create_task(x.run()) for x in (*meshes.values(), *seats)]
     try:
         async with asyncio.timeout(120):
-            while not all(p.linked for m in meshes.values() for p in m.peers().values()) or not all(
-                s.verdicts and all(v.state == "healthy" for v in s.verdicts.values()) and len(s.verdicts) == NODES
-                for s in seats
-            ):
-                await asyncio.sleep(0.1)  # noqa: ASYNC110 - looking at twenty nodes' states
+            while not settled():  # noqa: ASYNC110 - looking at twenty nodes' states
+                await asyncio.sleep(0.1)
         await asyncio.sleep(10)  # what is left of finding one another
         counts = [0]
         for mesh in meshes.values():
