@@ -279,6 +279,27 @@ def test_what_the_hub_brings_counts_as_heard() -> None:
     assert world.verdicts("b")["a"].heard == "by the hub"
 
 
+def test_what_a_node_took_over_is_known_to_all_as_long_as_it_is_heard() -> None:
+    world = warm()
+    world.councils["b"].holds = [(7, tag("a"))]
+    world.councils["b"].runs = [(7, 40)]
+    world.run(4)
+    for name in NAMES:
+        council = world.councils[name]
+        assert council.held() == {"b": [(7, tag("a"))]}
+        assert (council.ran("b", 7), council.ran("a", 7)) == (40, 0)
+        assert not council.missed()
+    b = world.councils["b"]
+    world.alive -= {"b"}
+    world.run(16)
+    assert world.councils["a"].held() == {}
+    world.alive.add("b")
+    b.forgive(16, world.now)
+    seen: list[bool] = []
+    world.run(4, lambda: seen.append(b.missed()))
+    assert any(seen), "it was taken for dead, so others may have taken over since"
+
+
 def test_a_site_of_one_speaks_for_itself() -> None:
     world = World(("a",))
     assert world.states("a") == {"a": "wan-cut"}

@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 
+from edgeward.core.resource import decode
+from edgeward.hub.kinds import load
 from edgeward.lab import namespaces
+from edgeward.workloads.placement import share
+
+load()
 
 NODES = ("plant-1", "plant-2", "plant-3")
 TOPOLOGY = "sites: [{name: plant, nodes: 3, link: lan}]\n"
 SERVER = "import os, http.server as h; h.test(h.SimpleHTTPRequestHandler, port=int(os.environ['PORT']), bind='0.0.0.0')"
-WEB = [
+WEB: list[dict[str, Any]] = [
     {
         "kind": "App",
         "metadata": {"name": "web"},
@@ -43,8 +48,22 @@ def say(system: Any, nodes: tuple[str, ...], **expected: str) -> None:
         system.wait(f"{node} says {full}", lambda node=node: states(system, node) == full)
 
 
-def homes(system: Any, *at: str) -> set[str]:
-    instances = system.get("app", "web", *at)["status"].get("instances", [])
+def settled_at(system: Any, node: str) -> str:
+    """Another App that runs at ``node`` and stays where it is moved to. Who runs what is by the names."""
+    for n in range(100):
+        name = f"stays-{n}"
+        spec = {**WEB[0]["spec"], "disconnect": {"reconcile": "keep-replacement"}}
+        app = decode({"apiVersion": "edgeward/v1", **WEB[0], "metadata": {"name": name}, "spec": spec})
+        nodes = [decode({"apiVersion": "edgeward/v1", **i}) for i in system.get("nodes")["items"]]
+        if share(app, nodes, node):
+            system.apply({**WEB[0], "metadata": {"name": name}, "spec": spec}, "--wait")
+            assert homes(system, app=name) == {node}
+            return name
+    raise AssertionError("no name of a hundred")
+
+
+def homes(system: Any, *at: str, app: str = "web") -> set[str]:
+    instances = system.get("app", app, *at)["status"].get("instances", [])
     return {i["node"] for i in instances if i["phase"] == "Running" and not i.get("stale")}
 
 
@@ -70,6 +89,7 @@ def test_a_site_judges_its_nodes(systems: Callable[..., Any], tmp_path: Path) ->
     say(lab, NODES, _1="healthy", _2="healthy", _3="healthy")
     lab.apply(WEB, "--wait")
     (home,) = homes(lab)
+    stays = settled_at(lab, home)
     rest = tuple(n for n in NODES if n != home)
 
     # the site is cut: nothing moves
@@ -88,6 +108,8 @@ def test_a_site_judges_its_nodes(systems: Callable[..., Any], tmp_path: Path) ->
     lab.run("lab", "heal", "plant")
     say(lab, NODES, _1="healthy", _2="healthy", _3="healthy")
     lab.wait("it runs where it belongs", lambda: homes(lab) == {home} == homes(lab, "--at", rest[1]))
+    lab.wait("the other one stays", lambda: len(at := homes(lab, app=stays)) == 1 and home not in at)
+    assert homes(lab, "--at", home, app=stays) == homes(lab, app=stays)
 
     # a node dies while the cloud is there: the hub hears it from the others
     lab.run("lab", "kill", home)

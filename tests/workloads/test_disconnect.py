@@ -59,6 +59,37 @@ def test_share_moves_when_its_time_has_come() -> None:
     assert disconnect.gone(app(stopAfter="25s").spec, dead) == set()
 
 
+@pytest.mark.parametrize(
+    ("rule", "original", "replacement", "stays"),
+    [
+        ("keep-original", 0, 99, False),
+        ("best-score", 0, 99, False),
+        ("keep-replacement", 99, 1, True),
+        ("longest-running", 0, 20, True),
+        ("longest-running", 300, 20, False),
+    ],
+)
+def test_who_goes_on_when_a_node_is_back(rule: str, original: int, replacement: int, stays: bool) -> None:
+    """``b`` took ``a``'s share, says so, and ``a`` is heard again: all go by what both say."""
+    spec = app(reconcile=rule).spec
+    ran = {("a", 7): original, ("b", 7): replacement}
+    holds = {"b": [(7, 1), (8, 3), (7, 99)]}
+    found = disconnect.kept(spec, 7, holds, {1: "a", 2: "b", 3: "c"}, lambda node, what: ran.get((node, what), 0))
+    assert found == ({"a"} if stays else set())
+
+
+def test_whoever_takes_a_share_over_knows_it() -> None:
+    a = app()
+    home = next(n for n, count in shares(a).items() if count)
+    heir = next(n for n, count in shares(a, {home}).items() if count)
+    for name in NAMES:
+        took = disconnect.takes_over(lambda gone, name=name: share(a, NODES, name, gone), {home})  # type: ignore[misc]
+        assert took == ([home] if name == heir else [])
+    other = next(n for n in NAMES if n not in (home, heir))
+    both = disconnect.takes_over(lambda gone: share(a, NODES, heir, gone), {home, other})
+    assert both == [home], "the other one had nothing of it"
+
+
 def test_who_is_alone_stops_what_must_not_run_twice() -> None:
     assert not disconnect.stops(app().spec, math.inf)
     careful = app(stopAfter="20s").spec

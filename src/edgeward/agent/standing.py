@@ -8,9 +8,12 @@ for the hub. Every answer follows from the last decision of a majority, so a nod
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from edgeward.agent.replica import Replica
 from edgeward.core import clock
@@ -19,14 +22,17 @@ from edgeward.nodes.edge import NodeEdge
 from edgeward.nodes.mesh import Mesh
 from edgeward.nodes.verdict_spec import Wish, wish_of
 from edgeward.nodes.verdicts import Verdicts
+from edgeward.nodes.voting import tag
 from edgeward.workloads import disconnect
 from edgeward.workloads.persite import effective
+from edgeward.workloads.placement import share
 
 Event = Callable[..., None]
 #: Seconds between two looks at whose time has come, while a node is dead or this one is alone.
 _LOOK = 1.0
 #: Seconds after a start in which it is no news that the others are not heard yet.
 _QUIET = 30.0
+_KEEPING = ("keep-replacement", "longest-running")
 _SAYS = {
     "healthy": ("Normal", "NodeHealthy", "the site hears it, and it reaches the hub"),
     "wan-cut": ("Warning", "NodeWanCut", "the site hears it; it does not reach the hub"),
@@ -73,12 +79,21 @@ class Standing:
             changed=self._changed,
         )
         self._dead = set(self.verdicts.dead())
+        kept = self._replica.meta("held")
+        #: Apps and nodes whose share of them this one took over and keeps.
+        self._held = set(msgspec.json.decode(kept, type=list[tuple[str, str]])) if kept else set()
+        self.verdicts.council.holds = sorted((tag(a), tag(n)) for a, n in self._held)
 
     # -- what the rooms ask -------------------------------------------------------------------------------------------
 
     def gone(self, app: Resource) -> frozenset[str]:
-        """The nodes whose share of an App others take."""
-        return disconnect.gone(effective(app, self._site).spec, self.verdicts.dead())
+        """The nodes whose share of an App others take, or took and keep."""
+        spec = effective(app, self._site).spec
+        lost = disconnect.gone(spec, self.verdicts.dead())
+        if spec.disconnect.reconcile not in _KEEPING:
+            return lost
+        council = self.verdicts.council
+        return lost | disconnect.kept(spec, tag(str(app.key)), council.held(), council.tags, council.ran)
 
     def stops(self, app: Resource) -> bool:
         """Whether this node has to be without an App that must never run twice."""
@@ -101,7 +116,8 @@ class Standing:
             group.create_task(self.verdicts.run())
             while True:
                 self._apply()
-                busy = self.verdicts.council.gone or not self.verdicts.council.quorum
+                council = self.verdicts.council
+                busy = council.gone or not council.quorum or council.held() or council.runs
                 self._look.clear()
                 try:
                     async with asyncio.timeout(_LOOK if busy else None):
@@ -120,8 +136,37 @@ class Standing:
         nodes = (n for n in self._replica.items("Node") if n.spec.site == self._site)
         return [n.metadata.name for n in nodes if n.status.get("mesh") and not n.status.get("revoked")]
 
+    def _keep(self) -> None:
+        """Says which shares this node took over and keeps, and for how long it has run what may be compared."""
+        nodes = [n for n in self._replica.items("Node") if n.spec.site == self._site]
+        held: set[tuple[str, str]] = set()
+        runs: list[tuple[int, int]] = []
+        before = set() if self.verdicts.council.missed() else self._held
+        for app in self._replica.items("App"):
+            spec = effective(app, self._site).spec
+            if spec.disconnect.reconcile not in _KEEPING:
+                continue
+            name = str(app.key)
+            if ran := self._ran(app):
+                runs.append((tag(name), ran))
+            lost = disconnect.gone(spec, self.verdicts.dead())
+            took = disconnect.takes_over(functools.partial(share, app, nodes, self._node), lost)
+            still = {n for a, n in before if a == name and n not in lost} & set(self.gone(app))
+            held |= {(name, n) for n in {*took, *still}}
+        if held != self._held:
+            self._held = held
+            self._replica.set_meta("held", msgspec.json.encode(sorted(held)).decode())
+        self.verdicts.keep(sorted((tag(a), tag(n)) for a, n in held), runs)
+
+    def _ran(self, app: Resource) -> int:
+        """Seconds for which the oldest instance here has run."""
+        mine = [i for i in app.status.get("instances", []) if i.get("node") == self._node and i.get("startedAt")]
+        now = clock.now()
+        return max((int(now - clock.parse_timestamp(str(i["startedAt"]))) for i in mine), default=0)
+
     def _apply(self) -> None:
         """Has the Apps looked at whose placement is another one now."""
+        self._keep()
         for app in self._replica.items("App"):
             now = (self.gone(app), self.stops(app))
             if self._follows.get(app.key, (frozenset(), False)) != now:

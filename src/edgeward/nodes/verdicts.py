@@ -114,6 +114,7 @@ class Verdicts:
         self._ask_wake = asyncio.Event()
         self._looks = asyncio.Semaphore(_LOOKS)
         self.verdicts: dict[str, Verdict] = {}
+        self._held: dict[str, list[tuple[int, int]]] = {}
         self._since: dict[str, str] = {}
         #: When each dead node was found dead (monotonic).
         self.dead_since: dict[str, float] = dict.fromkeys(gone, now)
@@ -151,6 +152,13 @@ class Verdicts:
         if v.why:
             evidence["why"] = v.why
         return {"verdict": v.state, "evidence": {**evidence, "since": self._since.get(node, "")}}
+
+    def keep(self, holds: list[tuple[int, int]], runs: list[tuple[int, int]]) -> None:
+        """What this node took over and keeps, and what it has run for how long: said with its next report."""
+        news = holds != self.council.holds
+        self.council.holds, self.council.runs = holds, runs
+        if news:
+            self._do([Say(None)])
 
     def speaker(self) -> str:
         """The node that speaks for its site where one word is enough: the first that is heard."""
@@ -271,6 +279,9 @@ class Verdicts:
             with contextlib.suppress(OSError):  # a full disk: it is decided again after a restart
                 write_json(self._path, kept)
         self.verdicts = found
+        if (held := self.council.held()) != self._held:
+            self._held = held
+            self._changed(set())
         if changed:
             self._ask_wake.set()
             self._changed(changed)

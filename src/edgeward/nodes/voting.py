@@ -36,6 +36,8 @@ HUB = "(hub)"
 AHEAD = 30.0
 #: Nodes that one report answers; who asked and got none asks again.
 _ANSWERS = 8
+#: Shares that a report can say it holds, and Apps of which it can say for how long they run.
+_HOLDS = 16
 #: Seconds between two answers to one node, and between two questions to one that is silent.
 _HURRY = 1.0
 #: Others that hear such a question beside the silent one.
@@ -64,6 +66,7 @@ class Report(msgspec.Struct, array_like=True):
     ``silent``: of whom nothing was heard lately (whoever has news of them passes it on); ``lost``: who is missed, which
     is the vote; ``parted``: whom the hub, asked, does not reach either; ``answers``: (who asked, epoch of its report);
     ``doubt``: the hub has not answered it lately; ``beat``: seconds until it asks the hub again, -1 if it does not.
+    ``holds``: (what, whose): an App's share that it took over and keeps; ``runs``: (what, seconds) it has run that.
     """
 
     node: str
@@ -78,6 +81,8 @@ class Report(msgspec.Struct, array_like=True):
     answers: list[tuple[int, int]] = []
     doubt: bool = False
     beat: float = -1.0
+    holds: list[tuple[int, int]] = []
+    runs: list[tuple[int, int]] = []
 
 
 class Told(msgspec.Struct, array_like=True, frozen=True):
@@ -149,6 +154,9 @@ class Council:
         self.link = False
         #: What is said of the link beside: see :class:`Report`.
         self.doubt, self.beat = False, -1.0
+        #: What this node took over and keeps (what, whose), and for how many seconds it has run what may be compared.
+        self.holds: list[tuple[int, int]] = []
+        self.runs: list[tuple[int, int]] = []
         #: Something came that may change a verdict; whoever votes sets it back.
         self.stirred = True
         #: Whom the hub was asked for and does not reach.
@@ -157,7 +165,8 @@ class Council:
         self.counters = {"taken": 0, "replayed": 0, "future": 0, "stale": 0, "strange": 0, "unproven": 0, "forged": 0}
         self._started = now
         self._others: dict[str, _Member] = {}
-        self._tags: dict[int, str] = {tag(me): me}
+        #: The names behind tags.
+        self.tags: dict[int, str] = {tag(me): me}
         self._asked_me: dict[str, int] = {}
         self._said = -math.inf
         self._shown: dict[str, Verdict] = {}
@@ -177,7 +186,7 @@ class Council:
         self.parted &= wanted
         for name in wanted - self._others.keys():
             self._others[name] = _Member(now, known=name in self.gone)
-        self._tags = {tag(n): n for n in (self.me, *self._others)}
+        self.tags = {tag(n): n for n in (self.me, *self._others)}
 
     @property
     def size(self) -> int:
@@ -228,9 +237,11 @@ class Council:
             return self._answer(report, member, now) if refused == "unproven" else []
         self.counters["taken"] += 1
         known = member.report
-        said = (report.link, report.lost, report.parted, report.doubt)
+        said = (report.link, report.lost, report.parted, report.doubt, report.holds)
         self.stirred |= (
-            known is None or not member.present or said != (known.link, known.lost, known.parted, known.doubt)
+            known is None
+            or not member.present
+            or said != (known.link, known.lost, known.parted, known.doubt, known.holds)
         )
         ahead = report.at - steady
         fresh = member.report is None or member.report.epoch != report.epoch
@@ -321,6 +332,8 @@ class Council:
             asked,
             self.doubt,
             self.beat,
+            self.holds[:_HOLDS],
+            self.runs[:_HOLDS],
         )
 
     def tick(self, now: float) -> list[Say | PassOn]:
@@ -383,6 +396,22 @@ class Council:
         """Other nodes that doubt their link or have none: those only that had a link are a sign of a cut."""
         heard = (m.report for m in self._others.values() if m.present and m.report is not None)
         return sum(r.doubt for r in heard)
+
+    def held(self) -> dict[str, list[tuple[int, int]]]:
+        """What nodes that are heard took over and keep, this one among them."""
+        found = {n: m.report.holds for n, m in self._others.items() if m.present and m.report is not None}
+        return {n: holds for n, holds in {self.me: self.holds, **found}.items() if holds}
+
+    def ran(self, node: str, what: int) -> int:
+        """Seconds for which a node has run something, by its own word; 0 of what it does not name."""
+        member = self._others.get(node)
+        runs = self.runs if member is None else member.report.runs if member.present and member.report else []
+        return max((seconds for named, seconds in runs if named == what), default=0)
+
+    def missed(self) -> bool:
+        """Whether another node that is heard misses this one: what it took over may have gone to others since."""
+        mine = tag(self.me)
+        return any(m.present and m.report is not None and mine in m.report.lost for m in self._others.values())
 
     def beats(self, now: float) -> list[float]:
         """Seconds until those other nodes beat that stand before this one in the alphabet."""

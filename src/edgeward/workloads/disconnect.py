@@ -6,8 +6,8 @@ alone. Out: whose share moves to others, and whether this node has to stop. The 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -39,6 +39,15 @@ class Disconnect(Declared):
         ),
     ] = None
 
+    reconcile: Annotated[
+        Literal["keep-original", "keep-replacement", "best-score", "longest-running"],
+        Meta(
+            description="When the node is back: its own instance goes on (keep-original), what took its place does "
+            "(keep-replacement), the one on the node that ranks first for the App (best-score), or the one that has "
+            "run longer (longest-running)"
+        ),
+    ] = "keep-original"
+
 
 def lost_after(policy: Disconnect, grace: float) -> float:
     """Seconds that a node must be dead. ``grace``: how long the App may take to stop."""
@@ -64,6 +73,37 @@ def stops(spec: Any, alone: float) -> bool:
     """Whether a node that is ``alone`` for so many seconds has to be without it."""
     after = spec.disconnect.stopAfter
     return after is not None and alone > 0 and alone >= parse_duration(after)
+
+
+def keeps(spec: Any, original: float, replacement: float) -> bool:
+    """Whether what took a node's place stays when the node is back. Seconds that each has run.
+
+    A node that ranked first for an App ranks first again when it is back, so ``best-score`` gives it its share.
+    """
+    rule = spec.disconnect.reconcile
+    return bool(rule == "keep-replacement" or (rule == "longest-running" and replacement > original))
+
+
+def kept(
+    spec: Any,
+    what: int,
+    holds: Mapping[str, Sequence[tuple[int, int]]],
+    tags: Mapping[int, str],
+    ran: Callable[[str, int], float],
+) -> frozenset[str]:
+    """The nodes whose share of an App stays with others though they are back.
+
+    ``holds``: each holder's (what, whose); ``tags``: the names that stand behind ``whose``; ``ran(node, what)``.
+    """
+    pairs = ((holder, tags[whose]) for holder, said in holds.items() for named, whose in said if named == what
+             and whose in tags)  # fmt: skip
+    return frozenset(n for holder, n in pairs if holder != n and keeps(spec, ran(n, what), ran(holder, what)))
+
+
+def takes_over(mine: Callable[[Collection[str]], int], lost: Collection[str]) -> list[str]:
+    """Whose share this node has taken. ``mine(gone)``: its share when those are gone."""
+    now = mine(lost)
+    return sorted(n for n in lost if now > mine({*lost} - {n}))
 
 
 def check(spec: Any) -> None:
