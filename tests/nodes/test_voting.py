@@ -292,6 +292,7 @@ def test_what_a_node_took_over_is_known_to_all_as_long_as_it_is_heard() -> None:
     b = world.councils["b"]
     world.alive -= {"b"}
     world.run(16)
+    assert all(world.states(n)["b"] == "dead" for n in "acde")
     assert world.councils["a"].held() == {}
     world.alive.add("b")
     b.forgive(16, world.now)
