@@ -47,6 +47,9 @@ def test_held_changes_wait_and_are_counted(tmp_path: Path) -> None:
     assert value(r) == "1" and r.hub_revision == 7
     assert r.find(Key("Role", "_", "here")) is None, "a role that was taken away is gone at once"
     assert h.status()["changes"] == ["Config/a", "Config/new"] and h.status()["by"] == "ann"
+    assert h.held_back([hub(config("x", "more"), 11)], False)
+    assert h.status()["waiting"] == 3, "what came before waits still"
+    assert h.held_back([HubObject("Config", "default", "more", 12)], False) and h.status()["waiting"] == 2
     assert h.held_back([hub(config("1"), 5), hub(config("n", "new"), 10)], True), "what is as before does not wait"
     assert h.status()["changes"] == ["Config/new"]
     assert h.held_back([], True)

@@ -43,6 +43,11 @@ def runs(system: Any, node: str) -> list[str]:
     return sorted(i["node"] for i in at(system, node)["status"]["instances"] if i["phase"] == "Running")
 
 
+def endpoints(system: Any, node: str) -> list[Any]:
+    found: list[Any] = system.get("service", "web", "--at", node)["status"]["endpoints"]
+    return found
+
+
 def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 - our own gateway
@@ -84,6 +89,7 @@ def test_a_cut_site_is_worked_on_from_any_of_its_nodes(
         system.wait(f"one instance, seen at {node}", lambda node=node: len(runs(system, node)) == 1)
         urls = {n["name"]: n["gateway_url"] for n in system.context["nodes"]}
         system.wait(f"the Service at {node}", lambda url=urls[node]: answers(url + "/"))
+        system.wait(f"its endpoint, seen at {node}", lambda node=node: len(endpoints(system, node)) == 1)
 
     # who did not see that is refused, as everywhere; who saw it goes back at a third one
     system.apply({**old, "spec": {**old["spec"], "replicas": 5}}, "--at", "plant-3", code=4)
@@ -121,7 +127,8 @@ def test_a_cut_site_is_worked_on_from_any_of_its_nodes(
     system.apply(with_replicas(2))
     counts = lambda: (system.get("site", "plant")["status"].get("hold") or {}).get("waiting")  # noqa: E731
     system.wait("what waits, at the hub", lambda: counts() == 1)
-    assert system.get("site", "plant", "--at", "plant-2")["status"]["hold"]["changes"] == ["App/web"]
+    at_2 = lambda: system.get("site", "plant", "--at", "plant-2")["status"]["hold"]["changes"]  # noqa: E731
+    system.wait("what waits, at the site", lambda: at_2() == ["App/web"])
     system.apply({**config, "spec": {"data": {"k": "mine"}}}, "--at", "plant-2")
     system.wait(
         "among themselves", lambda: system.get("config", "late", "--at", "plant-3")["spec"]["data"]["k"] == "mine"

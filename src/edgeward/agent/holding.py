@@ -57,7 +57,9 @@ class Holding:
         if not self.hold.held:
             return False
         taken, rest = parted(objects)
-        waiting = {o.key for o in rest if self._replica.hub_revision_of(o.key) != (o.revision if o.stored else 0)}
+        # what was said before waits still: another node may pass on only what came after it
+        waiting = set() if full else self._waiting - {o.key for o in rest}
+        waiting |= {o.key for o in rest if self._replica.hub_revision_of(o.key) != (o.revision if o.stored else 0)}
         if full:
             gone = set(self._replica.hub_keys()) - {o.key for o in objects}
             taken += [HubObject(k.kind, k.namespace, k.name, 0) for k in gone if k.kind in PASSING]

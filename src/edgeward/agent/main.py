@@ -185,6 +185,9 @@ class Agent:
         )
         self.desired.gone, self.desired.stops = self.standing.gone, self.standing.stops
         self.desired.dead = self.standing.dead
+        self.replica.listen(
+            lambda change: self._spawn(self._service(change.key)) if change.key.kind == "Service" else None
+        )
         self.replica.listen(lambda change: self._spawn(self._look()) if change.key.kind == "Node" else None)
         self.blobs = BlobFetch(data / "blobs", self._ask_hub)
         self.apps = AppsEdge(
@@ -430,6 +433,7 @@ class Agent:
         self.plane.poke()
         for app in self.replica.items("App"):
             self.sitewide.shown(app.key)
+            self.sitewide.services(app.key)
 
     def _happened(self, record: dict[str, Any], about: Key | None) -> None:
         """An event is also said on the node's bus: functions may be called by it."""
@@ -576,6 +580,11 @@ class Agent:
         if self.siblings.statuses is not None:
             self.siblings.statuses.said(key)
         self.siblings.changed()
+        if key.kind == "App":
+            self.sitewide.services(key)
+
+    async def _service(self, key: Key) -> None:
+        self.sitewide.service(key)
 
     async def _look(self) -> None:
         self.mesh.look()

@@ -446,6 +446,11 @@ class Replica(SharedRows):
         row = self._rows.get(key)
         return row.hub_revision if row is not None and row.hub is not None else 0
 
+    def hub_status(self, key: Key) -> dict[str, Any]:
+        """An object's status as the hub said last."""
+        row = self._rows.get(key)
+        return row.hub_status if row is not None else {}
+
     def _ahead(self, limit: int) -> dict[Key, tuple[Resource, int]]:
         """What the site has and a hub that ends at revision ``limit`` has not, and on which revision; Overrides as the
         targets that they change. What a person changed here and the hub has not decided is the site's own anyway."""

@@ -41,6 +41,8 @@ log = logging.getLogger("edgeward.agent")
 
 #: Finished changes of which is remembered what the hub said.
 _REMEMBERED = 2000
+#: Changes that were not taken and are not asked for again.
+_REFUSED = 500
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS site_changes(
   kind TEXT, namespace TEXT, name TEXT, at INTEGER, node TEXT, store TEXT, seq INTEGER, stamp REAL, seen TEXT,
@@ -106,8 +108,8 @@ class SharedRows(Store):
         self._finished: dict[Dot, Finished] = {}
         self._horizons: dict[str, Horizon] = {}
         self._new_finished: list[Finished] = []
-        #: Changes of siblings that cannot be taken, and why.
-        self.refused: dict[Dot, str] = {}
+        #: Changes of siblings that cannot be taken here: of a newer release, or what no site may write.
+        self.refused: dict[Dot, Key] = {}
         #: One more whenever what is open is another.
         self.open_version = 0
 
@@ -196,9 +198,12 @@ class SharedRows(Store):
         return SiteChange(*self._dot(row), *at, row.op, row.base, row.stamp, row.actor, stored, row.over)
 
     def digest(self) -> Digest:
-        """What this node asks another with."""
-        held = [(k.kind, k.namespace, k.name, *self._dot(r)) for k, r in self._rows.items() if r.op]
-        return Digest(self.node, self.store_id, held[:MOST])
+        """What this node asks another with: what it holds, and what it does not want again."""
+        held = {k: self._dot(r) for k, r in self._rows.items() if r.op}
+        known = {k: dot for dot, k in self.refused.items()} | held
+        return Digest(
+            self.node, self.store_id, [(k.kind, k.namespace, k.name, *dot) for k, dot in known.items()][:MOST]
+        )
 
     def answer(self, ask: Digest) -> Answer:
         """What another node lacks."""
@@ -238,11 +243,13 @@ class SharedRows(Store):
             try:
                 self._take(before, change)
             except EdgewardError as e:
-                if change.dot not in self.refused:
-                    log.warning("a change of %s that came from node %s is not taken: %s", change.key, got.node, e)
-                while len(self.refused) >= MOST:
+                if change.dot in self.refused:
+                    continue
+                log.warning("a change of %s that came from node %s is not taken: %s", change.key, got.node, e)
+                while len(self.refused) >= _REFUSED:
                     del self.refused[next(iter(self.refused))]
-                self.refused[change.dot] = str(e)
+                self.refused[change.dot] = change.key
+                self.open_version += 1
         self._learn(got)
         if before or self._new_finished:
             self._commit(before)
@@ -265,6 +272,7 @@ class SharedRows(Store):
 
     def _finish(self, before: dict[Key, Row | None], known: Finished) -> bool:
         """True where it is this node's own change, and was open."""
+        self.refused.pop(known.dot, None)
         row = self._rows.get(known.key)
         open_here = row is not None and bool(row.op) and self._dot(row) == known.dot
         if known.dot not in self._finished and (known.outcome or open_here):

@@ -58,8 +58,26 @@ class Sitewide:
         apps = [k for k in keys if k.kind == "App"]
         for key in apps:
             self.shown(key)
+            self.services(key)
         if apps:
             self._moved()
+
+    def services(self, app: Key) -> None:
+        """Has the Services of an App shown with the endpoints that are known here."""
+        for service in self._replica.items("Service", app.namespace):
+            if service.spec.app == app.name:
+                self.service(service.key)
+
+    def service(self, key: Key) -> None:
+        """Has a Service shown with the endpoints that are known here, once another node has said anything."""
+        service = self._replica.find(key)
+        if service is None or not self._statuses.known():
+            return
+        own = {"instances": self._own().get(Key("App", key.namespace, str(service.spec.app)), {}).get("instances", [])}
+        here = self._folded(service, {self._node: own})
+        others = [e for e in self.endpoints(service) if e.get("node") != self._node]
+        found = [*here, *(e for e in others if not self._desired.dead(str(e.get("node"))))]
+        self._replica.put_beside(key, {"endpoints": sorted(found, key=lambda e: (str(e["node"]), str(e["port"])))})
 
     def shown(self, key: Key) -> None:
         """Has an App shown as it is at the whole site now."""
@@ -85,8 +103,11 @@ class Sitewide:
     def endpoints(self, service: Resource) -> list[dict[str, Any]]:
         """A Service's endpoints at other nodes: by their own word, and by the hub's where they have said none."""
         known = self._statuses.known()
-        found = [e for e in service.status.get("endpoints", []) if e.get("node") not in known]
-        key = Key("App", service.metadata.namespace, str(service.spec.app))
-        instances = [{**i, "node": n} for n, said in self._statuses.of(key).items() for i in said.get("instances", [])]
-        said = fold_service(service, self._desired.nodes(), {key.name: {"instances": instances}}, {})
-        return [*said["endpoints"], *found]
+        found = [e for e in self._replica.hub_status(service.key).get("endpoints", []) if e.get("node") not in known]
+        said = self._statuses.of(Key("App", service.key.namespace, str(service.spec.app)))
+        return [*self._folded(service, said), *found]
+
+    def _folded(self, service: Resource, reports: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        instances = [{**i, "node": n} for n, said in reports.items() for i in said.get("instances", [])]
+        app = {str(service.spec.app): {"instances": instances}}
+        return list(fold_service(service, self._desired.nodes(), app, {})["endpoints"])
