@@ -303,7 +303,9 @@ def _plain_get(system: System) -> None:
         api.request("GET", f"/api/v1/nodes/{NODE}/tunnel")
 
 
-def test_a_connection_goes_on_over_a_link_that_was_cut(lab: Callable[[str], System], digests: Digests) -> None:
+def test_a_connection_goes_on_over_a_link_that_was_cut_and_new_ones_after_the_agent_died(
+    lab: Callable[[str], System], digests: Digests
+) -> None:
     system = lab("sites: [{name: plant, nodes: 1, link: 4g}]")
     data = os.urandom(400_000)
     with (
@@ -318,6 +320,21 @@ def test_a_connection_goes_on_over_a_link_that_was_cut(lab: Callable[[str], Syst
         s.sendall(data)
         s.shutdown(socket.SHUT_WR)
         assert s.recv(4096) == hashlib.sha256(data * 3).digest()
+        # the agent is killed: what went over it is reset, and the next connection is served by its next run
+        with socket.create_connection(opened.address, timeout=PATIENT) as held:
+            held.sendall(b"x")
+            system.run("lab", "kill", NODE)
+            system.run("lab", "start", NODE)
+            system.wait("the node is there", lambda: system.get("node", NODE)["status"]["online"])
+
+            def served() -> bool:
+                with contextlib.suppress(OSError):
+                    return digest_over(opened.address, b"again") == hashlib.sha256(b"again").digest()
+                return False
+
+            system.wait("a new connection is served", served)
+            with contextlib.suppress(ConnectionResetError):
+                assert held.recv(4096) == b""
 
 
 def test_help_names_the_command(tmp_path: Path) -> None:

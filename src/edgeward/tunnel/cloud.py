@@ -71,6 +71,8 @@ class Neighbours(Protocol):
 
     def hold(self, node: str, held: bool) -> None: ...
 
+    def used(self, node: str) -> bool: ...
+
 
 class _Taken(Response):
     """The answer that is the end of HTTP on this connection."""
@@ -299,7 +301,8 @@ class Tunnels:
     def _look(self, node: str, held: _Held, now: float) -> None:
         if self._key_of(node) != held.key:
             held.session.close(Forbidden("the node is revoked, or another box has its name"))
-        if held.session.streams or any(d.node == node for d in self.desks.values()) or node in self._waiting:
+        wanted = held.session.streams or node in self._waiting or any(d.node == node for d in self.desks.values())
+        if wanted or (self.neighbours is not None and self.neighbours.used(node)):
             held.used = now
         elif now - held.used > _UNUSED:
             held.session.close(Gone("nobody uses the tunnel"))
@@ -376,7 +379,9 @@ class Tunnels:
 
     async def forward(self, stream: Stream, node: str, purpose: Open, origin: Session) -> None:
         """Joins the stream to a new one at the node. Raises ``Unreachable``."""
-        session = await self.reach(node)
+        self._lead(stream, node, purpose, origin, await self.reach(node))
+
+    def _lead(self, stream: Stream, node: str, purpose: Open, origin: Session, session: Session) -> None:
         if stream.error is not None:
             return
         if purpose.service == "reverse":
@@ -384,6 +389,17 @@ class Tunnels:
             self._back[(node, purpose.listen)] = origin
             self.spawn(self._forget_back((node, purpose.listen), stream))
         join(stream, session.open_for(purpose))
+
+    def passed_on(self, node: str, stream: Stream, origin: Session) -> None:
+        """A stream of another hub process, which has let its caller in, to a node that is held here."""
+        held = self.nodes.get(node)
+        if held is None or held.session.error is not None:
+            stream.fail(Unreachable(f"node {node} is not held here any more", remedy="try again"))
+            return
+        try:
+            self._lead(stream, node, stream.purpose, origin, held.session)
+        except EdgewardError as e:
+            stream.fail(e)
 
     async def _forget_back(self, key: tuple[str, str], stream: Stream) -> None:
         await stream.wait_closed()
@@ -410,6 +426,9 @@ class Tunnels:
                 while True:
                     held = self.nodes.get(node)
                     if held is not None and held.session.error is None:
+                        if held.session.link is None:  # perhaps another run of the agent, or it went elsewhere
+                            await self._have_dial(node, held.id)
+                            held = self.nodes.get(node, held)
                         return held.session
                     if self.neighbours is not None and (session := await self.neighbours.reach(node)) is not None:
                         return session
@@ -427,25 +446,33 @@ class Tunnels:
                 remedy="is its link up? see: edgeward get node",
             )
 
-    async def _have_dial(self, node: str) -> None:
+    async def _have_dial(self, node: str, id: str = "") -> None:
         self._check_online(node)
         task = self._asking.get(node)
         if task is None:
-            task = self._asking[node] = asyncio.get_running_loop().create_task(self._ask_node(node))
+            task = self._asking[node] = asyncio.get_running_loop().create_task(self._ask_node(node, id))
             task.add_done_callback(lambda _: self._asking.pop(node, None))
         await asyncio.shield(task)
 
-    async def _ask_node(self, node: str) -> None:
-        """Has the node dial in; it is there when this returns, here or at another hub process."""
+    async def _ask_node(self, node: str, id: str) -> None:
+        """Has the node dial in; it is there when this returns, here or at another hub process. ``id``: a session that
+        is here, without a link: who still has it shall go on with it."""
         event = self._waiting.setdefault(node, asyncio.Event())
         try:
-            await self._call(node, {"nonce": self._nonce()})
+            await self._call(node, {"nonce": self._nonce(), "id": id})
             async with asyncio.timeout(2.0):
                 await event.wait()
         except TimeoutError:
             pass  # it came in before, or somewhere else: the caller looks again
         finally:
             self._waiting.pop(node, None)
+
+    def held_elsewhere(self, node: str) -> None:
+        """Another hub process holds the node now."""
+        held = self.nodes.get(node)
+        if held is not None and held.session.link is None:
+            held.session.close(Unreachable("the node opened its tunnel at another hub process"), tell=False)
+        self.came_in(node)
 
     def came_in(self, node: str) -> None:
         """The node is held somewhere: whoever waits for it looks again."""

@@ -103,14 +103,21 @@ class TunnelEdge:
         self._services: dict[str, Service] = {"tcp": tcp, "reverse": self._reverse, **(services or {})}
         self._session: Session | None = None
         self._redial: Redial | None = None
-        self._dialled = 0.0
+        self._id, self._dialled = "", 0.0
         self._way = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def called(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
         """The hub wants the tunnel: dials in. Raises why it cannot."""
-        now = asyncio.get_running_loop().time()
-        if self._session is None or self._session.error is not None or now - self._dialled > _JUST_DIALLED:
+        now, session = asyncio.get_running_loop().time(), self._session
+        if session is None or session.error is not None:
+            anew = True
+        elif args.get("id") == self._id:  # the hub still has our session, and only its link is lost
+            self._poke(session)
+            anew = False
+        else:
+            anew = now - self._dialled > _JUST_DIALLED
+        if anew:
             self._dialled = now
             await self._open(str(args.get("nonce", "")))
         yield b"ok"
@@ -142,7 +149,7 @@ class TunnelEdge:
         except EdgewardError as e:
             session.close(e, tell=False)
             raise
-        self._session, self._redial = session, redial
+        self._session, self._redial, self._id = session, redial, id
         log.info("the tunnel to the hub is open")
 
     async def _dial(self, session: Session, id: str, nonce: str, attempt: int) -> None:
