@@ -25,11 +25,11 @@ from edgeward.nodes import shares
 from edgeward.nodes.edge import NodeEdge
 from edgeward.nodes.mesh import Mesh
 from edgeward.nodes.mesh_sockets import Settings
-from edgeward.nodes.mesh_wire import Known, address_of
-from edgeward.nodes.shares import Page
+from edgeward.nodes.mesh_wire import Heard, Known, address_of
+from edgeward.nodes.shares import Page, Word
 from edgeward.nodes.sharing import Sharing, _Piece
 from edgeward.nodes.shelf import Shelf
-from edgeward.nodes.wire import SyncAnswer
+from edgeward.nodes.wire import LEVEL, SyncAnswer
 
 SMALL = 20_000
 
@@ -219,6 +219,24 @@ def test_what_the_hub_did_not_say_is_not_taken(tmp_path: Path) -> None:
                 assert found.spec.data == {"k": "xxxxx"}
             # one of the two may have it from the other by now
             assert two.sharing.counters["refused"] + three.sharing.counters["refused"] > 0
+
+    asyncio.run(body())
+
+
+def test_no_node_has_another_ask_the_hub_all_the_time(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with site(tmp_path, 2) as all:
+            await all.ready()
+            one, two = all.nodes.values()
+            asked: list[int] = []
+            one.edge.there_is = asked.append  # type: ignore[method-assign]
+            lie = msgspec.msgpack.encode(Word(True, one.replica.epoch, 10**12, LEVEL, one.name))
+            for n in range(1000):
+                one.sharing._heard(two.name, lie, Heard(1, n, 0.0, 1000.0 + n / 100, ("127.0.0.1", 1)))
+            assert 10 <= len(asked) <= 16
+            one.sharing._liars[two.name] = 1e12
+            one.sharing._heard(two.name, lie, Heard(1, 1, 0.0, 5000.0, ("127.0.0.1", 1)))
+            assert len(asked) <= 16
 
     asyncio.run(body())
 

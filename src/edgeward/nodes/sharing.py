@@ -22,6 +22,7 @@ from cryptography import x509
 from edgeward.core import clock
 from edgeward.core.blobs import BlobAsk, BlobPart
 from edgeward.core.errors import EdgewardError, Unreachable
+from edgeward.core.throttle import Throttle
 from edgeward.nodes.mesh_wire import Heard, PeerInfo
 from edgeward.nodes.shares import (
     CARRIER,
@@ -110,6 +111,8 @@ class Sharing:
         #: Blobs of which another node gave something; False: it is not to be asked for that one again.
         self._begun: OrderedDict[str, bool] = OrderedDict()
         self._liars: dict[str, float] = {}
+        #: Of one node: news that it says there are, and that the hub or the site is asked for.
+        self._asks_hub, self._asks_site = Throttle(burst=10, rate=0.5), Throttle(burst=50, rate=5)
         self._wake, self._moved = asyncio.Event(), asyncio.Event()
         self._running = False
         self.counters = {"had": 0, "given": 0, "refused": 0}
@@ -178,7 +181,13 @@ class Sharing:
         if before is None:
             self._said = None, 0.0  # it does not know of us
         if word.epoch == self._replica.epoch:
-            self._link.there_is(word.revision)
+            self._there_is(peer, word.revision, heard.at)
+
+    def _there_is(self, peer: str, revision: int, now: float) -> None:
+        """A node says that the hub has something newer. It is looked for, but nobody has us ask all the time."""
+        asks = self._asks_hub if self.carrier == self.node else self._asks_site
+        if revision > self._replica.hub_revision and asks.take(peer, now) <= 0:
+            self._link.there_is(revision)
 
     # -- what the link asks (``edge.py``) ----------------------------------------------------------------------------
 
@@ -272,7 +281,7 @@ class Sharing:
         if want.epoch != self._replica.epoch or want.level != LEVEL:
             return
         if want.wanted > self._replica.hub_revision and self.carrier == self.node:
-            self._link.there_is(want.wanted)
+            self._there_is(peer, want.wanted, clock.monotonic())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_OWN):
                     while self._replica.hub_revision < want.wanted:
