@@ -55,6 +55,7 @@ def test_a_container_on_a_node_of_up(store: Store, systems: Callable[..., Any]) 
     up.run("apply", "-f", "-", "--wait", stdin=WEB)
     (one,) = up.get("app", "web")["status"]["instances"]
     assert one["image"].startswith("sha256:")
+    assert up.get("node", "plant-1")["status"]["containers"] == {"engine": "podman"}
     assert "serving hello" in up.run("logs", "web")
     direct = f"http://127.0.0.1:{one['ports']['http']}"
 

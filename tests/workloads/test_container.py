@@ -229,6 +229,7 @@ def test_an_image_that_cannot_be_had(tmp_path: Path, store: Store, container: An
     ("container", "says"),
     [
         ({"command": ["/nope"]}, r'"/nope"'),
+        ({"args": ["\0"]}, "embedded null byte"),
         ({"user": "nobody-here"}, "nobody-here"),
         ({"volumes": [{"hostPath": "/not/there", "path": "/x"}]}, "/not/there is not on this node (make it first)"),
     ],

@@ -101,6 +101,7 @@ def about_node(
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "enforced": [*apps.enforced(), *Closing.enforced()],
+        **apps.about(),
         "secrets": {"sealed": True, "key": vault.source},
         "clock": link.hub_clock.status(clock.now(), clock.steady()),
         "audit": {"last": head.seq, "hash": head.hash} if head is not None else {},

@@ -233,6 +233,10 @@ class ContainerRuntime:
             self._look.set()
         shutil.rmtree(self.ground.folder(row), ignore_errors=True)
 
+    def about(self) -> dict[str, Any]:
+        why = self.engine.absent()
+        return {"containers": {"missing": why} if why else {"engine": self.engine.name}}
+
     def hurry(self) -> None:
         self.images.hurry()
 
@@ -245,7 +249,7 @@ class ContainerRuntime:
                 if self._used.is_dir() and not self.engine.absent():
                     try:
                         await self._sweep(kept)
-                    except EdgewardError as e:
+                    except (EdgewardError, OSError) as e:
                         log.warning("containers and images that nothing needs were not taken away: %s", e)
                 self._look.clear()
                 with contextlib.suppress(TimeoutError):

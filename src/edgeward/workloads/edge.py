@@ -174,6 +174,13 @@ class AppsEdge:
         found = [f"limits.{name}" for name in cgroup.available()]
         return [*found, *(["process.user"] if os.geteuid() == 0 else [])]
 
+    def about(self) -> dict[str, Any]:
+        """What the node says of what it can run."""
+        said: dict[str, Any] = {}
+        for runtime in self._runtimes.values():
+            said |= runtime.about()
+        return said
+
     def usage(self) -> list[dict[str, Any]]:
         """Present use of every instance: processor in cores since the last call, memory in bytes."""
         return self._meter.measure(self.node, self._live, lambda i: self._runtime(i.spec).pids)

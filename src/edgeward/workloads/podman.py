@@ -143,8 +143,8 @@ class Podman:
         except TimeoutError:
             what = f"podman {words[0]} did not end within {timeout:g} s"
             raise Unreachable(what, remedy="is its disk slow?") from None
-        except OSError as e:
-            raise EdgewardError(f"podman cannot be run: {e.strerror or e}") from None
+        except (OSError, ValueError) as e:  # a zero byte among the words is a ValueError
+            raise EdgewardError(f"podman cannot be run: {getattr(e, 'strerror', None) or e}") from None
         finally:
             with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
                 process = await starting

@@ -14,6 +14,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -233,6 +234,9 @@ class ProcessRuntime:
 
     def forget(self, namespace: str, name: str) -> None:
         """What it wrote lies on the ground."""
+
+    def about(self) -> dict[str, Any]:
+        return {}
 
     def hurry(self) -> None:
         """It waits for nothing."""

@@ -90,6 +90,10 @@ class Runtime(Protocol):
         """The app is gone from this node."""
         ...
 
+    def about(self) -> dict[str, Any]:
+        """What the node says of itself on its account."""
+        ...
+
     def hurry(self) -> None:
         """The link is up again: what is waited for may come now."""
         ...
