@@ -153,12 +153,15 @@ def test_limits_are_read_back_and_what_does_not_hold_is_told(tmp_path: Path, sto
             assert cgroup.holds(one["pid"], cgroup.Limits(48 << 20, 0.5, 30)).refused == {}
             assert one["pid"] in cgroup.members(one["pid"])
             assert [u["instance"] for u in edge.usage()] == [one["id"]]
-            for file in cgroup._groups_of(one["pid"])["pids"].glob("pids.max"):
-                file.write_text("max")  # as somebody else may do
+            groups = cgroup._groups_of(one["pid"])
+            v2 = "cpu" not in groups
+            (groups["" if v2 else "pids"] / "pids.max").write_text("max")  # as somebody else may do
+            file, value = ("cpu.max", "100000 100000") if v2 else ("cpu.cfs_quota_us", "100000")
+            (groups["" if v2 else "cpu"] / file).write_text(value)
         async with node.agent():
-            await until(lambda: node.said["box"]["enforced"] == ["cpu", "memory"], WAIT)
-            (missed,) = node.said["box"]["notEnforced"]
-            assert missed["what"] == "pids"
+            await until(lambda: node.said["box"]["enforced"] == ["memory"], WAIT)
+            cpu, pids = node.said["box"]["notEnforced"]
+            assert (cpu["what"], cpu["why"], pids["what"]) == ("cpu", "set to 0.5, reads 1", "pids")
             node.contain("box", "exec tail -c 200m /dev/zero", limits=limits)
             await until(lambda: any("RolledBack" in e for e in node.events), WAIT)
 
