@@ -185,6 +185,37 @@ def test_what_is_finished_does_not_come_back_from_who_did_not_hear_it(tmp_path: 
     asyncio.run(body())
 
 
+def test_a_siblings_word_of_the_hub_is_taken_for_what_the_site_may_write(tmp_path: Path) -> None:
+    async def body() -> None:
+        (one,) = made(tmp_path, "one")
+        site = Key("Site", "_", "plant")
+        one.apply_sync(
+            [HubObject(*_at(site), 5, to_stored(doc("Site", "plant", {})))], revision=8, epoch="e", full=False
+        )
+        await one.put(doc("Site", "plant", {"displayName": "mine"}))
+        (mine,) = one.pending()
+
+        def say(now: Any, **more: Any) -> None:
+            hub = HubObject(*_at(site), 99, to_stored(now))
+            one.take(
+                Answer("two", "x", finished=[Finished("one", one.store_id, mine.seq, *_at(site), hub, "e", **more)])
+            )
+
+        say(doc("Site", "plant", {}))
+        assert len(one.pending()) == 1, "what became of it here only the hub knows better"
+        say(doc("Site", "plant", {"addresses": ["192.0.2.66"]}), outcome="accept")
+        assert not one.pending() and one.get(site).spec.addresses == [], "that is the hub's to say"
+        theirs = to_stored(doc("Site", "plant", {"displayName": "theirs", "addresses": ["192.0.2.66"]}))
+        one.take(Answer("two", "x", changes=[SiteChange("two", "x", 1, *_at(site), "put", 5, 1e9, "eve", theirs)]))
+        assert (one.get(site).spec.displayName, one.get(site).spec.addresses) == ("theirs", [])
+        await one.put(doc("Site", "plant", {"displayName": "again"}))
+        (mine,) = one.pending()
+        say(doc("Site", "plant", {"displayName": "again"}), outcome="accept")
+        assert not one.pending() and one.get(site).spec.displayName == "again"
+
+    asyncio.run(body())
+
+
 def test_what_is_named_goes_up_before_what_names_it(tmp_path: Path) -> None:
     async def body() -> None:
         one, two = made(tmp_path, "one", "two")

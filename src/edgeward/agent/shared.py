@@ -18,7 +18,7 @@ from edgeward.core import clock
 from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.registry import kinds
 from edgeward.core.resource import Key, Resource, check_name, from_stored, to_stored
-from edgeward.core.scope import check_reach
+from edgeward.core.scope import check_reach, hub_fields
 from edgeward.core.store import Store, same_desired
 from edgeward.nodes.siblings import (
     MOST,
@@ -280,15 +280,31 @@ class SharedRows(Store):
         if row is None or not open_here:
             return False
         own = not row.foreign
+        if own and not known.outcome:
+            return False  # what became of it here nobody knows better, but for what the hub said
         row = self._touch(before, known.key)
         row.settle()
         now = known.now
         fresh = now is not None and now.key == known.key and known.epoch == self.epoch
-        if now is not None and fresh and now.revision > max(row.hub_revision, self.hub_revision):
+        newer = now is not None and now.revision > max(row.hub_revision, self.hub_revision)
+        if now is not None and fresh and newer and self._credible(now, row):
             self._set_hub(known.key, row, now)
         elif row.hub is None:
             del self._rows[known.key]
         return own
+
+    def _credible(self, now: HubObject, row: Row) -> bool:
+        """Whether a sibling's word of what the hub holds is shown until the hub's own comes: not of what only the hub
+        may write, for that could be the sibling's own."""
+        if now.stored is None:
+            return True
+        try:
+            said = from_stored(now.stored)
+            check_reach(said, self.site)
+        except EdgewardError:
+            return False
+        kept = hub_fields(said, row.hub)
+        return said.key == now.key and all(getattr(said.spec, k) == v for k, v in kept.items())
 
     def _take(self, before: dict[Key, Row | None], change: SiteChange) -> None:
         key, dot = change.key, change.dot
@@ -347,6 +363,9 @@ class SharedRows(Store):
         if wanted.key != key:
             raise Invalid("the change and its document name different objects", resource=str(key))
         check_reach(wanted, self.site)
+        row = self._rows.get(key)
+        if kept := hub_fields(wanted, row.hub if row is not None else None):  # as the hub would
+            wanted = msgspec.structs.replace(wanted, spec=msgspec.structs.replace(wanted.spec, **kept))
         kinds.get(key.kind).check(wanted)
         return wanted
 

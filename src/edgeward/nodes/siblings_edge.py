@@ -233,15 +233,15 @@ class Siblings:
 
     def _decided(self, known: Finished) -> None:
         """A change of this node's that another one had the hub decide."""
-        if known.journal is None:
-            return
-        self._records.keep("journal", known.journal)
-        lost = known.journal.get("loser") == "edge"
+        if known.journal is not None:
+            self._records.keep("journal", known.journal)
+        lost = known.journal is not None and known.journal.get("loser") == "edge"
         reason = "LocalChangeLost" if lost else "LocalChangeTakenOver"
         self._event("Warning" if lost else "Normal", reason, str(known.key), f"{known.outcome}: {known.why}")
 
     def _event(self, type: str, reason: str, resource: str, message: str) -> None:
-        self._records.keep("events", {"type": type, "reason": reason, "resource": resource, "message": message})
+        record = {"type": type, "reason": reason, "resource": resource, "message": message, "node": self.node}
+        self._records.keep("events", record)
         self._link.wake_events()
 
     # -- towards the hub -----------------------------------------------------------------------------------------------
