@@ -47,6 +47,18 @@ def namespace(**spec: Any) -> Resource:
     return doc("Namespace", "web", spec)
 
 
+def test_a_part_that_says_nothing_is_nothing_that_an_older_hub_does_not_know() -> None:
+    """Every App has parts that are written though they are empty; one that is new keeps no App from an older hub."""
+    plain = app("web")
+    empty = [name for name, value in to_stored(plain).spec.items() if value == {}]
+    assert set(kinds.get("App").newer) & set(empty) == {"disconnect"}
+    check_level(plain, plain.key, OLD)
+    assert left_out([plain], OLD) == []
+    assert "disconnect" not in trimmed(to_stored(plain), OLD).spec, "it is not sent all the same"
+    with pytest.raises(Refused, match="does not know this field"):
+        check_level(app("web", disconnect={"lostAfter": "5s"}), plain.key, OLD)
+
+
 @pytest.mark.usefixtures("newer")
 def test_fields_are_left_out_and_put_back() -> None:
     new = namespace(description="d", quota={"apps": 2, "cpu": 4.0})

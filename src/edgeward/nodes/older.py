@@ -46,8 +46,9 @@ def _set(spec: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]
 
 
 def unknown_fields(stored: Stored, level: int) -> list[str]:
-    """The fields of a document that a release of ``level`` does not know, as ``$.spec.x``."""
-    return ["$.spec." + ".".join(p) for p in _paths(stored.kind, level) if _get(stored.spec, p) is not None]
+    """The fields of a document that a release of ``level`` does not know, as ``$.spec.x``; a part of which nothing is
+    said (``{}``, as each App has some) is none that it could miss."""
+    return ["$.spec." + ".".join(p) for p in _paths(stored.kind, level) if _get(stored.spec, p) not in (None, {}, [])]
 
 
 def trimmed(stored: Stored, level: int) -> Stored:
