@@ -30,7 +30,7 @@ from edgeward.core.resource import Key
 from edgeward.nodes.ancestry import Ancestor
 from edgeward.nodes.hubtime import HubClock
 from edgeward.nodes.liveness import DOWN, LOOK, Liveness, Pace
-from edgeward.nodes.older import UNSAID
+from edgeward.nodes.older import UNSAID, trimmed
 from edgeward.nodes.wire import (
     LEVEL,
     BeatAnswer,
@@ -62,6 +62,7 @@ class ReplicaLike(Protocol):
     """What the link needs of the replica."""
 
     hub_revision: int
+    hub_level: int | None
     epoch: str
     store_id: str
 
@@ -571,13 +572,22 @@ class NodeEdge:
 
     async def push_for(self, node: str, store: str, changes: list[LocalChange]) -> list[Decided]:
         """What the hub decides of changes that another node of this site made. Raises ``Unreachable``."""
-        answer = await self._request("push", PushAsk(store, changes, node), PushAnswer, timeout=30)
+        answer = await self._request(
+            "push", PushAsk(store, [self._readable(c) for c in changes], node), PushAnswer, timeout=30
+        )
         return answer.decided
 
     def _dated(self, changes: list[LocalChange]) -> list[LocalChange]:
         """With the times by the hub's clock, for the rule ``newest``."""
         now, up = clock.steady(), clock.boottime()
-        return [msgspec.structs.replace(c, made=self.hub_clock.of(c.time, now, up)) for c in changes]
+        return [msgspec.structs.replace(self._readable(c), made=self.hub_clock.of(c.time, now, up)) for c in changes]
+
+    def _readable(self, change: LocalChange) -> LocalChange:
+        """As the hub's release can read it: parts that say nothing are written too, and it may not know all."""
+        level = self._replica.hub_level
+        if change.stored is None or level is None or level >= LEVEL:
+            return change
+        return msgspec.structs.replace(change, stored=trimmed(change.stored, level))
 
     # -- reports up ---------------------------------------------------------------------------------------------------
 
