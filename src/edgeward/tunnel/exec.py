@@ -14,7 +14,7 @@ import contextlib
 import re
 import signal
 from collections.abc import Awaitable, Callable, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
@@ -24,7 +24,7 @@ from edgeward.core.errors import EdgewardError, Invalid, Refused
 from edgeward.core.scrub import Scrubber
 from edgeward.tunnel import channels, child, fds
 from edgeward.tunnel.channels import Exit
-from edgeward.tunnel.child import Account, Child
+from edgeward.tunnel.child import Child
 from edgeward.tunnel.stream import Open, Stream
 
 #: Bounds of what may be asked for; the kernel's own are higher.
@@ -51,22 +51,10 @@ class ExecArgs(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     cwd: str = ""
     tty: tuple[int, int] | None = None
     term: str = ""
-    app: str = ""
-
-
-class Place(msgspec.Struct):
-    """Where a program runs: as whom, in which folder, with which variables, and what the audit calls it."""
-
-    account: Account
-    folder: str
-    env: dict[str, str] = {}
-    about: str = ""
 
 
 #: ``{verb, who, source, detail, outcome}`` of one use.
 Note = Callable[[dict[str, Any]], Awaitable[None]]
-#: ``NAMESPACE/APP[/INSTANCE]`` to where that app's own programs run. Raises ``NotFound``.
-Inside = Callable[[str], Place]
 
 
 def parse(args: Mapping[str, Any], *, login: bool) -> ExecArgs:
@@ -114,9 +102,8 @@ def told(service: str, args: Mapping[str, Any]) -> dict[str, Any]:
         doc["more"] = len(argv) - len(kept)
     if isinstance(args.get("env"), Mapping) and args["env"]:
         doc["env"] = sorted(str(n)[:128] for n in args["env"])[:_TOLD_ARGS]
-    for name in ("cwd", "app"):
-        if args.get(name):
-            doc[name] = str(args[name])[:256]
+    if args.get("cwd"):
+        doc["cwd"] = str(args["cwd"])[:256]
     return doc
 
 
@@ -124,11 +111,8 @@ class Exec:
     """Runs programs for sessions. ``user``: whom node.json names, else the agent's own account. ``data``: the node's
     folder, by which :meth:`sweep` knows what an earlier run of the agent left behind."""
 
-    def __init__(
-        self, *, user: str = "", data: str = "", note: Note | None = None, inside: Inside | None = None
-    ) -> None:
-        self._user, self._data = user, data
-        self._note, self._inside = note, inside
+    def __init__(self, *, user: str = "", data: str = "", note: Note | None = None) -> None:
+        self._user, self._data, self._note = user, data, note
         self.running = 0
 
     async def sweep(self) -> None:
@@ -168,26 +152,15 @@ class Exec:
                 record = {"verb": open.service, "who": open.who, "source": open.source}
                 await self._note({**record, "detail": detail, "outcome": outcome})
 
-    def _place(self, args: ExecArgs) -> Place:
-        if args.app:
-            if self._inside is None:
-                raise Refused("this node runs nothing inside apps", field="--app")
-            return self._inside(args.app)
-        who = child.account(self._user)
-        return Place(who, who.home)
-
     async def _run(self, args: ExecArgs, stream: Stream, use: _Use, *, login: bool) -> None:
-        place = self._place(args)
-        argv = args.argv or [place.account.shell]
+        who = child.account(self._user)
+        argv = args.argv or [who.shell]
         size = args.tty if args.tty is not None else (24, 80) if login else None
         session = clock.new_id(16)
-        given = place.env | args.env
-        env = child.environment(
-            place.account, session, given, data=self._data, term=(args.term or "dumb") if size else ""
-        )
-        folder = args.cwd or place.folder
+        env = child.environment(who, session, args.env, data=self._data, term=(args.term or "dumb") if size else "")
+        folder = args.cwd or (who.home if Path(who.home).is_dir() else "/")  # as a login does it
         try:
-            started = child.start(argv, env, place.account, session, folder, size)
+            started = child.start(argv, env, who, session, folder, size)
         except child.NotStarted as e:
             use.code = e.code
             await stream.accept()
@@ -195,7 +168,7 @@ class Exec:
             await stream.end()
             return
         try:
-            await stream.accept({"user": place.account.name})
+            await stream.accept({"user": who.name})
             await _Pump(started, stream, use).run()
         finally:
             try:
