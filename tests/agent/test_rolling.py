@@ -164,6 +164,11 @@ def test_what_people_change_here_waits_for_nobody(tmp_path: Path) -> None:
     assert plant.runs == (2, "mine"), "the hub has taken it over: no step back until its run comes here"
     plant.open()
     assert plant.runs == (2, "mine")
+    plant.hear(taken, rollout=status("Running", taken, old, "other"))
+    assert plant.runs == (2, "mine")
+    plant.hear(taken, rollout=status("Failed", taken, old, "plant-1"))
+    assert plant.runs == (1, "old"), "when its run fails it goes back like any"
+    plant.hear(taken, rollout=status("Succeeded", taken, taken))
     newer = app("newer", 3)
     plant.hear(newer, rollout=status("Succeeded", taken, taken))
     assert plant.runs == (2, "mine"), "and what the hub declares next is a run as any"

@@ -32,11 +32,11 @@ class Hub:
         self.leads = True
 
     @asynccontextmanager
-    async def process(self) -> AsyncIterator[None]:
+    async def process(self) -> AsyncIterator[Rollouts]:
         rollouts = Rollouts(self.f.store, self.f.records, lambda: self.leads, lambda n: self.levels[n])
         task = asyncio.create_task(rollouts.run())
         try:
-            yield
+            yield rollouts
             assert not task.done()
         finally:
             task.cancel()
@@ -142,9 +142,10 @@ async def _one_hand(folder: Path) -> None:
         await hub.f.store.put(doc("Rollout", "xtra", SPEC))
         xtra = Key("Rollout", "default", "xtra")
         hub.leads = False
-        async with hub.process():
+        async with hub.process() as idle:
             await hub.declare("two")
-            await asyncio.wait([asyncio.create_task(hub.f.store.put(doc("Config", f"c{n}", {}))) for n in range(5)])
+            await until(lambda: not idle._gathered)  # it has looked
+            await idle._loop.settled()
         assert hub.f.store.get(xtra).status == {} == hub.status, "who does not lead writes nothing"
         hub.leads = True
         async with hub.process():

@@ -24,6 +24,7 @@ from edgeward.core.resource import Key, Resource, Stored, from_stored, merge_pat
 from edgeward.workloads.release import (
     BACK,
     Declared,
+    Status,
     Version,
     choose,
     digest_of,
@@ -54,6 +55,10 @@ class Rolling:
         self._taken: dict[Key, Taken] = {}
         #: What the disk had no room for.
         self._unsaved: set[Key] = set()
+        #: Statuses as they were read last, and versions as they were named last: the replica is asked very often, and
+        #: what changes there is another object.
+        self._read: dict[Key, tuple[dict[str, Any], Status]] = {}
+        self._named: dict[Key, tuple[Resource, Version]] = {}
         #: What was made last of a target, and of what.
         self._made: dict[Key, tuple[tuple[Any, ...], Resource]] = {}
 
@@ -68,16 +73,16 @@ class Rolling:
             return declared
         taken = self._known(key, declared.metadata.uid)
         hub = self._replica.hub_side(key)
-        now = _version(hub or declared)
+        now = self._version(hub or declared)
         if self._replica.local_change(key) and (hub is None or _version(declared).digest != now.digest):
             # a version that was made here takes effect at once, and goes on to when the hub has it
             self._keep(key, msgspec.structs.replace(taken, own=_version(declared).digest))
             return declared
         if hub is None:
             return declared
-        if taken.own == now.digest:
+        status = self._status(rollout)
+        if taken.own == now.digest and not _given_up(status, key, now.generation):
             return declared
-        status = read_status(rollout.status)
         target = Declared(
             key.kind, key.name, hub.metadata.uid, now.generation, now.digest, hub.metadata.creationTimestamp
         )
@@ -106,9 +111,8 @@ class Rolling:
         rollout = self._governor(declared.key)
         if rollout is None or not rollout.spec.prefetch or declared.metadata.deletionTimestamp:
             return None
-        status = read_status(rollout.status)
-        target = handled(status, declared.kind, declared.metadata.name)
-        given_up = status.phase in BACK and target is not None and target.generation == declared.metadata.generation
+        status = self._status(rollout)
+        given_up = _given_up(status, declared.key, declared.metadata.generation)
         runs = self.of(declared)
         same = runs is not None and runs.metadata.generation == declared.metadata.generation
         return None if given_up or same else declared
@@ -152,6 +156,18 @@ class Rolling:
         self._made[key] = (made_of, made)
         return made
 
+    def _status(self, rollout: Resource) -> Status:
+        known = self._read.get(rollout.key)
+        if known is None or known[0] is not rollout.status:
+            known = self._read[rollout.key] = (rollout.status, read_status(rollout.status))
+        return known[1]
+
+    def _version(self, resource: Resource) -> Version:
+        known = self._named.get(resource.key)
+        if known is None or known[0] is not resource:
+            known = self._named[resource.key] = (resource, _version(resource))
+        return known[1]
+
     # -- what is remembered ----------------------------------------------------------------------------------------
 
     @staticmethod
@@ -188,7 +204,14 @@ class Rolling:
             with contextlib.suppress(sqlite3.Error):  # of what nothing governs nothing is asked
                 self._replica.set_meta(self._meta(key), "")
         self._made.pop(key, None)
+        self._named.pop(key, None)
         self._unsaved.discard(key)
+
+
+def _given_up(status: Status, key: Key, generation: int) -> bool:
+    """Whether the run that moved this generation has failed."""
+    target = handled(status, key.kind, key.name)
+    return status.phase in BACK and target is not None and target.generation == generation
 
 
 def _version(resource: Resource) -> Version:
