@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from edgeward.core.errors import EdgewardError, Invalid, Unauthorized
 from edgeward.tunnel import proxying
-from edgeward.tunnel.proxy import TICKET, Tickets
+from edgeward.tunnel.proxy import TICKET, Tickets, _Answer
 from edgeward.tunnel.proxying import Headers, Jar, Place, Where, parse_where
 
 PLC = Place(Where("10.0.0.5", 80), "/nodes/n/proxy/10.0.0.5:80/~t", True)
@@ -153,6 +153,25 @@ def test_links_of_a_page_and_of_a_style_sheet_are_put_below_the_path() -> None:
 @given(st.binary(max_size=300))
 def test_whatever_a_page_is_it_is_rewritten_without_a_failure(page: bytes) -> None:
     proxying.rewrite(b"<html>" + page, "text/html", PLC)
+
+
+@pytest.mark.parametrize("piece", [b"<a ", b" src=", b" src  ", b"<", b"url( ", b"@import  ", b" href='/"])
+def test_a_page_made_to_take_long_does_not(piece: bytes) -> None:
+    """It would not end within the test's time if the work grew with the square of the size."""
+    page = b"<html>" + piece * (proxying.REWRITE_MOST // len(piece))
+    assert len(page) <= len(proxying.rewrite(page, "text/html", PLC)) < 2 * proxying.REWRITE_MOST
+
+
+def test_an_answer_in_chunks_of_one_byte_is_held_as_one() -> None:
+    answer = _Answer()
+    answer.feed(b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\nHTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+    assert (answer.headed, answer.status, [k.lower() for k, _ in answer.headers]) == (True, 200, [b"transfer-encoding"])
+    for _ in range(100):
+        answer.feed(b"1\r\nx\r\n" * 1000)
+    answer.feed(b"0\r\n\r\n")
+    assert answer.whole
+    assert answer.taken() == b"x" * 100_000
+    assert answer.taken() == b""
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")

@@ -261,7 +261,7 @@ class _Answer:
         import httptools
 
         self.headers: Headers = []
-        self.pieces: list[bytes] = []
+        self.body = bytearray()
         self.headed = self.whole = False
         self._bytes = 0
         self.parser = httptools.HttpResponseParser(self)
@@ -284,6 +284,12 @@ class _Answer:
                     f"what answers there does not speak HTTP: {e}", remedy="is it the right port?"
                 ) from None
 
+    def taken(self) -> bytes:
+        """What there is of the body; it is kept no longer."""
+        body = bytes(self.body)
+        self.body.clear()
+        return body
+
     @property
     def status(self) -> int:
         return int(self.parser.get_status_code())
@@ -298,7 +304,7 @@ class _Answer:
         self.headed = self.status >= 200 or self.status == 101  # others come before the answer
 
     def on_body(self, body: bytes) -> None:
-        self.pieces.append(body)
+        self.body += body  # chunks may be of one byte
 
     def on_message_complete(self) -> None:
         self.whole = self.headed
@@ -383,9 +389,7 @@ class _Exchange(Response):
         if first:
             await send({"type": "http.response.body", "body": first, "more_body": True})
         while True:
-            body = b"".join(answer.pieces)
-            answer.pieces.clear()
-            if body:
+            if body := answer.taken():
                 await send({"type": "http.response.body", "body": body, "more_body": True})
             if answer.whole:
                 break
@@ -399,23 +403,21 @@ class _Exchange(Response):
 
     async def _rewritten(self, answer: _Answer, headers: Headers, kind: str) -> tuple[bytes, Headers]:
         """A page with its links put below the path; one that is too large, or packed as we do not know it, as it is."""
-        size = sum(map(len, answer.pieces))
-        while not answer.whole and size <= proxying.REWRITE_MOST:
+        while not answer.whole and len(answer.body) <= proxying.REWRITE_MOST:
             data = await self._stream.read()
             if not data:
                 answer.whole = True
                 break
             answer.feed(data)
-            size = sum(map(len, answer.pieces))
-        body = b"".join(answer.pieces)
-        answer.pieces.clear()
+        body = answer.taken()
         packed = next((v for k, v in headers if k == b"content-encoding"), b"identity").strip().lower()
-        plain = _unpacked(body, packed) if answer.whole else None
+        # half a second of work for a large one: not in the loop that all links of this hub go through
+        plain = await asyncio.to_thread(_unpacked, body, packed) if answer.whole else None
         if plain is None:
             return body, headers
         dropped = (b"content-length", b"content-encoding", b"etag", b"content-md5", b"digest", b"accept-ranges")
         kept = [(k, v) for k, v in headers if k not in dropped]
-        page = proxying.rewrite(plain, kind.lower(), self._place)
+        page = await asyncio.to_thread(proxying.rewrite, plain, kind.lower(), self._place)
         return page, [*kept, (b"content-length", str(len(page)).encode())]
 
     async def _take_over(self, scope: Scope, answer: _Answer, rest: bytes) -> None:

@@ -42,6 +42,8 @@ _NOT_BACK = HOP | {
 SANDBOX = b"sandbox allow-forms allow-scripts allow-popups allow-modals allow-downloads allow-pointer-lock"
 #: What a page gets whose links are put below the path; larger ones stay as they are.
 REWRITE_MOST = 4 * 1024 * 1024
+#: Links of one page that are: each grows by the path, and a page may be made of nothing else.
+_LINKS_MOST = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ def _refreshed(value: str, place: Place) -> str:
 
 
 _ATTRIBUTE = re.compile(
-    rb"""(?i)(<[a-z][^<>]*?)?(\s(?:src|href|action|formaction|poster|data|background|manifest)\s*=\s*["']?)/(?![/])"""
+    rb"""(?i)(\s(?:src|href|action|formaction|poster|data|background|manifest)\s*=\s*["']?)/(?![/])"""
 )
 _STYLE = re.compile(rb"""(?i)(url\(\s*["']?|@import\s+["'])/(?!/)""")
 _HEAD = re.compile(rb"(?i)<head(?:\s[^>]*)?>|<html(?:\s[^>]*)?>|<!doctype[^>]*>")
@@ -188,10 +190,10 @@ _HEAD = re.compile(rb"(?i)<head(?:\s[^>]*)?>|<html(?:\s[^>]*)?>|<!doctype[^>]*>"
 def rewrite(body: bytes, content_type: str, place: Place) -> bytes:
     """Links of a page or a style sheet that begin with ``/``, put below the path."""
     below = place.prefix.encode() + b"/"
-    body = _STYLE.sub(lambda m: m[1] + below, body)
+    body = _STYLE.sub(lambda m: m[1] + below, body, _LINKS_MOST)
     if not content_type.startswith("text/html"):
         return body
-    body = _ATTRIBUTE.sub(lambda m: (m[1] or b"") + m[2] + below, body)
+    body = _ATTRIBUTE.sub(lambda m: m[1] + below, body, _LINKS_MOST)
     heads = list(_HEAD.finditer(body, 0, 4096))
     if not heads:
         return body  # a piece of a page
