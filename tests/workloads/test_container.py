@@ -21,7 +21,7 @@ from edgeward.core.resource import decode
 
 SERVE = 'echo "on $PORT as $(id -u)"; echo "$WORD" > /tmp/index.html; exec httpd -f -p "$PORT" -h /tmp'
 HTTP = {"ports": [{"name": "http", "env": "PORT"}], "health": {"http": {"port": "http"}, "window": "100ms"}}
-WAIT = 60.0
+WAIT = 120.0
 
 
 @pytest.fixture
@@ -31,6 +31,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 
 class Box(Node):
+    patience = 240.0
+
     def contain(self, name: str, script: str, container: Any = None, **more: Any) -> None:
         what = {"image": BOX, "args": [script.replace("$", "$$")]} | (container or {})
         spec = {"container": what, "restart": {"backoff": "50ms", "max": "200ms"}, "stop": {"grace": "1s"}} | more

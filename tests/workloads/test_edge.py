@@ -27,6 +27,9 @@ SLEEP = ["sleep", "1000"]
 class Node:
     """The wishes, and what the node said last."""
 
+    #: Seconds: of one agent's life, and half of it for an app to run. Guards against hanging.
+    patience = 60.0
+
     def __init__(self, data: Path) -> None:
         load()
         self.data = data
@@ -79,7 +82,7 @@ class Node:
         )  # fmt: skip
         running = asyncio.create_task(edge.run())
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(self.patience):
                 yield edge
         except BaseException:
             leave = False
@@ -101,7 +104,7 @@ class Node:
             return len(self.running(name)) == count == len(self.said.get(name, {}).get("instances", []))
 
         try:
-            await until(there, 30)
+            await until(there, self.patience / 2)
         except AssertionError:
             raise AssertionError(f"{name}: {self.said.get(name)} {self.events}") from None
         return self.running(name)

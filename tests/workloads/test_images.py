@@ -22,7 +22,7 @@ from edgeward.workloads.ground import Ground
 from edgeward.workloads.images import Images
 from edgeward.workloads.podman import Podman
 
-WAIT = 60.0
+WAIT = 120.0
 VERSION = ("default", "web", "1" * 64)
 
 
