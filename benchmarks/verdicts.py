@@ -202,16 +202,18 @@ def _soon(lab: System) -> list[Row]:
     api.call("POST", f"{base}/services", {**head, "kind": "Service", "spec": {"app": "web", "port": "http"}})
     api.call("POST", f"{base}/routes", {**head, "kind": "Route", "spec": {"path": "/", "to": {"service": "web"}}})
     wait(lambda: _all(lab, "healthy") and all(_answers(lab, n) for n in _PLANT), 120, 0.1)
-    cuts, by_hub, cut_off, linked = [], [], [], []
+    cuts, cut_off, linked = [], [], []
+    by_hub = 0.0
     rng = random.Random(1)
-    for _ in range(CUTS):
-        time.sleep(rng.uniform(5, 16))
+    for n in range(CUTS):
+        time.sleep(rng.uniform(5, 16))  # any moment of a beat's period
         lab.lab("cut", site="plant")
         began = time.monotonic()
         wait(lambda: _all(lab, "wan-cut"), 120, 0.05)
         cuts.append(time.monotonic() - began)
-        wait(lambda: not any(n["status"]["online"] for n in api.call("GET", "/api/v1/nodes")["items"]), 180, 0.05)
-        by_hub.append(time.monotonic() - began)
+        if not n:  # a hub has more patience with a link that fails again and again
+            wait(lambda: not any(n["status"]["online"] for n in api.call("GET", "/api/v1/nodes")["items"]), 180, 0.05)
+            by_hub = time.monotonic() - began
         lab.lab("heal", site="plant")
         wait(lambda: _all(lab, "healthy"), 180, 0.1)
     for _ in range(KILLS):
@@ -223,11 +225,11 @@ def _soon(lab: System) -> list[Row]:
     return [
         row(
             f"cut to wan-cut at all three nodes, worst of {CUTS}", max(cuts), "s", 15.0,
-            base=("until the hub misses all of them", max(by_hub)),
+            base=("until the hub misses all of them, once", by_hub),
         ),
         row(
             f"cut to wan-cut at all three nodes, p50 of {CUTS}", percentile(cuts, 50), "s", 15.0,
-            base=("until the hub misses all of them", percentile(by_hub, 50)),
+            base=("until the hub misses all of them, once", by_hub),
         ),
         row(
             f"node killed in a cut site to its Service answering elsewhere, worst of {KILLS}", max(cut_off), "s", 30.0,

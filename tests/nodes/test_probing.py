@@ -6,7 +6,7 @@ import math
 
 from tests.nodes.council import World
 
-from edgeward.nodes.probing import Check, Look, Probes
+from edgeward.nodes.probing import CUT, Check, Look, Probes, linked, pull
 
 PING = Check("ping", weight=1.0, interval=5.0, retries=2)
 WEB = Check("tcp", weight=2.0, port=80, interval=5.0, retries=0)
@@ -16,6 +16,25 @@ def probes(*checks: Check, agent: float = 1.0) -> Probes:
     made = Probes()
     made.set(checks, agent, ["b"], 0.0)
     return made
+
+
+def test_a_cut_is_told_by_two_that_wait() -> None:
+    assert linked(True, True, 0.0, 2), "it answers"
+    assert linked(True, True, 9.0, 0), "one alone may have lost a packet"
+    assert not linked(True, True, CUT, 1)
+    assert linked(True, False, 9.0, 2), "a slow link has its own patience"
+    assert not linked(False, True, 0.0, 0)
+
+
+def test_beats_of_a_site_come_one_after_another() -> None:
+    """After an outage all ask at once; each but the first comes forward by its place, and none does so again."""
+    a, b, c = 11.0, 10.9, 10.8
+    b = pull(b, [a], 3, 11.0)
+    c = pull(c, [a, pull(10.9, [a], 3, 11.0)], 3, 11.0)
+    assert [round(x, 1) for x in (a, b, c)] == [11.0, 7.2, 3.5]
+    assert (pull(b, [a], 3, 11.0), pull(c, [a, b], 3, 11.0)) == (b, c)
+    assert pull(0.7, [0.7], 3, 11.0) == 0.7, "too late to move it"
+    assert pull(3.0, [3.0] * 19, 20, 11.0) == 0.5
 
 
 def test_without_checks_only_reports_count() -> None:

@@ -182,6 +182,7 @@ class Agent:
             event=self.reports.event,
             moved=self._died,
             poke=lambda namespace, name: self.apps.poke(namespace, name),  # noqa: PLW0108 - the apps are made later
+            alive=lambda namespace, name: self.apps.alive(namespace, name),  # noqa: PLW0108 - the same
         )
         self.desired.gone, self.desired.stops = self.standing.gone, self.standing.stops
         self.desired.dead = self.standing.dead

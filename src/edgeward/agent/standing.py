@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ _SAYS = {
 
 
 class Standing:
-    """``moved()``: Services may be elsewhere; ``poke(namespace, name)``: an App may have to start or stop."""
+    """``moved()``: Services may be elsewhere; ``poke(namespace, name)``: an App may have to start or stop;
+    ``alive(namespace, name)``: whether any instance of it lives here."""
 
     def __init__(
         self,
@@ -57,10 +59,11 @@ class Standing:
         event: Event,
         moved: Callable[[], None],
         poke: Callable[[str, str], None],
+        alive: Callable[[str, str], bool],
     ) -> None:
         self._node, self._site = node, site
         self._replica, self._link = replica, link
-        self._event, self._moved, self._poke = event, moved, poke
+        self._event, self._moved, self._poke, self._alive = event, moved, poke, alive
         self._wish: tuple[Any, Wish] = (None, Wish())
         #: What was last told of each node; all were well before.
         self._told: dict[str, str] = {}
@@ -96,8 +99,13 @@ class Standing:
         return lost | disconnect.kept(spec, tag(str(app.key)), council.held(), council.tags, council.ran)
 
     def stops(self, app: Resource) -> bool:
-        """Whether this node has to be without an App that must never run twice."""
-        return disconnect.stops(effective(app, self._site).spec, self.verdicts.alone())
+        """Whether this node has to be without an App that must never run twice.
+
+        A run that has had no majority yet starts nothing of that sort: what goes on since before has its time.
+        """
+        fresh = not self.verdicts.joined() and not self._alive(app.metadata.namespace, app.metadata.name)
+        alone = math.inf if fresh else self.verdicts.alone()
+        return disconnect.stops(effective(app, self._site).spec, alone)
 
     def dead(self, node: str) -> bool:
         return node in self.verdicts.council.gone

@@ -37,7 +37,7 @@ def pull(mine: float, before: Sequence[float], n: int, interval: float) -> float
     the first that is not answered comes soon after a cut. ``before``: those of the nodes that need not move."""
     spacing = interval / n
     if mine > 1.0 and any(abs(mine - other) < _NEAR * spacing for other in before):
-        return max(0.5, mine - spacing)
+        return max(0.5, mine - spacing * len(before))  # each by its place, so that two that move do not meet again
     return mine
 
 

@@ -36,11 +36,13 @@ _DOMAIN = b"edgeward verdict report 1\0"
 _MOST_TOLD = 16
 #: Seconds between two questions to the hub about nodes that are missed: at first, and later.
 _ASK, _ASK_LATER, _SOON = 3.0, 30.0, 60.0
+#: Seconds between two looks at whom nobody hears.
+_LOOK = 1.0
 #: Nodes about which the hub is asked at once, and nodes of a site that ask it.
 _ASK_MOST, _ASKERS = 8, 3
 _ASK_TIMEOUT = 8.0
 #: Seconds between two moves of this node's beat.
-_PULL = 30.0
+_PULL = 10.0
 #: Seconds for which an answer of the hub stands against the doubts of others.
 _AGAIN = 3.0
 #: Looks of checks that are out at once.
@@ -104,14 +106,11 @@ class Verdicts:
         gone = [str(n) for n in kept.get("gone", [])]
         now = clock.monotonic()
         self.council = Council(mesh.node, mesh.site, mesh.epoch, now, gone=gone)
-        self._kept = {"gone": sorted(gone), "boot": kept.get("boot", "")}
-        #: The machine was not started anew since the run before: what runs here ran before, too.
-        self._same_boot = bool(clock.boot()) and kept.get("boot") == clock.boot()
+        self._kept = {"gone": sorted(gone)}
         self._started = now
         self._probes = Probes()
         self._pulled = -math.inf
         self._wake = asyncio.Event()
-        self._ask_wake = asyncio.Event()
         self._looks = asyncio.Semaphore(_LOOKS)
         self.verdicts: dict[str, Verdict] = {}
         self._held: dict[str, list[tuple[int, int]]] = {}
@@ -127,15 +126,14 @@ class Verdicts:
         return {n: now - self.dead_since.get(n, now) for n in self.council.gone}
 
     def alone(self) -> float:
-        """Seconds for which this node has not had a majority of its site with it; 0: it has.
-
-        Infinite where the machine started without one: nothing ran here that could go on.
-        """
+        """Seconds for which this node has not had a majority of its site with it, in this run; 0: it has."""
         if self.council.quorum:
             return 0.0
-        if self.council.together > -math.inf:
-            return clock.monotonic() - self.council.together
-        return clock.monotonic() - self._started if self._same_boot else math.inf
+        return clock.monotonic() - max(self.council.together, self._started)
+
+    def joined(self) -> bool:
+        """Whether it has had one in this run."""
+        return self.council.together > -math.inf
 
     def status(self, node: str) -> dict[str, Any]:
         """``verdict`` and ``evidence`` of a Node's status; {} of one that takes no part."""
@@ -273,7 +271,7 @@ class Verdicts:
                 self._since[name] = clock.timestamp()
         gone = self.council.gone
         self.dead_since = {n: self.dead_since.get(n, now) for n in gone}
-        kept = {"gone": sorted(gone), "boot": clock.boot()}
+        kept = {"gone": sorted(gone)}
         if kept != self._kept:
             self._kept = kept
             with contextlib.suppress(OSError):  # a full disk: it is decided again after a restart
@@ -283,7 +281,6 @@ class Verdicts:
             self._held = held
             self._changed(set())
         if changed:
-            self._ask_wake.set()
             self._changed(changed)
 
     # -- checks --------------------------------------------------------------------------------------------------------
@@ -301,25 +298,20 @@ class Verdicts:
     # -- the hub as one more way ---------------------------------------------------------------------------------------
 
     async def _asks(self) -> None:
-        """Asks the hub for nodes that are missed: one that it reaches is not dead, whatever the site's network does."""
-        began = -math.inf
-        missed: set[str] = set()
+        """Asks the hub for nodes that the site does not hear: one that it reaches is not dead, whatever the site's own
+        network does. It goes on for as long as they are heard this way only."""
+        since: dict[str, float] = {}
+        asked = -math.inf
         while True:
-            self._ask_wake.clear()
             now = clock.monotonic()
-            council = self.council
-            new = set(council.missing())
-            if not new <= missed:
-                began = now
-            missed = new
-            wait = 3600.0
-            if missed and council.link and self._may_ask():
-                await self._ask(sorted(missed)[:_ASK_MOST])
-                wait = _ASK if now - began < _SOON else _ASK_LATER
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._ask_wake.wait()
-                    await asyncio.sleep(0.5)  # gathers what else is new before the hub is asked
+            names = self.council.unheard(now)
+            since = {n: since.get(n, now) for n in names}
+            present = self.council.present()
+            soon = any(n in present or now - since[n] < _SOON for n in names)
+            if names and self.council.link and self._may_ask() and now - asked >= (_ASK if soon else _ASK_LATER):
+                asked = now
+                await self._ask(names[:_ASK_MOST])
+            await asyncio.sleep(_LOOK)  # the pace of looking at whom nobody hears
 
     def _may_ask(self) -> bool:
         linked = [n for n in self.council.present() if (v := self.verdicts.get(n)) is not None and v.link]

@@ -128,6 +128,8 @@ class _Member(msgspec.Struct):
     told: Told | None = None
     heard: float = -math.inf
     direct: float = -math.inf
+    #: When it was last heard by the site's own network, whoever passed it on.
+    meshed: float = -math.inf
     via: str = ""
     best: float = -math.inf
     #: Since when it was heard without a gap.
@@ -208,6 +210,12 @@ class Council:
         """Who was heard of too long ago: whoever knows another way should try it."""
         return sorted(n for n, m in self._others.items() if not m.present)
 
+    def unheard(self, now: float) -> list[str]:
+        """Whom the site's own network has not brought for a while: for them the hub is one more way, as long as that
+        lasts, also while it brings them."""
+        late = 2.2 * self.period
+        return sorted(n for n, m in self._others.items() if now - max(m.meshed, m.since) > late)
+
     def checked(self, node: str, works: float | None) -> None:
         """What the other checks say of a node: the part of all weight that answers, as :mod:`probing` counts it."""
         if node in self._others:
@@ -252,6 +260,8 @@ class Council:
         member.report, member.told, member.heard, member.via = report, told, max(member.heard, heard), via
         if via == report.node:
             member.direct = now
+        if via != HUB:
+            member.meshed = now
         if not member.present and (now - member.streak >= self.period or not member.known):
             member.present = member.known = True
         return [*self._help(report, told), *self._answer(report, member, now)]

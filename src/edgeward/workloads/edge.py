@@ -128,6 +128,10 @@ class AppsEdge:
         for runtime in self._runtimes.values():
             runtime.hurry()
 
+    def alive(self, namespace: str, name: str) -> bool:
+        """Whether any instance of this app lives here."""
+        return any(live.alive for live in self._live.get((namespace, name), {}).values())
+
     async def run(self) -> None:
         """Runs until cancelled."""
         await self._look_back()
