@@ -217,7 +217,7 @@ class Verdicts:
         doubt = link.online and link.good and waits >= DOUBT
         up = linked(link.online, link.good, waits, others) and (council.link or not waits)
         beat = round(link.next_beat, 1) if link.online and link.good else -1.0
-        if link.online and not up:
+        if not up and (link.online or council.all_cut()):
             link.excuse()
         self._do(council.linked(up, doubt=doubt, beat=beat))
         if beat < 0 or waits:

@@ -423,6 +423,11 @@ class Council:
         mine = tag(self.me)
         return any(m.present and m.report is not None and mine in m.report.lost for m in self._others.values())
 
+    def all_cut(self) -> bool:
+        """Whether others are heard and none of them has a link."""
+        links = [m.report.link for m in self._others.values() if m.present and m.report is not None]
+        return bool(links) and not any(links)
+
     def beats(self, now: float) -> list[float]:
         """Seconds until those other nodes beat that stand before this one in the alphabet."""
         first = [m for n, m in self._others.items() if n < self.me and m.present]
