@@ -1,20 +1,26 @@
 """What a Site's verdicts may be told to check at a node beside its reports: ``check/<type>`` in the registry.
 
 A check is ``async (address, port, timeout) -> bool``; its weight, period and patience are the Site's (``probing.py``).
-None is run unless a Site asks for it.
+None is run unless a Site asks for it. The command line reads this file for the names alone, so what only a check needs
+is imported where it runs.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import shutil
+from typing import TYPE_CHECKING
 
 from edgeward.core.registry import extensions
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 async def tcp(address: str, port: int, timeout: float) -> bool:
     """Whether a connection to the port opens."""
+    import asyncio
+
     try:
         async with asyncio.timeout(timeout):
             _, writer = await asyncio.open_connection(address, port)
@@ -29,6 +35,8 @@ async def tcp(address: str, port: int, timeout: float) -> bool:
 
 async def http(address: str, port: int, timeout: float) -> bool:
     """Whether ``GET /`` on the port is answered with a status below 500."""
+    import asyncio
+
     writer: asyncio.StreamWriter | None = None
     try:
         async with asyncio.timeout(timeout):
@@ -47,6 +55,8 @@ async def http(address: str, port: int, timeout: float) -> bool:
 
 async def ping(address: str, port: int, timeout: float) -> bool:
     """Whether the machine answers an ICMP echo: by the system's ``ping``, which may send one without our being root."""
+    import asyncio
+
     program = shutil.which("ping")
     if program is None:
         return False
