@@ -303,6 +303,23 @@ def _plain_get(system: System) -> None:
         api.request("GET", f"/api/v1/nodes/{NODE}/tunnel")
 
 
+def test_the_end_of_a_node_is_the_end_of_its_tunnel(system: System, digests: Digests) -> None:
+    """The last test with this system: its node does not come back."""
+
+    async def body() -> None:
+        async with tunnel(target(system), NODE) as made:
+            stream = made.open("tcp", {"port": digests.port})
+            await stream.opened()
+            await asyncio.to_thread(system.run, "node", "revoke", NODE)
+            with pytest.raises(EdgewardError, match=r"revoked|not connected|another box"):
+                await stream.read()
+        with pytest.raises(EdgewardError):
+            async with connect(target(system), NODE, "tcp", {"port": digests.port}):
+                pass
+
+    run(body)
+
+
 def test_a_connection_goes_on_over_a_link_that_was_cut_and_new_ones_after_the_agent_died(
     lab: Callable[[str], System], digests: Digests
 ) -> None:

@@ -58,6 +58,8 @@ DIAL_IN = 15.0
 #: Seconds between two looks at who may still do what; without a stream after which a node's tunnel is closed; without
 #: a byte after which a stream is cut.
 _AGAIN, _UNUSED, IDLE = 1.0, 60.0, 1800.0
+#: Seconds for the last records of a process that stops.
+_LAST = 2.0
 #: Sessions of operators at once, and of one of them.
 _MOST, _MOST_OF_ONE = 2048, 64
 #: Different things that one session may do: each is a record of the audit.
@@ -175,12 +177,14 @@ class Desk:
 
     async def _watch(self, stream: Stream, what: str) -> None:
         await stream.wait_closed()
-        use, _ = self.streams.pop(stream)
-        known = self.uses[what]
+        use, _ = self.streams.pop(stream, (Passage(""), ""))
+        known = self.uses.get(what)
+        if known is None:
+            return  # it was said already, at the session's end
         known.open -= 1
         known.to_node += stream.came
         known.from_node += stream.went
-        if stream.error is not None and self.session.error is None:
+        if stream.error is not None and self.session.error is None and not isinstance(stream.error, Gone):
             known.error = str(stream.error)
         if not use.port:  # a program's run ends with its stream
             await self._ended(use, what)
@@ -204,7 +208,9 @@ class Desk:
             if known is not None:
                 known.to_node += stream.came
                 known.from_node += stream.went
+        why = str(self.session.error) if isinstance(self.session.error, Forbidden) else ""
         for what in tuple(self.uses):
+            self.uses[what].error = self.uses[what].error or why
             parsed = what.split(" ")[0]
             await self._ended(_Named(parsed), what)
 
@@ -294,6 +300,8 @@ class Tunnels:
                 desk.session.close(Unreachable("this hub process stops", remedy="open it again"))
             for held in tuple(self.nodes.values()):
                 held.session.close(Unreachable("this hub process stops"))
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=_LAST)  # what is left to be recorded
             for task in tuple(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
