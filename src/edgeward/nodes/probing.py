@@ -21,7 +21,7 @@ _AGAIN = 1.0
 
 
 #: Seconds without an answer after which a node doubts its link, and after which it is cut if others doubt theirs.
-DOUBT, CUT = 2.0, 4.0
+DOUBT, CUT = 1.5, 3.0
 #: Two nodes whose beats are nearer than this part of their even spacing are moved apart.
 _NEAR = 0.5
 

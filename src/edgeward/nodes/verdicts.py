@@ -43,6 +43,8 @@ _ASK_MOST, _ASKERS = 8, 3
 _ASK_TIMEOUT = 8.0
 #: Seconds between two moves of this node's beat.
 _PULL = 10.0
+#: Seconds between two looks at a link of which an answer is due.
+_DOUBTFUL = 0.25
 #: Seconds for which an answer of the hub stands against the doubts of others.
 _AGAIN = 3.0
 #: Looks of checks that are out at once.
@@ -189,7 +191,9 @@ class Verdicts:
                 self._vote(now)
                 for look in self._probes.due(now):
                     group.create_task(self._look(look))
-                due = now + self.council.due(now)
+                due = now + min(
+                    self.council.due(now), _DOUBTFUL if self._link.online and self._link.unanswered else math.inf
+                )
                 self._wake.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(due - now):
