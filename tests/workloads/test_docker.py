@@ -22,6 +22,7 @@ from edgeward.core.errors import EdgewardError
 from edgeward.workloads import docker, podman
 from edgeward.workloads.docker import Docker, created, nanoseconds
 from edgeward.workloads.engine import Mount, Run
+from edgeward.workloads.pipes import Pipes
 from edgeward.workloads.podman_argv import options
 
 
@@ -148,3 +149,25 @@ def test_what_is_asked_of_docker() -> None:
 )
 def test_times_of_lines(stamp: bytes, at: int) -> None:
     assert nanoseconds(stamp) == at
+
+
+def test_a_pipe_whose_name_is_still_there_gets_another(tmp_path: Path) -> None:
+    """An agent that takes up an output at once makes its pipe before the pump has taken away the one before."""
+
+    async def main() -> None:
+        pipes = Pipes(tmp_path / "logs")
+        log = tmp_path / "logs" / "default" / "web" / "web-1.log"
+        try:
+            first, second = pipes.make(log, 1 << 20), pipes.make(log, 1 << 20)
+            os.write(first, b"one\n")
+            os.close(first)
+            os.write(second, b"two\n")
+            await until(lambda: sorted(log.read_text().split()) == ["one", "two"], WAIT)
+            os.write(second, b"three\n")
+            await until(lambda: "three" in log.read_text(), WAIT)
+            os.close(second)
+            await until(lambda: not pipes.needed(), WAIT)
+        finally:
+            await pipes.close(leave=False)
+
+    asyncio.run(main())

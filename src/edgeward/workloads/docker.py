@@ -188,36 +188,40 @@ class Docker:
         query = {"stdout": 1, "stderr": 1, "timestamps": 1, "follow": int(not over)}
         if said.at:
             query["since"] = said.at // 10**9
-        had = said.at
+        had, skip = said.at, said.count
         async with opened(self._socket, "GET", f"/containers/{name}/logs?{urlencode(query)}") as answer:
             if answer.status >= 400:
                 raise EdgewardError(f"status {answer.status}")
             async for line in answer.frames():
                 stamp, _, text = line.partition(b" ")
-                if (at := nanoseconds(stamp)) > had:
-                    await _write(out, text)
-                    said.hear(at)
+                at = nanoseconds(stamp)
+                if at < had or (at == had and skip > 0):
+                    skip -= at == had
+                    continue
+                await _write(out, text)
+                said.hear(at)
         return over
 
 
 class _Said:
-    """How far an output has come: the time of its last line, in nanoseconds."""
+    """How far an output has come: the time of its last line, in nanoseconds, and how many lines have that time (some
+    engines know only seconds)."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._kept = file, 0.0
-        self.at = 0
+        self.at = self.count = 0
         with contextlib.suppress(OSError, ValueError):
-            self.at = int(file.read_text("ascii"))
+            self.at, self.count = map(int, file.read_text("ascii").split())
 
     def hear(self, at: int) -> None:
-        self.at = at
+        self.at, self.count = at, self.count + 1 if at == self.at else 1
         if (now := clock.monotonic()) - self._kept > _EACH:
             self._kept = now
             self.keep()
 
     def keep(self) -> None:
         with contextlib.suppress(OSError):  # the instance may be gone
-            self._file.write_text(str(self.at), "ascii")
+            self._file.write_text(f"{self.at} {self.count}", "ascii")
 
 
 def nanoseconds(stamp: bytes) -> int:

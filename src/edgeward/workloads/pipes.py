@@ -63,7 +63,10 @@ class Pipes:
         try:
             if uid is not None:  # a program may open /dev/stdout by its name
                 os.fchown(fd, uid, -1 if gid is None else gid)
-            named = new.rename(log_file.with_suffix(f".{cap}.pipe"))
+            name = log_file.with_suffix(f".{cap}.pipe")
+            while name.exists():  # of an agent before us: the pump has still to empty it and take the name away
+                name = name.with_name(name.name.removesuffix(f"{cap}.pipe") + f"0{cap}.pipe")
+            named = new.rename(name)
             self.hold(named)
             self.poke()
         except BaseException:
