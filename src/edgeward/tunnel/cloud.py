@@ -44,6 +44,7 @@ from edgeward.core.passage import Passage
 from edgeward.core.problems import refused
 from edgeward.core.resource import CLUSTER, Key
 from edgeward.core.store import Store
+from edgeward.core.throttle import Throttle
 from edgeward.tunnel.edge import PATH, answered, transcript, use_of
 from edgeward.tunnel.exec import told
 from edgeward.tunnel.framing import Open, accept_key
@@ -141,6 +142,7 @@ class Desk:
     def __init__(self, tunnels: Tunnels, id: str, node: str, who: Callable[[], Principal], source: str) -> None:
         self._tunnels, self.id, self.node, self._again, self.source = tunnels, id, node, who, source
         self.principal = who()
+        self._labels = tunnels.ask(node).labels
         self.uses: dict[str, _Use] = {}
         self.streams: dict[Stream, tuple[Passage, str]] = {}
         self.session = Session(
@@ -221,15 +223,18 @@ class Desk:
         except EdgewardError as e:
             self.session.close(Forbidden(f"the session ended: {e.message}", remedy="get a new token"))
             return
-        changed = who.rules != self.principal.rules
-        self.principal = who
+        labels = self._tunnels.ask(self.node).labels
+        changed = (who.rules, labels) != (self.principal.rules, self._labels)
+        self.principal, self._labels = who, labels
         for stream, (use, _) in tuple(self.streams.items()):
             if changed and not self._tunnels.may(who, self.node, use):
-                stream.fail(who.refusal(self._tunnels.ask(self.node, use), "your role has changed"))
+                stream.fail(
+                    who.refusal(self._tunnels.ask(self.node, use), "your role has changed, or the node's labels")
+                )
             elif now - stream.moved > idle:
                 stream.fail(Gone(f"nothing moved for {idle:g} s", remedy="open it again"))
         if changed and not self._tunnels.may_at_all(who, self.node):
-            self.session.close(who.refusal(self._tunnels.ask(self.node), "your role has changed"))
+            self.session.close(who.refusal(self._tunnels.ask(self.node), "your role has changed, or the node's labels"))
 
 
 class _Named(Passage):
@@ -272,6 +277,8 @@ class Tunnels:
         self._waiting: dict[str, asyncio.Event] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        # who is refused must not be able to push what others did out of the audit (as core/gate.py)
+        self._refused = Throttle(burst=30, rate=1 / 60)
 
     def routes(self) -> list[Route]:
         by = Action("own", (TUNNEL,), "Node")
@@ -329,10 +336,12 @@ class Tunnels:
         return who.may(ask) or who.may(Ask("exec", "Node", CLUSTER, node, ask.labels))
 
     async def permit(self, who: Principal, node: str, use: Passage, source: str) -> None:
-        """Raises ``Forbidden``, which is in the audit then."""
+        """Raises ``Forbidden``, which is in the audit then; of a storm of them the first."""
         if self.may(who, node, use):
             return
         refusal = who.refusal(self.ask(node, use))
+        if self._refused.take(who.name, clock.monotonic()):
+            raise refusal
         key = Key("Node", CLUSTER, node)
         await self._audit.write(TUNNEL, key, actor=who.name, source=source, outcome=f"Forbidden: {refusal.message}")
         raise refusal
@@ -365,10 +374,13 @@ class Tunnels:
         return _Taken(desk.session, _number(request, "edgeward-received"))
 
     async def _new_desk(self, request: Request, who: Principal, id: str, node: str) -> Desk:
+        await self.prepare(node)  # an operator hears at once that a node is away, and the first stream need not wait
+        # nothing waits from here on: of two that came at once with one name, one would be a session nobody looks at
+        if id in self.desks:
+            raise Forbidden("the session is somebody else's")
         own = sum(d.principal.name == who.name for d in self.desks.values())
         if len(self.desks) >= _MOST or own >= _MOST_OF_ONE:
             raise TooMany(f"{own} tunnels of yours are open", remedy="close some")
-        await self.prepare(node)  # an operator hears at once that a node is away, and the first stream need not wait
         again = request.scope.get("again") or (lambda: who)
         source = request.client.host if request.client and request.client.host else "local"
         desk = self.desks[id] = Desk(self, id, node, again, source)
