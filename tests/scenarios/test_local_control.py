@@ -84,7 +84,7 @@ def test_a_cut_site_is_worked_on_from_any_of_its_nodes(
 
     # scaled at another one; the Service has one instance, and answers at every gateway
     old = at(system, "plant-3")
-    system.apply(with_replicas(1), "--at", "plant-2")
+    system.run("scale", "web", "--replicas", "1", "--at", "plant-2")
     for node in NODES:
         system.wait(f"one instance, seen at {node}", lambda node=node: len(runs(system, node)) == 1)
         urls = {n["name"]: n["gateway_url"] for n in system.context["nodes"]}
@@ -96,6 +96,24 @@ def test_a_cut_site_is_worked_on_from_any_of_its_nodes(
     system.apply(APP, "--at", "plant-3")
     system.wait("as before", lambda: runs(system, "plant-1") == list(NODES))
     assert not json.loads(system.run("journal", "--at", "plant-1", "-o", "json"))["items"]
+
+    # another version, and the way back, each at another node; what is no part of a version stays
+    newer = at(system, "plant-1")
+    newer["spec"]["process"]["env"] = {"NEWER": "1"}
+    system.apply(newer, "--at", "plant-1")
+    version = lambda node: {i["version"] for i in at(system, node)["status"]["instances"]}  # noqa: E731
+    first = at(system, "plant-2")["status"]["version"]
+    for node in NODES:
+        system.wait(f"the newer one, seen at {node}", lambda node=node: first not in version(node))
+    system.wait("three of it", lambda: runs(system, "plant-2") == list(NODES))
+    kept = json.loads(system.run("app", "versions", "web", "--at", "plant-2", "-o", "json"))["items"]
+    assert [i["state"] for i in kept] == ["kept", "serves"] and kept[0]["version"] == first
+    system.run("app", "rollback", "web", "--to", "ffff", "--at", "plant-2", code=5)
+    system.run("app", "rollback", "web", "--at", "plant-2")
+    for node in NODES:
+        system.wait(f"as it was, seen at {node}", lambda node=node: version(node) == {first})
+    assert "env" not in at(system, "plant-3")["spec"]["process"] and at(system, "plant-3")["spec"]["replicas"] == 3
+    system.wait("three of it again", lambda: runs(system, "plant-1") == list(NODES))
 
     # a node that dies takes nothing along that it told, and one that comes back has what it missed
     system.run("lab", "kill", "plant-3")
@@ -112,6 +130,7 @@ def test_a_cut_site_is_worked_on_from_any_of_its_nodes(
     system.wait("all instances at the hub", lambda: len(system.get("app", "web")["status"]["instances"]) == 3)
     system.wait("the Config at the hub", lambda: "late" in system.run("get", "configs"))
     journal = json.loads(system.run("journal", "-o", "json"))["items"]
+    assert {i["state"] for i in json.loads(system.run("app", "versions", "web", "-o", "json"))["items"]} >= {"serves"}
     assert {j["outcome"] for j in journal} == {"accept"} and not any(j["loser"] for j in journal), journal
 
     # the site keeps the hub's changes waiting until it says so; roles go on to be the hub's to say

@@ -77,6 +77,7 @@ class AgentRoutes:
     def routes(self) -> list[Route]:
         return [
             object_route("App", "logs", "logs", self._logs_route),
+            object_route("App", "versions", "get", self._versions_route),
             object_route("Function", "logs", "logs", self._function_logs_route),
             object_route("Function", "samples", "logs", self._function_samples_route),
             object_route("Function", "metrics", "get", self._function_metrics_route),
@@ -93,6 +94,7 @@ class AgentRoutes:
         """What the hub may ask this node."""
         return {
             "logs": self._logs,
+            "app-versions": self._versions,
             "usage": self._usage,
             "renew": self._renew,
             "invoke": self._invoke,
@@ -162,6 +164,16 @@ class AgentRoutes:
     @described("The versions of a function that this node keeps, the present one last")
     async def _function_versions_route(self, request: Request) -> Response:
         return json({"items": self._history.of(*self._function_known(request))})
+
+    @described("The versions of an App that this node keeps, the present one last")
+    async def _versions_route(self, request: Request) -> Response:
+        namespace, name = request.path_params["ns"], request.path_params["name"]
+        if self._replica.find(Key("App", namespace, name)) is None:
+            raise NotFound("not found", resource=f"App/{name}")
+        return json({"items": self._apps.kept(namespace, name)})
+
+    async def _versions(self, args: dict[str, Any]) -> AsyncIterator[bytes]:
+        yield msgspec.json.encode(self._apps.kept(str(args["namespace"]), str(args["name"])))
 
     @described("What an app wrote, on this node", query=LOGS, media="text/plain")
     async def _logs_route(self, request: Request) -> Response:

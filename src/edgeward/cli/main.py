@@ -61,6 +61,8 @@ COMMANDS: dict[str, Row] = {
         f"{_CLI}.rollout:app", _RES, "How new versions go from group to group: status, approve.", group=True
     ),
     "site": Row(f"{_CLI}.site:app", _RES, "Whether a site takes the hub's changes: hold, release.", group=True),
+    "scale": Row(f"{_CLI}.apps:scale", _RES, "How many instances an App has."),
+    "app": Row(f"{_CLI}.apps:app", _RES, "An App's versions, and the way back.", group=True),
     "label": Row(f"{_CLI}.write:label", _RES, "Set and remove labels."),
     "diff": Row(f"{_CLI}.diff:diff", _RES, "What apply would change; exit code 1 if anything."),
     "explain": Row(f"{_CLI}.explain:explain", _RES, "What a kind or one of its fields means."),

@@ -30,9 +30,8 @@ def named(session: Session, name: str) -> tuple[Kind, str | None, str]:
     return kind, session.one(kind), check_name(name.removeprefix("function/"), "FUNCTION", "")
 
 
-def _write(session: Session, api: Api, now: Doc, spec: Doc, done: str, *, wait: bool) -> None:
-    """Puts the spec into the Function on the revision that was read."""
-    kind = find_kind("function")
+def written(session: Session, api: Api, kind: Kind, now: Doc, spec: Doc, done: str, *, wait: bool) -> None:
+    """Puts the spec into the object on the revision that was read, and says so."""
     was = now["metadata"]
     kept = (
         "name",
@@ -47,7 +46,7 @@ def _write(session: Session, api: Api, now: Doc, spec: Doc, done: str, *, wait: 
     meta = {k: was[k] for k in kept if was.get(k)}
     doc = {"apiVersion": now["apiVersion"], "kind": kind.name, "metadata": meta, "spec": spec}
     got = api.replace(kind, session.one(kind), was["name"], doc)
-    write(f"function/{was['name']} {done}")
+    write(f"{kind.name.lower()}/{was['name']} {done}")
     failures = Failures()
     if wait:
         from edgeward.cli.wait import wait_ready
@@ -99,7 +98,7 @@ def promote(
                 resource=f"Function/{function}",
                 remedy="roll it back, or insist with --force",
             )
-        _write(session, api, now, spec, "promoted", wait=wait)
+        written(session, api, kind, now, spec, "promoted", wait=wait)
 
 
 def rollback(
@@ -123,4 +122,4 @@ def rollback(
         items = api.request("GET", api.path(kind, namespace, function) + "/versions")["items"]
         past = before(items, to, function)
         done = f"rolled back to {past['version'] or 'generation ' + str(past['generation'])}"
-        _write(session, api, now, put_back(now["spec"], past), done, wait=wait)
+        written(session, api, kind, now, put_back(now["spec"], past), done, wait=wait)

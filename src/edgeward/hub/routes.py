@@ -84,6 +84,7 @@ class HubRoutes:
             object_route("Function", "logs", "logs", self.function_logs),
             object_route("Function", "samples", "logs", self.function_samples),
             object_route("Function", "metrics", "get", self.function_metrics),
+            object_route("App", "versions", "get", self.app_versions),
             object_route("Function", "versions", "get", self.function_versions),
             object_route("Function", "invoke", "invoke", self.invoke, "POST"),
             object_route("Function", "deadletters", "logs", self.letters),
@@ -154,6 +155,28 @@ class HubRoutes:
                 "runs nowhere yet, so it has no logs", resource=str(app.key), remedy="see: edgeward describe"
             )
         return StreamingResponse(self._merge(nodes, args), media_type="text/plain; charset=utf-8")
+
+    @described("The versions of an App that its nodes keep, the present one last: of the node that keeps the most")
+    async def app_versions(self, request: Request) -> Response:
+        app = self._store.get(Key("App", request.path_params["ns"], request.path_params["name"]))
+        args = {"namespace": app.metadata.namespace, "name": app.metadata.name}
+        target = (app.kind, app.metadata.namespace, app.metadata.name)
+        # what a site has otherwise than the others is no version of the whole
+        own = {o.spec.site for o in self._store.items("Override")
+               if (o.spec.target.kind, o.spec.target.namespace, o.spec.target.name) == target}  # fmt: skip
+        sites = {n.metadata.name: n.spec.site for n in self._store.items("Node")}
+        found: list[dict[str, Any]] = []
+        for node in self._nodes_of(app, ""):
+            if sites.get(node) in own or not self._nodes.is_online(node):
+                continue
+            with contextlib.suppress(EdgewardError, msgspec.MsgspecError):
+                data = b"".join([p async for p in call(self._nc, node, "app-versions", args, timeout=10.0)])
+                found = max(found, msgspec.json.decode(data, type=list[dict[str, Any]]), key=len)
+            if len(found) > 1:
+                break
+        if not found:
+            raise Unreachable("no node that runs it answers", resource=str(app.key), remedy="see: edgeward get nodes")
+        return json({"items": found})
 
     # -- functions -------------------------------------------------------------------------------------------------
 

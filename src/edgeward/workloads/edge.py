@@ -48,6 +48,7 @@ from edgeward.workloads.spec import AppSpec, runtime_of
 from edgeward.workloads.state import KEEP, InstanceRow, WorkloadState
 from edgeward.workloads.times import Look, look
 from edgeward.workloads.usage import Meter
+from edgeward.workloads.versions import kept as kept_versions
 from edgeward.workloads.watch import Watch
 from edgeward.workloads.wish import Source, digest, rules_of, snapshot
 
@@ -184,6 +185,11 @@ class AppsEdge:
         for runtime in self._runtimes.values():
             said |= runtime.about()
         return said
+
+    def kept(self, namespace: str, name: str) -> list[dict[str, Any]]:
+        """The versions of an App that are kept here, the present one last."""
+        state = self._states.get((namespace, name))
+        return kept_versions(state, lambda d: self._db.version(namespace, name, d)) if state is not None else []
 
     def usage(self) -> list[dict[str, Any]]:
         """Present use of every instance: processor in cores since the last call, memory in bytes."""

@@ -20,6 +20,7 @@ from edgeward.workloads.live import AppKey
 from edgeward.workloads.plan import Rules
 from edgeward.workloads.spec import AppSpec
 from edgeward.workloads.state import Snapshot
+from edgeward.workloads.versions import STAYS
 
 
 class Source(Protocol):
@@ -54,7 +55,7 @@ def snapshot(app: Resource, source: Source) -> Snapshot:
             raise EdgewardError(f"{f.config or f.secret} has no key {f.key!r}", resource=what, field="$.spec.files")
         files[f.path] = found[f.key]
     plain = msgspec.to_builtins(spec)
-    for name in ("replicas", "placement", "dependsOn", "schedule", "disconnect"):
+    for name in STAYS:
         plain.pop(name, None)
     return Snapshot(plain, env, files)
 
