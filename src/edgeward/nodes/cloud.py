@@ -308,7 +308,12 @@ class NodesCloud:
                     await asyncio.sleep(0.02)  # the pace of looking at a cache that follows
 
     def _carries(self, node: str, others: list[str]) -> None:
-        """A node asked for itself, and for ``others`` of its site: those are not poked while it is there."""
+        """A node asked for itself, and for ``others`` of its site: those are not poked while it is there.
+
+        One that carries names itself; one that is carried and asks all the same, because it is in doubt, does not.
+        """
+        if node not in others:
+            return
         self._carried.pop(node, None)
         site = self.roster.site_of.get(node)
         self._carried |= {n: node for n in others[:_SHARED] if n != node and self.roster.site_of.get(n) == site}
@@ -319,7 +324,7 @@ class NodesCloud:
         self._heard(node)
         answer = await self._news(node, ask)
         self._carries(node, ask.share)
-        if not ask.share or self.sign is None:
+        if ask.share in ([], [node]) or self.sign is None:
             return answer
         packed = msgspec.msgpack.encode(answer)
         return SyncAnswer(signed=packed, proof=self.sign(to_sign(site, plain(ask), packed)))

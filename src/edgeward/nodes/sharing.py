@@ -162,7 +162,7 @@ class Sharing:
 
     def _cover(self, now: float) -> None:
         """Those that came to be carried: the hub hears of them with the next question."""
-        if set(self.shared()) <= set(self._told):
+        if set(self.shared()) <= {self.node, *self._told}:
             self._cover_at = None
         elif self._cover_at is None:
             self._cover_at = now + _GATHER
@@ -195,15 +195,15 @@ class Sharing:
         return self._running and self.carrier not in ("", self.node)
 
     def shared(self) -> list[str]:
-        """Those that get from this node what the hub says."""
-        if not self._running or self.carrier != self.node:
+        """This node and those that get from it what the hub says; none where another one carries, or it is alone."""
+        if not self._running or self.carrier != self.node or not self._words:
             return []
-        return covered(self._words, self.node, LEVEL, clock.monotonic())
+        return [self.node, *covered(self._words, self.node, LEVEL, clock.monotonic())]
 
     def passes_on(self, ask: SyncAsk, answer: SyncAnswer) -> SyncAnswer:
         """The answer that is in a signed one; kept for the others when it is whole."""
         inside = msgspec.msgpack.decode(answer.signed, type=SyncAnswer)
-        self._told = list(ask.share)
+        self._told = [n for n in ask.share if n != self.node]
         if ask.after is None:
             self._pages = []
         self._pages.append(Page(plain(ask), answer.signed, answer.proof))

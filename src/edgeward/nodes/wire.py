@@ -61,7 +61,7 @@ class SyncAsk(msgspec.Struct, omit_defaults=True):
     """``since``/``epoch``: what the node has. ``after``: continue a paged answer behind this key.
 
     ``level``: kinds and fields up to this level are known to the node (:attr:`edgeward.core.registry.Kind.level`).
-    ``share``: nodes of the site that get the answer from this one, so it comes signed and they are not poked.
+    ``share``: this node and those of the site that get the answer from it, so it comes signed and they are not poked.
     """
 
     since: int
