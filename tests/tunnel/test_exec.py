@@ -8,6 +8,7 @@ import os
 import pwd
 import re
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,27 @@ async def test_a_session_runs_as_the_user_that_the_node_names(service: str) -> N
         assert op.out.split()[0] == b"nobody"
         assert b"root" not in op.out
         assert (b"tty" in op.out.split()) == (service == "shell")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+async def test_a_program_begins_in_no_folder_that_its_user_cannot_go_to() -> None:
+    site = Site(user="nobody")
+    with tempfile.TemporaryDirectory(dir="/tmp") as root:  # others may go there, unlike to pytest's
+        closed, inner = Path(root), Path(root) / "inner"
+        inner.mkdir()
+        (inner / "secret").write_text("of root")
+        await _begins(site, closed, inner)
+
+
+async def _begins(site: Site, closed: Path, inner: Path) -> None:
+    async with running(site):
+        for folder in (inner, closed):
+            op = site.open("/bin/cat", "secret", "inner/secret", cwd=str(folder))
+            assert (await op.all()).code == 126
+            assert b"of root" not in op.out
+        closed.chmod(0o711)  # may be passed, not read
+        op = site.open("/bin/cat", "inner/secret", cwd=str(closed))
+        assert (await op.all()).code == 0 and op.out == b"of root"
 
 
 async def test_a_user_that_is_not_there_is_refused() -> None:

@@ -18,13 +18,15 @@ import signal
 import struct
 import subprocess
 import termios
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgeward.core import proc
 from edgeward.core.errors import EdgewardError, Refused
+from edgeward.tunnel.tree import become
 
 #: In the environment of everything that a session starts: which session, and of which node's agent.
 MARK, MARK_ALL = "EDGEWARD_SESSION", "EDGEWARD_SESSIONS_OF"
@@ -197,13 +199,52 @@ def start(
     """``size`` (rows, columns): with a terminal. Raises :class:`NotStarted`."""
     started = _on_terminal if size is not None else _on_pipes
     try:
-        if not Path(cwd).is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"there is no folder {cwd[:200]}")
-        child = started(argv, env, who, session, cwd, size or (0, 0))
+        with _folder(cwd, who) as there:
+            child = started(argv, env, who, session, there, size or (0, 0))
     except (OSError, ValueError, subprocess.SubprocessError) as e:
         raise NotStarted(argv[0], e if isinstance(e, OSError) else OSError(0, str(e))) from None
     _even_chance(child.process.pid)
     return child
+
+
+def home(who: Account) -> str:
+    """Where a login of the account begins: at its home, or in / where it cannot."""
+    try:
+        with _folder(who.home, who):
+            return who.home
+    except OSError:
+        return "/"
+
+
+@contextlib.contextmanager
+def _folder(path: str, who: Account) -> Iterator[str]:
+    """The folder, as a path for the program's start. It is entered with root's rights, before the program becomes its
+    user: so it is found by the user's own. Raises ``OSError``."""
+    if who.uid is None or who.gid is None:
+        if not Path(path).is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"there is no folder {path[:200]}")
+        yield path
+        return
+    with ThreadPoolExecutor(1) as pool:  # a thread of its own: it stays that user
+        fd = pool.submit(_found_as, path, who.uid, who.gid, who.groups).result()
+    try:
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
+def _found_as(path: str, uid: int, gid: int, groups: tuple[int, ...]) -> int:
+    become(uid, gid, groups)
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.stat(".", dir_fd=fd)  # it may be gone into as well
+        except OSError:
+            os.close(fd)
+            raise
+    except OSError as e:
+        raise NotADirectoryError(errno.ENOTDIR, f"the folder {path[:200]}: {e.strerror or e}") from None
+    return fd
 
 
 def _on_pipes(

@@ -14,7 +14,7 @@ import contextlib
 import re
 import signal
 from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import msgspec
@@ -158,7 +158,7 @@ class Exec:
         size = args.tty if args.tty is not None else (24, 80) if login else None
         session = clock.new_id(16)
         env = child.environment(who, session, args.env, data=self._data, term=(args.term or "dumb") if size else "")
-        folder = args.cwd or (who.home if Path(who.home).is_dir() else "/")  # as a login does it
+        folder = args.cwd or child.home(who)
         try:
             started = child.start(argv, env, who, session, folder, size)
         except child.NotStarted as e:
