@@ -42,6 +42,7 @@ from edgeward.core.scope import placed_sites
 from edgeward.core.store import Change
 from edgeward.core.store_nats import NatsStore
 from edgeward.nodes.ancestry import Ancestor
+from edgeward.nodes.folding import folded
 from edgeward.nodes.liveness import LOOK, Liveness
 from edgeward.nodes.older import left_out
 from edgeward.nodes.reach import own_status, went_back
@@ -703,11 +704,14 @@ class NodesCloud:
         reports = {n: self._reports[n][name] for n in told}
         if key.kind == "Service":
             apps = {a.metadata.name: a.status for a in self._store.items("App", key.namespace)}
-            status = fold(resource, self._store.items("Node"), apps, reports)
-            await self._store.put_status(key, status, checked=True)
-            return None
-        nodes = self._nodes_for(resource)
-        await self._store.put_status(key, fold(resource, nodes, reports), checked=True)
+            every = self._store.items("Node")
+            status, odd = folded(lambda r: fold(resource, every, apps, r), reports)
+        else:
+            nodes = self._nodes_for(resource)
+            status, odd = folded(lambda r: fold(resource, nodes, r), reports)
+        if odd:
+            log.warning("%s: what %s reports is not understood and left out", key, ", ".join(odd[:10]))
+        await self._store.put_status(key, status, checked=True)
         if key.kind == "App" and self._folds("Service"):
             for service in self.roster.views.followers(key):
                 self._fold.add(service)

@@ -49,6 +49,8 @@ def fold(app: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, A
     messages: list[str] = []
     for name in sorted(reports.keys() - dead):  # what ran on a dead node runs elsewhere, or nowhere
         for reported in reports[name].get("instances", []):
+            if not isinstance(reported.get("ports", {}), dict):
+                raise TypeError("an instance's ports are no mapping")
             i = {**reported, "node": name}  # whatever it says: a node speaks of its own
             instances.append(i if online.get(name) else {**i, "stale": True})
         if reports[name].get("message"):
