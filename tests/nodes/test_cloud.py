@@ -28,6 +28,7 @@ from edgeward.nodes.wire import (
     SyncAnswer,
     SyncAsk,
 )
+from edgeward.workloads.release import read_status
 
 load()
 
@@ -62,6 +63,28 @@ def test_a_node_gets_its_own_view_and_then_what_changed(tmp_path: Path) -> None:
             assert {o.name for o in then.objects if o.stored is None} == {"here", "used"}, "nothing of another site"
             for since, epoch in ((then.revision + 1000, first.epoch), (first.revision, "another epoch")):
                 assert (await f.sync("plant-1", since, epoch)).full, "what the node has cannot be trusted"
+
+    asyncio.run(body())
+
+
+def test_a_site_is_told_of_its_own_nodes_in_a_rollout(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            await f.store.put(app("web"))
+            rollout = await f.store.put(doc("Rollout", "web", {"targets": [{"kind": "App", "name": "web"}]}))
+            fleet_wide = ["plant-1", "plant-2", "shop-1"]
+            group = {"name": "rest", "phase": "Running", "total": 3, "done": 1, "nodes": fleet_wide}
+            trying = {n: {"released": 1.0} for n in fleet_wide}
+            whole = {"phase": "Running", "groups": [group], "updating": trying, "ungoverned": ["shop-1"]}
+            await f.store.put_status(rollout.key, whole)
+            for node, own in (("plant-1", ["plant-1", "plant-2"]), ("shop-1", ["shop-1"]), ("plant-2", fleet_wide[:2])):
+                answer = await f.sync(node)
+                (status,) = [o.status for o in answer.objects if o.kind == "Rollout"]
+                assert status is not None
+                assert status["groups"] == [{**group, "nodes": own, "failed": {}}]
+                assert status["updating"] == {n: trying[n] for n in own}
+                assert status["ungoverned"] == [n for n in own if n == "shop-1"]
+                assert read_status(status).phase == "Running"
 
     asyncio.run(body())
 

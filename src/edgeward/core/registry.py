@@ -61,6 +61,10 @@ def _nobody(_: Resource) -> Collection[str]:
     return ()
 
 
+def whole_status(status: dict[str, Any], _: Collection[str]) -> dict[str, Any]:
+    return status
+
+
 def _no_usage(_: Resource) -> Mapping[str, float | None]:
     return {}
 
@@ -98,6 +102,8 @@ class Kind:
     at: Callable[[Resource, str], Resource] = _the_same
     #: Of scope ``follows``: sites that get it besides, without what it refers to.
     also: Callable[[Resource], Collection[str]] = _nobody
+    #: What of its status a site is told, by the names of the site's nodes: what grows with the fleet stays at the hub.
+    told: Callable[[dict[str, Any], Collection[str]], dict[str, Any]] = whole_status
     #: What it takes of its namespace's quota (``core/quota.py``), of a resource as one site has it.
     usage: Callable[[Resource], Mapping[str, float | None]] = _no_usage
     columns: tuple[Column, ...] = ()

@@ -335,6 +335,7 @@ class NodesCloud:
         if ahead and self._peers is not None and not self._peers.alone:
             await self._caught_up(ask.since)
         now = self._store.revision
+        site = self.roster.node(node).spec.site
         mine = self.roster.view(node)
         full = ask.epoch != self._store.epoch or ask.since < self._store.compacted or ask.since > now or ask.since == 0
         names: list[Key] | None = None
@@ -355,9 +356,9 @@ class NodesCloud:
         for key in wanted:
             entry = self._store.entry(key) if key not in gone else None
             packed = (
-                self.roster.packed(key, entry, level)
+                self.roster.packed(key, entry, site, level)
                 if entry is not None
-                else msgspec.msgpack.encode(self.roster.object(key, None, gone.get(key, now)))
+                else msgspec.msgpack.encode(self.roster.object(key, None, gone.get(key, now), site))
             )
             size += len(packed)
             if page and size > PAGE:

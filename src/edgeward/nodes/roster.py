@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from edgeward.core.errors import Invalid
-from edgeward.core.registry import kinds
+from edgeward.core.registry import kinds, whole_status
 from edgeward.core.resource import (
     CLUSTER,
     Key,
@@ -48,7 +48,7 @@ class Roster:
         self.untold: dict[str, list[str]] = {}
         #: node -> the revision of its view that an answer to a beat named last
         self.told: dict[str, int] = {}
-        self._encoded: dict[tuple[Key, int, int, int], bytes] = {}
+        self._encoded: dict[tuple[Key, int, int, int, frozenset[str]], bytes] = {}
         self._encoded_size = 0
 
     def node(self, name: str) -> Resource:
@@ -73,22 +73,27 @@ class Roster:
         """What the node's site has of the hub's state now."""
         return self.views.of(self.node(node).spec.site, self._store.revision)
 
-    def object(self, key: Key, resource: Resource | None, revision: int, level: int = LEVEL) -> HubObject:
-        """An object, or its absence, as a node of this level is told of it."""
+    def object(self, key: Key, resource: Resource | None, revision: int, site: str, level: int = LEVEL) -> HubObject:
+        """An object, or its absence, as a node of this site and level is told of it."""
         if resource is None:
             return HubObject(key.kind, key.namespace, key.name, revision)
         status = resource.status if key.kind in STATUS_DOWN and resource.status else None
         if status is not None and key.kind == "Node":  # its site knows that better
             status = {k: v for k, v in status.items() if k not in ("verdict", "evidence")}
+        if status is not None:
+            status = kinds.get(key.kind).told(status, self.nodes_at.get(site, ()))
         stored = trimmed(to_stored(resource), level)
         return HubObject(key.kind, key.namespace, key.name, revision, stored, status)
 
-    def packed(self, key: Key, entry: Entry, level: int) -> bytes:
+    def packed(self, key: Key, entry: Entry, site: str, level: int) -> bytes:
         """A present object as it goes over the link; nodes of one site, and all for what is everywhere, share it."""
-        which = (key, entry.revision, entry.seen if key.kind in STATUS_DOWN else 0, level)
+        travels = key.kind in STATUS_DOWN
+        own = travels and kinds.get(key.kind).told is not whole_status  # each site has its own
+        nodes = frozenset(self.nodes_at.get(site, ())) if own else frozenset[str]()
+        which = (key, entry.revision, entry.seen if travels else 0, level, nodes)
         data = self._encoded.get(which)
         if data is None:
-            data = msgspec.msgpack.encode(self.object(key, entry.resource, entry.revision, level))
+            data = msgspec.msgpack.encode(self.object(key, entry.resource, entry.revision, site, level))
             if self._encoded_size > _ENCODED:
                 self._encoded.clear()
                 self._encoded_size = 0

@@ -214,13 +214,14 @@ class Takeover:
         """What the hub holds now, as far as it concerns the node: what is in its view, or what it has just sent."""
         key = change.key
         entry = self._store.entry(key)
+        site = self._roster.site_of.get(node, "")
         if entry is None:
-            return self._roster.object(key, None, self._store.revision)
+            return self._roster.object(key, None, self._store.revision, site)
         level = self._roster.levels.get(node, LEVEL)
         seen = key in self._roster.view(node).entries
         if not seen and change.stored is not None:
             seen = trimmed(to_stored(entry.resource), level).spec == change.stored.spec
-        return self._roster.object(key, entry.resource if seen else None, entry.revision, level)
+        return self._roster.object(key, entry.resource if seen else None, entry.revision, site, level)
 
     def _shared(self, key: Key, site: str, resource: Resource) -> bool:
         """Whether other sites have the object too."""

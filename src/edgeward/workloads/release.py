@@ -9,7 +9,7 @@ run. The hub's side of the same status is in ``rollout.py``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -112,6 +112,23 @@ def read_status(plain: Mapping[str, Any]) -> Status:
         return msgspec.convert(plain, Status)
     except msgspec.ValidationError:
         return Status()
+
+
+def for_site(status: dict[str, Any], nodes: Collection[str]) -> dict[str, Any]:
+    """A stored status as a site is told of it: how far each group is, and by name only the site's own nodes.
+
+    Every change of it goes to every site: with the whole fleet's names in it, a run would cost as much as its square.
+    """
+    groups = [
+        {**g, "nodes": [n for n in g.get("nodes", ()) if n in nodes], "failed": _only(g.get("failed", {}), nodes)}
+        for g in status.get("groups", ())
+    ]
+    ungoverned = [n for n in status.get("ungoverned", ()) if n in nodes]
+    return {**status, "groups": groups, "updating": _only(status.get("updating", {}), nodes), "ungoverned": ungoverned}
+
+
+def _only(said: Mapping[str, Any], nodes: Collection[str]) -> dict[str, Any]:
+    return {n: v for n, v in said.items() if n in nodes}
 
 
 def handled(status: Status, kind: str, name: str) -> Handled | None:

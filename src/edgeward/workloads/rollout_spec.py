@@ -18,7 +18,7 @@ from edgeward.core.quantity import DURATION_PATTERN, parse_duration
 from edgeward.core.registry import Column, Kind, Ref, kinds
 from edgeward.core.resource import Metadata, Resource, check_name
 from edgeward.workloads.outcome import Node
-from edgeward.workloads.release import read_status
+from edgeward.workloads.release import for_site, read_status
 from edgeward.workloads.rollout import REST, Amount, GroupRules, Rules
 from edgeward.workloads.windows import DAYS, Window, minutes, opens
 
@@ -238,6 +238,7 @@ kinds.add(
         hub_fields=tuple(f for f in RolloutSpec.__struct_fields__ if f != "hold"),
         check=_check,
         refs=_refs,
+        told=for_site,
         columns=(
             Column("PHASE", lambda d: d.get("status", {}).get("phase", "Pending")),
             Column("TARGETS", lambda d: ",".join(f"{t['kind']}/{t['name']}" for t in d["spec"].get("targets", []))),
