@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.agent.test_shared import config, doc, value
 
 from edgeward.agent.holding import Holding
@@ -12,7 +14,7 @@ from edgeward.agent.replica import Replica
 from edgeward.core.audit import Audit
 from edgeward.core.resource import Key, to_stored
 from edgeward.nodes.holding import said
-from edgeward.nodes.siblings import Hold
+from edgeward.nodes.siblings import LATEST, Hold
 from edgeward.nodes.wire import HubObject
 
 
@@ -62,3 +64,16 @@ def test_held_changes_wait_and_are_counted(tmp_path: Path) -> None:
     told.clear()
     assert h.take(said(False, h.hold, 0.0, "one", "bob")) and told == ["SiteReleased", "changed"]
     assert h.status() == {} and not h.held_back([hub(config("2"), 8)], False)
+
+
+@pytest.mark.parametrize("stamp", [math.inf, math.nan, 1e300, -1.0, LATEST * 2, LATEST])
+def test_a_word_of_no_time_holds_no_site_for_ever(tmp_path: Path, stamp: float) -> None:
+    r = Replica(tmp_path / "r.db", site="plant", node="one")
+    h = Holding("one", "plant", r, Audit(), changed=lambda: None, event=lambda *_: None)
+    lie = Hold(True, stamp, "zzz", "eve")
+    assert h.take(lie) is (stamp == LATEST)
+    h.take(said(True, h.hold, 1e9, "one", "ann"))
+    released = said(False, h.hold, 1e9, "one", "ann")
+    assert h.take(released) and not h.held()
+    assert not h.take(lie), "nor again by the same word"
+    r.close()

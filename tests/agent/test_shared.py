@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ import pytest
 from tests.previous import environment, unpacked
 
 from edgeward.agent.replica import Replica
+from edgeward.core import clock
 from edgeward.core.errors import Conflict
 from edgeward.core.resource import Key, decode, to_stored
 from edgeward.hub.kinds import load
-from edgeward.nodes.siblings import Answer, Finished, Lost, SiteChange
+from edgeward.nodes.siblings import LATEST, Answer, Finished, Lost, SiteChange
 from edgeward.nodes.wire import HubObject
 
 load()
@@ -244,6 +246,7 @@ import asyncio, sys
 from edgeward.hub.kinds import load
 load()
 from edgeward.agent.replica import Replica
+from edgeward.core import clock
 from edgeward.core.resource import decode
 r = Replica(sys.argv[1], site="plant")
 if sys.argv[2:]:
@@ -278,5 +281,54 @@ def test_the_previous_release_opens_the_same_file(tmp_path: Path) -> None:
         assert two.open_changes()[A].stamp > one.open_changes()[A].stamp
         pulls(one, two)
         assert value(one) == "again" and not one.pending()
+
+    asyncio.run(body())
+
+
+LIES: list[dict[str, Any]] = [
+    {"stamp": math.inf}, {"stamp": math.nan}, {"stamp": 1e300}, {"stamp": -1.0}, {"stamp": LATEST * 2},
+    {"seq": 2**63}, {"seq": 2**63 - 1}, {"base": 2**63}, {"base": -1}, {"node": "x" * 5000}, {"store": "x" * 5000},
+    {"actor": "x" * 5000}, {"seen": {"x" * 5000: 1}}, {"seen": {"one/s": 2**64 - 1}}, {"seen": {"one/s": -1}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: str(lie)[:30])
+def test_numbers_that_no_node_has_stop_nothing_between_the_others(tmp_path: Path, lie: dict[str, Any]) -> None:
+    async def body() -> None:
+        one, two = made(tmp_path, "one", "two")
+        one.on_lost = lambda lost, _: None if clock.timestamp(lost.change.stamp) else None
+        await one.put(config("mine"))
+        await two.put(config("other", "b"))
+        good = SiteChange("liar", "s", 7, *_at(A), "put", 7, 1.0, "eve", to_stored(config("evil")))
+        bad = msgspec.structs.replace(good, **lie)
+        honest = two.open_changes().values()
+        one.take(
+            Answer("liar", "s", 9, [7], [*honest, bad, msgspec.structs.replace(bad, node="one", store=one.store_id)])
+        )
+        assert value(one) == "mine" and one.find(Key("Config", "default", "b")) is not None
+        for n in range(2):
+            await one.put(config(f"mine {n}"))
+            pulls(two, one)
+            assert value(two) == f"mine {n}"
+        one.close()
+        one = Replica(tmp_path / "one.db", site="plant", node="one")
+        assert value(one) == "mine 1"
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("revision", [2**63, -1])
+def test_a_revision_that_no_hub_has_is_not_kept(tmp_path: Path, revision: int) -> None:
+    async def body() -> None:
+        one, two = made(tmp_path, "one", "two")
+        await two.put(config("1"))
+        pulls(one, two)
+        (dot,) = (c.dot for c in one.open_changes().values())
+        now = HubObject("Config", "default", "a", revision, to_stored(config("evil")))
+        one.take(Answer("two", two.store_id, 1, [], [], [Finished(*dot, *_at(A), now, one.epoch, "accept", "why")]))
+        await one.put(config("2", "b"))
+        one.close()
+        one = Replica(tmp_path / "one.db", site="plant", node="one")
+        assert value(one) != "evil"
 
     asyncio.run(body())

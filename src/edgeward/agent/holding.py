@@ -72,7 +72,7 @@ class Holding:
 
     def take(self, hold: Hold) -> bool:
         """Another node's word. True when it counts."""
-        if not hold.later(self.hold):
+        if not hold.sound or not hold.later(self.hold):
             return False
         was, self.hold = self.hold, hold
         self._replica.set_meta(_META, msgspec.json.encode(hold).decode())

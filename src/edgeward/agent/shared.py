@@ -17,10 +17,13 @@ import msgspec
 from edgeward.core import clock
 from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.registry import kinds
-from edgeward.core.resource import Key, Resource, check_name, from_stored, to_stored
+from edgeward.core.resource import MAX_DOCUMENT, Key, Resource, check_name, from_stored, to_stored
 from edgeward.core.scope import check_reach, hub_fields
 from edgeward.core.store import Store, same_desired
 from edgeward.nodes.siblings import (
+    HIGHEST,
+    LATEST,
+    LONGEST,
     MOST,
     SEEN_MOST,
     TICK,
@@ -174,6 +177,7 @@ class SharedRows(Store):
             stamp = max(stamp, clock.parse_timestamp(row.hub.metadata.updateTimestamp) + TICK)
         if row.op:
             row.over = together(row.over, {self._dot(row).origin: self._dot(row).seq})
+        stamp = min(stamp, LATEST)  # what is later than any true clock is believed by nobody
         row.node, row.store, row.number, row.stamp = "", "", 0, stamp
         self._last_stamp = stamp
 
@@ -241,6 +245,7 @@ class SharedRows(Store):
         mine = [f for f in got.finished if self._finish(before, f)]
         for change in got.changes:
             try:
+                self._small(change)
                 self._take(before, change)
             except EdgewardError as e:
                 if change.dot in self.refused:
@@ -254,6 +259,12 @@ class SharedRows(Store):
         if before or self._new_finished:
             self._commit(before)
         return mine
+
+    @staticmethod
+    def _small(change: SiteChange) -> None:
+        """A change is passed on whole, in one answer."""
+        if change.stored is not None and len(msgspec.msgpack.encode(change.stored)) > 2 * MAX_DOCUMENT:
+            raise Invalid("the change is too large", resource=str(change.key))
 
     def finish(self, known: Finished) -> None:
         """The hub decided a change of another node, asked by this one."""
@@ -296,6 +307,8 @@ class SharedRows(Store):
     def _credible(self, now: HubObject, row: Row) -> bool:
         """Whether a sibling's word of what the hub holds is shown until the hub's own comes: not of what only the hub
         may write, for that could be the sibling's own."""
+        if not 0 <= now.revision <= HIGHEST:
+            return False
         if now.stored is None:
             return True
         try:
@@ -309,7 +322,8 @@ class SharedRows(Store):
     def _take(self, before: dict[Key, Row | None], change: SiteChange) -> None:
         key, dot = change.key, change.dot
         if dot.origin == Dot(self.node, self.store_id, 0).origin:
-            self._seq = max(self._seq, dot.seq)  # a file put back from a copy must not count again from there
+            if dot.seq <= HIGHEST // 2:  # a file put back from a copy must not count again from there
+                self._seq = max(self._seq, dot.seq)
             return
         row = self._rows.get(key)
         held = self._change(key, row) if row is not None and row.op else None
@@ -349,8 +363,16 @@ class SharedRows(Store):
         key = change.key
         if change.op not in ("put", "delete") or (change.op == "put") != (change.stored is not None):
             raise Invalid("a change is a put with a document or a delete", resource=str(key))
-        if len(change.seen) > SEEN_MOST or change.seq < 1 or not change.node or not change.store:
+        if len(change.seen) > SEEN_MOST or not change.node or not change.store:
             raise Invalid("the change does not say where it comes from", resource=str(key))
+        # one node's lie must not be what the others cannot keep, or cannot pass on
+        numbers = (change.seq, *change.seen.values())
+        if not all(1 <= n <= HIGHEST for n in numbers) or not (0 <= change.base <= HIGHEST):
+            raise Invalid("the change has numbers that no node gives", resource=str(key))
+        if not 0 <= change.stamp <= LATEST:
+            raise Invalid("the change was made at no time", resource=str(key))
+        if max(map(len, (change.node, change.store, change.actor, *change.seen))) > LONGEST:
+            raise Invalid("the change has names that are too long", resource=str(key))
         kinds.get(key.kind)
         check_name(key.name, "$.metadata.name", str(key))
         if change.stored is None:

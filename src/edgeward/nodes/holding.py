@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from edgeward.core.resource import Key
-from edgeward.nodes.siblings import TICK, Hold
+from edgeward.nodes.siblings import LATEST, TICK, Hold
 from edgeward.nodes.wire import HubObject
 
 #: Kinds that are taken all the same: a token that was ended, a node that was revoked, stays so.
@@ -23,7 +23,7 @@ _NAMED = 20
 
 def said(held: bool, before: Hold, now: float, node: str, by: str) -> Hold:
     """A person's word at a node."""
-    return Hold(held, max(now, before.stamp + TICK), node, by[:128])
+    return Hold(held, min(max(now, before.stamp + TICK), LATEST), node, by[:128])
 
 
 def parted(objects: Iterable[HubObject]) -> tuple[list[HubObject], list[HubObject]]:

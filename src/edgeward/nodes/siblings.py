@@ -26,6 +26,10 @@ from edgeward.nodes.wire import HubObject
 MOST, PAGE, SEEN_MOST = 4000, 1 << 20, 256
 #: What a change's stamp is later than the one that it was made on top of, in seconds.
 TICK = 0.001
+#: The latest stamp (the year 5138) and the highest number that are believed. A node's own may go on from those.
+LATEST, HIGHEST = 1e11, 1 << 53
+#: Characters of a node's, a store's, a person's name.
+LONGEST = 1024
 
 
 class Dot(NamedTuple):
@@ -112,7 +116,13 @@ class Hold(msgspec.Struct, frozen=True, omit_defaults=True):
     by: str = ""
 
     def later(self, other: Hold) -> bool:
-        return (self.stamp, self.node) > (other.stamp, other.node)
+        """At the same time, and so at the last of times, whoever releases counts."""
+        return (self.stamp, not self.held, self.node) > (other.stamp, not other.held, other.node)
+
+    @property
+    def sound(self) -> bool:
+        """Whether a node may say so."""
+        return 0 <= self.stamp <= LATEST and max(len(self.node), len(self.by)) <= LONGEST
 
 
 class Answer(msgspec.Struct, omit_defaults=True):
