@@ -296,7 +296,8 @@ LIES: list[dict[str, Any]] = [
 def test_numbers_that_no_node_has_stop_nothing_between_the_others(tmp_path: Path, lie: dict[str, Any]) -> None:
     async def body() -> None:
         one, two = made(tmp_path, "one", "two")
-        one.on_lost = lambda lost, _: None if clock.timestamp(lost.change.stamp) else None
+        told: list[str] = []
+        one.on_lost = lambda lost, _: told.append(clock.timestamp(lost.change.stamp))  # as the journal has it
         await one.put(config("mine"))
         await two.put(config("other", "b"))
         good = SiteChange("liar", "s", 7, *_at(A), "put", 7, 1.0, "eve", to_stored(config("evil")))
@@ -330,5 +331,33 @@ def test_a_revision_that_no_hub_has_is_not_kept(tmp_path: Path, revision: int) -
         one.close()
         one = Replica(tmp_path / "one.db", site="plant", node="one")
         assert value(one) != "evil"
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [{"namespace": "../../../etc"}, {"namespace": ""}, {"labels": {"a b": "c"}}, {"updateTimestamp": "yesterday"},
+     {"creationTimestamp": "9" * 5000}, {"deletionTimestamp": "0001-01-01T00:00:00Z"}],
+    ids=str,
+)  # fmt: skip
+def test_a_name_or_time_that_is_none_comes_in_by_no_sibling(tmp_path: Path, meta: dict[str, Any]) -> None:
+    async def body() -> None:
+        one, two = made(tmp_path, "one", "two")
+        said = to_stored(config("evil"))
+        for name, each in meta.items():
+            setattr(said.metadata, name, each)
+        at = ("Config", said.metadata.namespace, "a")
+        good = SiteChange("liar", "s", 7, *at, "put", 7, 1.0, "eve", said)
+        delete = msgspec.structs.replace(good, op="delete", stored=None, seq=8, namespace="../../../etc")
+        one.take(Answer("liar", "s", 9, [7, 8], [good, delete]))
+        assert not one.open_changes() and len(one.refused) == 2
+        await two.put(config("1"))
+        pulls(one, two)
+        (dot,) = (c.dot for c in one.open_changes().values())
+        now = HubObject("Config", "default", "a", 8, said)
+        one.take(Answer("two", two.store_id, 1, [], [], [Finished(*dot, *_at(A), now, one.epoch, "accept", "why")]))
+        assert value(one) == "hub"
+        await one.put(config("2"))
 
     asyncio.run(body())

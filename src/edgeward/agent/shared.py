@@ -17,7 +17,7 @@ import msgspec
 from edgeward.core import clock
 from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.registry import kinds
-from edgeward.core.resource import MAX_DOCUMENT, Key, Resource, check_name, from_stored, to_stored
+from edgeward.core.resource import MAX_DOCUMENT, Key, Resource, check_key, check_stored, from_stored, to_stored
 from edgeward.core.scope import check_reach, hub_fields
 from edgeward.core.store import Store, same_desired
 from edgeward.nodes.siblings import (
@@ -312,6 +312,7 @@ class SharedRows(Store):
         if now.stored is None:
             return True
         try:
+            check_stored(now.stored)
             said = from_stored(now.stored)
             check_reach(said, self.site)
         except EdgewardError:
@@ -373,14 +374,14 @@ class SharedRows(Store):
             raise Invalid("the change was made at no time", resource=str(key))
         if max(map(len, (change.node, change.store, change.actor, *change.seen))) > LONGEST:
             raise Invalid("the change has names that are too long", resource=str(key))
-        kinds.get(key.kind)
-        check_name(key.name, "$.metadata.name", str(key))
+        check_key(key)
         if change.stored is None:
             row = self._rows.get(key)
             there = (row.local or row.hub) if row is not None else None
             if there is not None:
                 check_reach(there, self.site, delete=True)
             return None
+        check_stored(change.stored)
         wanted = from_stored(change.stored)
         if wanted.key != key:
             raise Invalid("the change and its document name different objects", resource=str(key))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Annotated, Any, Literal, cast
 
 import msgspec
@@ -221,6 +222,35 @@ def from_stored(stored: Stored, status: dict[str, Any] | None = None) -> Resourc
     except msgspec.ValidationError as e:
         raise invalid_from(e, kind.spec, prefix="$.spec", resource=what, doc=spec) from None
     return Resource(kind=stored.kind, metadata=stored.metadata, spec=typed, status=status or {})
+
+
+def check_stored(stored: Stored) -> None:
+    """Names, labels and times of what another machine says: as :func:`decode` takes them. Raises ``Invalid``.
+
+    A name is a folder's name somewhere, so this is for whatever comes from who may have been broken into.
+    """
+    what = f"{stored.kind}/{stored.metadata.name[:80]}"
+    _check_metadata(stored.metadata, kinds.get(stored.kind), what)
+    for name in ("creationTimestamp", "updateTimestamp", "deletionTimestamp"):
+        text = getattr(stored.metadata, name)
+        if text and not _is_time(text):
+            raise Invalid("is no time", resource=what, field=f"$.metadata.{name}")
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return len(text) < 40 and datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() >= 0
+    except (ValueError, OverflowError):
+        return False
+
+
+def check_key(key: Key) -> None:
+    """Whether an object can be called so. Raises ``Invalid``."""
+    check_name(key.name, "$.metadata.name", str(key)[:200])
+    if kinds.get(key.kind).namespaced:
+        check_name(key.namespace, "$.metadata.namespace", str(key)[:200])
+    elif key.namespace != CLUSTER:
+        raise Invalid("has no namespace", resource=str(key)[:200], field="$.metadata.namespace")
 
 
 _stored_encoder = msgspec.json.Encoder()
