@@ -191,6 +191,23 @@ def test_links_of_one_way_do_not_matter() -> None:
     assert all(world.states(n)["a"] == "dead" for n in "bcde")
 
 
+def test_who_brings_a_nodes_reports_is_one_as_long_as_it_does() -> None:
+    """What is shown goes to the hub whenever it is another: a path that is broken for good must not cost that."""
+    world = warm()
+    world.hears = lambda a, b: {a, b} != {"a", "b"}
+    world.run(16)
+    shown: set[str] = set()
+    world.run(60, lambda: shown.add(world.verdicts("b")["a"].heard))
+    assert len(shown) == 1 and shown <= {"via c", "via d", "via e"}
+    bringer = shown.pop().removeprefix("via ")
+    world.hears = lambda a, b: {a, b} != {"a", "b"} and bringer not in (a, b)
+    world.run(16)
+    assert world.verdicts("b")["a"].heard in {f"via {n}" for n in {"c", "d", "e"} - {bringer}}
+    world.hears = lambda a, b: True
+    world.run(16)
+    assert world.verdicts("b")["a"].heard == "directly"
+
+
 def test_a_chain_is_enough_also_for_nodes_that_start_in_it() -> None:
     world = World()
     beside = {frozenset(p) for p in itertools.pairwise(NAMES)}

@@ -40,6 +40,8 @@ _ANSWERS = 8
 _HOLDS = 16
 #: Seconds between two answers to one node, and between two questions to one that is silent.
 _HURRY = 1.0
+#: Patiences for which one who passes reports on is named, though others were quicker since.
+_NAMED = 10
 #: Others that hear such a question beside the silent one.
 _BESIDE = 3
 
@@ -130,7 +132,9 @@ class _Member(msgspec.Struct):
     direct: float = -math.inf
     #: When it was last heard by the site's own network, whoever passed it on.
     meshed: float = -math.inf
+    #: Who brings its reports, and when that one did last.
     via: str = ""
+    brought: float = -math.inf
     best: float = -math.inf
     #: Since when it was heard without a gap.
     streak: float = math.inf
@@ -257,7 +261,12 @@ class Council:
         heard = now - min(self.patience, max(0.0, member.best - ahead))
         if heard - member.heard > self.patience or (not member.present and member.streak == math.inf):
             member.streak = heard
-        member.report, member.told, member.heard, member.via = report, told, max(member.heard, heard), via
+        member.report, member.told, member.heard = report, told, max(member.heard, heard)
+        # of several who pass it on one is named, as long as it is there: who was the first just now is no news
+        named = self._others.get(member.via)
+        there = named is not None and named.present and now - member.brought < _NAMED * self.patience
+        if via in (member.via, report.node, HUB) or not there or member.via == report.node:
+            member.via, member.brought = via, now
         if via == report.node:
             member.direct = now
         if via != HUB:
