@@ -189,6 +189,41 @@ def test_a_change_pokes_the_nodes_it_concerns(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
+def test_a_site_is_not_told_what_it_says_of_its_nodes(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            status = lambda n: f.store.get(Key("Node", CLUSTER, n)).status  # noqa: E731
+            await f.ask("plant-1", "beat", BeatAsk(1, "run"), BeatAnswer)
+            await until(lambda: bool(status("plant-1").get("online")))
+            first = await f.sync("plant-1")
+            word = {"plant-1": {"verdict": "healthy", "evidence": {}}, "plant-2": {"verdict": "dead", "evidence": {}}}
+            await f.ask("plant-1", "report", ReportAsk([], site=word), Ok)
+            await until(lambda: [status(n).get("verdict") for n in word] == ["healthy", "dead"])
+            assert names(await f.sync("plant-1", first.revision, first.epoch)) == set()
+            await f.ask("plant-1", "report", ReportAsk([], node={"version": "9"}), Ok)
+            await until(lambda: status("plant-1").get("version") == "9")
+            assert names(await f.sync("plant-1", first.revision, first.epoch)) == {"Node/plant-1", "Node/plant-2"}
+
+    asyncio.run(body())
+
+
+def test_a_service_knows_which_nodes_of_other_sites_may_ask(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            await f.store.put(app("web", "plant", ports=[{"name": "http", "env": "PORT"}]))
+            service = await f.store.put(doc("Service", "web", {"app": "web", "port": "http", "allowFrom": ["shop"]}))
+            guests = lambda: f.store.get(service.key).status.get("guests")  # noqa: E731
+            await until(lambda: guests() == {"shop-1": "shop"})
+            two = await f.store.put(doc("Node", "shop-2", {"site": "shop"}))
+            await until(lambda: guests() == {"shop-1": "shop", "shop-2": "shop"})
+            await f.store.put_status(Key("Node", CLUSTER, "shop-1"), {"revoked": True})
+            await until(lambda: guests() == {"shop-2": "shop"})
+            await f.store.remove(two.key)
+            await until(lambda: guests() == {})
+
+    asyncio.run(body())
+
+
 def test_a_beat_says_only_what_is_new(tmp_path: Path) -> None:
     async def body() -> None:
         async with fleet(tmp_path) as f:

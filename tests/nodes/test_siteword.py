@@ -42,6 +42,17 @@ def test_a_site_of_which_nothing_is_heard_is_unknown() -> None:
     assert again.of("plant", "b", {**said("wan-cut"), "online": True}, NODES) == said("wan-cut")
 
 
+def test_a_node_that_gets_a_gone_ones_name_is_another() -> None:
+    word = SiteWord(lambda n: True)
+    word.take("plant", "a", {"a": said("healthy"), "b": said("dead")}, NODES)
+    word.forget("plant", "b")
+    assert word.of("plant", "b", {}, NODES) == {}
+    assert word.of("plant", "a", {}, NODES)["verdict"] == "healthy"
+    word.forget("plant", "a")
+    word.forget("elsewhere", "a")
+    assert word.of("plant", "a", said("healthy"), NODES) == said("healthy"), "nobody has spoken for this site yet"
+
+
 def test_what_a_node_says_is_bounded_and_of_its_own_site() -> None:
     word = SiteWord(lambda n: True)
     wild = {

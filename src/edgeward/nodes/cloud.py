@@ -119,6 +119,8 @@ class NodesCloud:
         #: node -> "Kind/ns/name" -> reported status
         self._reports: dict[str, dict[str, dict[str, Any]]] = {}
         self._node_reports: dict[str, dict[str, Any]] = {}
+        #: node -> its site, and whether it is revoked, as the Services that name other sites know it.
+        self._stands: dict[str, tuple[str, bool]] = {}
         #: What sites say of their own nodes.
         self._words = SiteWord(self.is_online)
         #: What other processes told of nodes that this one's copy of the state does not have yet.
@@ -415,10 +417,10 @@ class NodesCloud:
             self.roster.place(key.name, change.resource.spec.site)
             if key.name not in self._live:
                 self._live[key.name] = Liveness(heard=clock.monotonic(), since=clock.monotonic())
-        if key.kind == "Node":  # who may ask for what other sites have
-            for service in self._store.items("Service"):
-                if service.spec.allowFrom:
-                    self._fold.add(service.key)
+        if key.kind == "Node" and not self.roster.news(key.name, change.resource) and change.status_only:
+            return
+        if key.kind == "Node":
+            self._let_in(key.name, change.resource)
         touched = self.roster.views.change(key, change.resource, status_only=change.status_only)
         if key.kind == "Node" and change.resource is None:
             self._forget(key.name)
@@ -432,6 +434,18 @@ class NodesCloud:
                 self._poke.add(site)
             else:
                 self._gather("poke", self._poke, site, _SERVICE_GATHER if key.kind == "Service" else _GATHER)
+
+    def _let_in(self, name: str, node: Resource | None) -> None:
+        """Which nodes may ask for what other sites have follows from where they stand, and whether they are revoked."""
+        stands = (node.spec.site, bool(node.status.get("revoked"))) if node is not None else None
+        if self._stands.get(name) == stands:
+            return
+        if stands is None:
+            self._stands.pop(name, None)
+        else:
+            self._stands[name] = stands
+        for key in self.roster.views.reaching():
+            self._fold.add(key)
 
     def _gather(self, what: str, loop: Loop[str], key: str, seconds: float) -> None:
         """Has ``key`` handled after a while, once for all that happens until then."""
@@ -467,6 +481,7 @@ class NodesCloud:
         for known in (*heard, self.roster.levels, self.roster.untold, self._carried):
             known.pop(node, None)
         self.takeover.forget(node)
+        self._words.forget(site, node)
         for key in self.roster.views.of(site, self._store.revision).entries:
             if self._folds(key.kind):
                 self._fold.add(key)

@@ -7,6 +7,8 @@ what is sent when is decided in ``cloud.py``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from edgeward.core.errors import Invalid
@@ -48,6 +50,8 @@ class Roster:
         self.untold: dict[str, list[str]] = {}
         #: node -> the revision of its view that an answer to a beat named last
         self.told: dict[str, int] = {}
+        #: node -> its status as its site is told of it
+        self._shown: dict[str, dict[str, Any]] = {}
         self._encoded: dict[tuple[Key, int, int, int, frozenset[str]], bytes] = {}
         self._encoded_size = 0
 
@@ -78,8 +82,8 @@ class Roster:
         if resource is None:
             return HubObject(key.kind, key.namespace, key.name, revision)
         status = resource.status if key.kind in STATUS_DOWN and resource.status else None
-        if status is not None and key.kind == "Node":  # its site knows that better
-            status = {k: v for k, v in status.items() if k not in ("verdict", "evidence")}
+        if status is not None and key.kind == "Node":
+            status = _without_word(status)
         if status is not None:
             status = kinds.get(key.kind).told(status, self.nodes_at.get(site, ()))
         stored = trimmed(to_stored(resource), level)
@@ -101,6 +105,15 @@ class Roster:
             self._encoded_size += len(data)
         return data
 
+    def news(self, node: str, resource: Resource | None) -> bool:
+        """Whether a new status of a Node says anything new to its site, which had said the rest itself."""
+        if resource is None:
+            self._shown.pop(node, None)
+            return True
+        before, now = self._shown.get(node), _without_word(resource.status)
+        self._shown[node] = now
+        return before != now
+
     @staticmethod
     def newer(level: int) -> set[str]:
         """Kinds that a release of this level does not know."""
@@ -112,3 +125,8 @@ class Roster:
         if not any(k.kind in newer for k in view.entries):
             return view.print
         return fingerprint((k, desired) for k, (desired, _) in view.entries.items() if k.kind not in newer)
+
+
+def _without_word(status: dict[str, Any]) -> dict[str, Any]:
+    """A Node's status without what its site says of it: the site knows that better."""
+    return {k: v for k, v in status.items() if k not in ("verdict", "evidence")}

@@ -36,6 +36,13 @@ class SiteWord:
         self._said[site] = (by, word)
         return [n for n in nodes if word.get(n) != before.get(n)]
 
+    def forget(self, site: str, node: str) -> None:
+        """The node is gone: one that gets its name is another."""
+        _, word = self._said.get(site, ("", {}))
+        word.pop(node, None)
+        if not word:
+            self._said.pop(site, None)
+
     def concerned(self, node: str, nodes: Collection[str]) -> list[str]:
         """Whose status may be another one since the hub hears ``node``, or hears it no more."""
         return [n for n in nodes if n != node]

@@ -182,6 +182,10 @@ class Views:
             touched = touched | where
         return touched
 
+    def reaching(self) -> list[Key]:
+        """What is at other sites besides: who of them may ask for it follows from their nodes."""
+        return sorted(self._also)
+
     # -- views -------------------------------------------------------------------------------------------------------
 
     def of(self, site: str, now: int) -> SiteView:
