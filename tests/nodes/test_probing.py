@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 from tests.nodes.council import World
 
@@ -34,7 +35,27 @@ def test_beats_of_a_site_come_one_after_another() -> None:
     assert [round(x, 1) for x in (a, b, c)] == [11.0, 7.2, 3.5]
     assert (pull(b, [a], 3, 11.0), pull(c, [a, b], 3, 11.0)) == (b, c)
     assert pull(0.7, [0.7], 3, 11.0) == 0.7, "too late to move it"
-    assert pull(3.0, [3.0] * 19, 20, 11.0) == 0.5
+    assert pull(9.0, [9.0] * 19, 20, 11.0) == 9.0, "so many beat often enough by chance"
+    assert pull(2.0, [2.0] * 5, 6, 11.0) == 0.5, "not at once"
+
+
+def test_beats_that_are_kept_apart_cost_the_link_little() -> None:
+    """They come a little early by chance, each a little other than the rest: so they meet for ever."""
+    for n in (2, 3, 6, 7, 10, 20):
+        chance, now, due = random.Random(n), 0.0, [11.0] * n
+        beats, moved = [0] * n, [0.0] * n
+        while now < 3600:
+            for i in range(n):
+                if now >= due[i]:
+                    beats[i] += 1
+                    due[i] = now + 11.0 * (1 - 0.04 * chance.random())
+                earlier = pull(due[i] - now, [at - now for at in due[:i]], n, 11.0)
+                if earlier < due[i] - now and now - moved[i] > 30.0:
+                    moved[i], due[i] = now, now + earlier
+            now += 0.25
+        plain = 3600 / 11.0  # with nothing moved
+        assert sum(beats) / n < 1.05 * plain, (n, beats)
+        assert max(beats) < 1.15 * plain, (n, beats)
 
 
 def test_without_checks_only_reports_count() -> None:

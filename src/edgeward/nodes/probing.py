@@ -24,6 +24,9 @@ _AGAIN = 1.0
 DOUBT, CUT = 1.5, 3.0
 #: Two nodes whose beats are nearer than this part of their even spacing are moved apart.
 _NEAR = 0.5
+#: Nodes of a site above which nothing is moved: chance has some beat soon, and with so many to keep apart each would
+#: come before its time again and again (10 nodes: a tenth more beats for all, half as many more for the unluckiest).
+_CROWD = 6
 
 
 def linked(online: bool, good: bool, unanswered: float, others: int) -> bool:
@@ -35,6 +38,8 @@ def linked(online: bool, good: bool, unanswered: float, others: int) -> bool:
 def pull(mine: float, before: Sequence[float], n: int, interval: float) -> float:
     """Seconds until a node's next beat, moved so that the beats of a site's ``n`` nodes come one after another: then
     the first that is not answered comes soon after a cut. ``before``: those of the nodes that need not move."""
+    if n > _CROWD:
+        return mine
     spacing = interval / n
     if mine > 1.0 and any(abs(mine - other) < _NEAR * spacing for other in before):
         return max(0.5, mine - spacing * len(before))  # each by its place, so that two that move do not meet again

@@ -42,7 +42,7 @@ _LOOK = 1.0
 _ASK_MOST, _ASKERS = 8, 3
 _ASK_TIMEOUT = 8.0
 #: Seconds between two moves of this node's beat.
-_PULL = 10.0
+_PULL = 30.0
 #: Seconds between two looks at a link of which an answer is due.
 _DOUBTFUL = 0.25
 #: Seconds for which an answer of the hub stands against the doubts of others.
