@@ -48,7 +48,12 @@ async def refused(session: Session, service: str, args: dict[str, Any]) -> Edgew
     return caught.value
 
 
-PROGRAMS = (("exec", {"argv": ["id"]}), ("shell", {}), ("copy", {"path": "/etc/passwd"}))
+PROGRAMS = (
+    ("exec", {"argv": ["id"]}),
+    ("exec", {"argv": ["id"], "app": "a/b"}),
+    ("shell", {}),
+    ("copy", {"path": "/etc/passwd"}),
+)
 
 
 @pytest.mark.parametrize("config", [False, {"exec": False}, {"allow": ["tcp:22"]}])

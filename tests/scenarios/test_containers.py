@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 from tests.scenarios.conftest import ROOT
 from tests.workloads.engines import BOX, Store, a_store
+
+from edgeward.core import proc
 
 WEB = f"""\
 apiVersion: edgeward/v1
@@ -57,6 +60,10 @@ def test_a_container_on_a_node_of_up(store: Store, systems: Callable[..., Any]) 
     assert one["image"].startswith("sha256:")
     assert up.get("node", "plant-1")["status"]["containers"] == {"engine": "podman"}
     assert "serving hello" in up.run("logs", "web")
+    look = "echo $WORD; hostname; cat; exit 5"
+    out = up.run("exec", "--app", "web", "--", "sh", "-c", look, stdin="typed\n", code=5)
+    assert (out.splitlines()[0], out.splitlines()[-1]) == ("hello", "typed")
+    stays_not(up)
     direct = f"http://127.0.0.1:{one['ports']['http']}"
 
     def says(url: str = direct) -> str:
@@ -77,6 +84,47 @@ def test_a_container_on_a_node_of_up(store: Store, systems: Callable[..., Any]) 
     up.run("delete", "app/web", "service/web", "route/web")
     up.wait("nothing of it", lambda: store.names() == [])
     assert json.loads(up.run("get", "apps", "-o", "json"))["items"] == []
+
+
+def stays_not(up: Any) -> None:
+    """A program inside a container is asked to end with its session, and is gone."""
+    argv = [
+        "exec",
+        "--app",
+        "web",
+        "--",
+        "sh",
+        "-c",
+        "trap 'echo asked; exit 9' TERM; echo on; while :; do sleep 1; done",
+    ]
+    env = {**os.environ, "EDGEWARD_CONTEXT": str(up.data / "context.json")}
+    running = subprocess.Popen([sys.executable, "-m", "edgeward", *argv], env=env, stdout=subprocess.PIPE)
+    assert running.stdout is not None
+    assert running.stdout.readline() == b"on\n"
+    running.send_signal(signal.SIGTERM)
+    out, _ = running.communicate(timeout=60)
+    assert (out, running.returncode) == (b"asked\n", 9)
+    running = subprocess.Popen(
+        [sys.executable, "-m", "edgeward", *argv[:-1], "trap '' TERM; echo on; while :; do sleep 1; done"],
+        env=env, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert running.stdout is not None
+    assert running.stdout.readline() == b"on\n"
+    (here,) = [p for p in inner() if b"trap '' TERM" in Path(f"/proc/{p.pid}/cmdline").read_bytes()]
+    running.send_signal(signal.SIGTERM)
+    running.send_signal(signal.SIGINT)  # a second one ends the session, whatever the program says
+    running.communicate(timeout=60)
+    assert proc.wait_exit_blocking(here, 60)
+
+
+def inner() -> list[proc.ProcId]:
+    """Programs that sessions run inside this test's containers."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if b"EDGEWARD_SESSION=" in path.read_bytes() and (p := proc.identify(int(path.parent.name))):
+                found.append(p)
+    return found
 
 
 def test_an_image_comes_through_the_hub(store: Store, systems: Callable[..., Any], tmp_path: Path) -> None:

@@ -107,6 +107,92 @@ def test_only_who_may_and_whoever_may_not_any_more_is_cut(system: System) -> Non
         gone(pid)
 
 
+def app(system: System, name: str, **more: Any) -> dict[str, Any]:
+    """A process App that runs; its one instance."""
+    process = {"command": ["sleep", "1000"], "env": {"WORD": "its own"}}
+    system.apply(
+        {"kind": "App", "metadata": {"name": name, "labels": {"team": name}}, "spec": {"process": process} | more}
+    )
+
+    def runs() -> Any:
+        found = system.get("app", name).get("status", {}).get("instances") or []
+        return next((i for i in found if i["phase"] == "Running"), None)
+
+    return dict(system.wait(f"{name} to run", runs))
+
+
+def test_a_program_runs_inside_an_app_as_the_app_does(system: System) -> None:
+    one = app(system, "inner", limits={"pids": 40})
+    look = "echo $WORD $EDGEWARD_APP; pwd; cat; cat /proc/$$/cgroup; exit 4"
+    out = system.run("exec", "--app", "inner", "--", "sh", "-c", look, stdin="typed\n", code=4).splitlines()
+    assert out[0] == "its own inner"
+    assert out[1] == str(Path(f"/proc/{one['pid']}/cwd").readlink())
+    assert out[2] == "typed"
+    if "pids" in one.get("enforced", system.get("app", "inner")["status"].get("enforced") or []):
+        groups = Path(f"/proc/{one['pid']}/cgroup").read_text().splitlines()
+        assert [g for g in out[3:] if "pids" in g] == [g for g in groups if "pids" in g]
+    at = ("--at", NODE)
+    for where in ((), at):
+        chosen = ("--app", "default/inner", "--instance", one["id"])
+        assert system.run(*where, "exec", *chosen, "--", "sh", "-c", "echo $WORD") == "its own\n"
+        system.run(*where, "exec", "--app", "inner", "--instance", "other", "--", "true", code=5)
+        system.run(*where, "exec", "--app", "none", "--", "true", code=5)
+    system.run("exec", "--app", "inner", "-e", "A=b", "--", "true", code=2)
+
+    def mine(verb: str, *where: str) -> list[dict[str, Any]]:
+        return [r for r in records(system, verb, *where) if r.get("detail", {}).get("app") == "default/inner"]
+
+    assert system.wait("the hub's record", lambda: mine("tunnel"))[0]["actor"] == "admin"
+    assert system.wait("the node's record", lambda: mine("exec", *at))
+
+
+def test_who_may_look_into_one_app_may_do_nothing_else(system: System) -> None:
+    app(system, "mine")
+    app(system, "theirs")
+
+    def denied(token: str, *args: str) -> bool:
+        running = start(system, "exec", *args, token=token)
+        _, err = running.communicate(timeout=LONG)
+        assert running.returncode in (0, 3), err
+        return running.returncode == 3
+
+    on_node = token_of(system, "on-node", "exec", "tunnel", "get")
+    assert denied(on_node, "--app", "mine", "--node", NODE, "--", "true")
+    assert not denied(on_node, NODE, "--", "true")
+    rules = [
+        {"verbs": ["exec"], "kinds": ["App"], "namespaces": ["default"], "labelSelector": "team=mine"},
+        {"verbs": ["get"], "kinds": ["App"]},
+    ]
+    system.apply({"kind": "Role", "metadata": {"name": "within"}, "spec": {"rules": rules}})
+    out = system.run("token", "create", "--role", "within", "--ttl", "1h", "-o", "json")
+    within = str(json.loads(out)["token"])
+    assert not denied(within, "--app", "mine", "--", "true")
+    assert denied(within, "--app", "theirs", "--", "true")
+    assert denied(within, NODE, "--", "true")
+    for args in (("shell", NODE), ("cp", f"{NODE}:/etc/passwd", "-"), ("tunnel", "stdio", NODE, "1")):
+        running = start(system, *args, token=within, stdin=subprocess.DEVNULL)
+        _, err = running.communicate(timeout=LONG)
+        assert running.returncode == 3, err
+    running = start(system, "exec", "--app", "mine", "--", "sh", "-c", "echo $$; exec sleep 1000", token=within)
+    assert running.stdout is not None
+    pid = int(running.stdout.readline())
+    system.run("delete", "role", "within")
+    _, err = running.communicate(timeout=LONG)
+    assert running.returncode == 3, err
+    gone(pid)
+
+
+def test_what_runs_inside_an_instance_ends_with_it(system: System) -> None:
+    app(system, "brief")
+    running = start(system, "exec", "--app", "brief", "--", "sh", "-c", "sleep 1000 & echo $$ $!; wait")
+    assert running.stdout is not None
+    pids = [int(p) for p in running.stdout.readline().split()]
+    system.run("delete", "app", "brief")
+    running.communicate(timeout=LONG)
+    for pid in pids:
+        gone(pid)
+
+
 def test_who_interrupts_twice_does_not_wait_for_the_program(system: System) -> None:
     running = start(system, "exec", NODE, "--", "sh", "-c", "trap '' INT TERM HUP; sleep 1000 & echo $! $$; wait; wait")
     assert running.stdout is not None

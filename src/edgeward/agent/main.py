@@ -278,7 +278,7 @@ class Agent:
         )  # fmt: skip
         self.tunnel, self.own_tunnels = tunnel_of(
             self.node, self.identity, self._doors, config.get("tunnel"),
-            data=data, store=self.replica, audit=self.audit,
+            data=data, store=self.replica, audit=self.audit, places=self.apps.inside,
         )  # fmt: skip
         self.proxy = Proxy(self.own_tunnels, self.replica, self.audit, ticket_key(os.urandom(32)))
         self._ready = False

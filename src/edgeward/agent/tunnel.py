@@ -24,6 +24,7 @@ from edgeward.tunnel.copy import Copy
 from edgeward.tunnel.edge import Policy, Service, TunnelEdge, tcp
 from edgeward.tunnel.exec import Exec
 from edgeward.tunnel.framing import Open
+from edgeward.tunnel.inside import Places
 from edgeward.tunnel.link import Way
 from edgeward.tunnel.session import Session, Stream, pair
 
@@ -85,8 +86,9 @@ def tunnel_of(
     data: Path,
     store: Store,
     audit: Audit,
+    places: Places | None = None,
 ) -> tuple[TunnelEdge, OwnTunnels]:
-    """``config``: ``tunnel`` in ``node.json``."""
+    """``config``: ``tunnel`` in ``node.json``. ``places``: instances of the node's Apps."""
 
     def ways() -> list[Way]:
         return [Way(d.address.host, d.address.port, d.context(), proxy=d.address.proxy) for d in doors()]
@@ -101,7 +103,7 @@ def tunnel_of(
         )  # fmt: skip
 
     user = user_of(config)
-    programs = Exec(user=user, data=str(data), note=note)
+    programs = Exec(user=user, data=str(data), note=note, places=places)
     services: dict[str, Service] = {
         "exec": programs.exec, "shell": programs.shell, "copy": Copy(user=user, note=note), "http": tcp,
     }  # fmt: skip

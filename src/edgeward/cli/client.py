@@ -92,7 +92,7 @@ class Api:
     ) -> None:
         self.url = url
         #: The node whose own API this is, if it is one over TLS: its certificate is for its name.
-        self._node = node
+        self.node = node
         self.who = who
         self._remedy = remedy
         self._token = token
@@ -113,7 +113,7 @@ class Api:
         """The name that the certificate is for, when it is another one than the address."""
         from edgeward.core.certs import NODE_DOMAIN
 
-        return self._node + NODE_DOMAIN if self._node else ""
+        return self.node + NODE_DOMAIN if self.node else ""
 
     def __enter__(self) -> Api:
         return self
@@ -145,10 +145,10 @@ class Api:
             tls = ssl.create_default_context(cafile=self._ca_file)
         except OSError as e:  # SSLError is one, too
             raise self._unreachable(f"the CA file {self._ca_file} cannot be read: {e.strerror or e}") from None
-        if self._node:
+        if self.node:
             from edgeward.core.certs import NODE_DOMAIN
 
-            return _NamedConnection(host, port, timeout=timeout, context=tls, name=self._node + NODE_DOMAIN)
+            return _NamedConnection(host, port, timeout=timeout, context=tls, name=self.node + NODE_DOMAIN)
         return http.client.HTTPSConnection(host, port, timeout=timeout, context=tls)
 
     def _unreachable(self, why: str) -> Unreachable:

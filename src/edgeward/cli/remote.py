@@ -1,7 +1,7 @@
-"""`exec`, `shell` and `cp`: programs, terminals and files of a node, over its tunnel.
+"""`exec`, `shell` and `cp`: programs, terminals and files of a node, and programs inside Apps, over its tunnel.
 
-The hub decides who may (the verb `exec` on the Node), the node's own policy has the last word, and both keep who did
-what. With `--at NODE` the node's own API serves the same, also while the link is cut.
+The hub decides who may (the verb `exec` on the Node, or on the App), the node's own policy has the last word, and both
+keep who did what. With `--at NODE` the node's own API serves the same, also while the link is cut.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from edgeward.cli.output import write
 from edgeward.cli.plain import plain
 from edgeward.cli.session import Session, UsageError
 from edgeward.cli.tunnel import target_of
+from edgeward.core.errors import NotFound
 from edgeward.core.resource import check_name
 
 if TYPE_CHECKING:
@@ -31,24 +32,68 @@ Folder = Annotated[str, typer.Option("--cwd", metavar="FOLDER", help="Where it r
 def exec_(
     session: Session,
     words: Annotated[
-        list[str], typer.Argument(metavar="NODE -- PROGRAM [ARGUMENT]...", help="Where, and what.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="[NODE] -- PROGRAM [ARGUMENT]...", help="Where (without --app), and what.", show_default=False
+        ),
     ],
+    app: Annotated[
+        str, typer.Option("--app", metavar="[NAMESPACE/]APP", help="Inside an instance of this App, not on a node.")
+    ] = "",
+    instance: Annotated[
+        str, typer.Option("--instance", metavar="ID", help="With --app: this one; else one that runs.")
+    ] = "",
+    at_node: Annotated[str, typer.Option("--node", metavar="NODE", help="With --app: one on this node.")] = "",
     tty: Annotated[bool, typer.Option("--tty", "-t", help="With a terminal.")] = False,
     no_stdin: Annotated[bool, typer.Option("--no-stdin", help="The program gets no input.")] = False,
     env: Env = [],  # noqa: B006 - typer's
     cwd: Folder = "",
 ) -> None:
-    """Run a program on a node: its input, outputs and exit code are this command's.
+    """Run a program on a node, or inside an App: its input, outputs and exit code are this command's.
+
+    With --app it runs in the instance's container, or as a process App's own do: with its environment, folder, user
+    and limits, and it ends when the instance does.
 
     The words behind NODE are an argument list; no shell looks at them. In a loop that reads lines give --no-stdin, or
     the program eats them. The exit code is the program's (128 + N after signal N, 127 when there is no such program);
     what this command itself fails with is told on stderr.
     """
+    if app:
+        if env or cwd:
+            raise UsageError("inside an App its own environment and folder are used: -- env NAME=VALUE PROGRAM")
+        where, inside = _instance(session, app, instance, at_node)
+        raise typer.Exit(_session(session, where, "exec", inside | {"argv": words}, terminal=tty, no_stdin=no_stdin))
+    if instance or at_node:
+        raise UsageError("--instance and --node choose among an App's instances: give --app APP")
     if len(words) < 2:
         raise UsageError("which program? edgeward exec NODE -- PROGRAM [ARGUMENT]...")
     node, argv = words[0], words[1:]
     args: dict[str, Any] = {"argv": argv} | _common(env, cwd)
     raise typer.Exit(_session(session, node, "exec", args, terminal=tty, no_stdin=no_stdin))
+
+
+def _instance(session: Session, app: str, instance: str, node: str) -> tuple[str, dict[str, Any]]:
+    """The node to go to, and what names the instance there."""
+    from edgeward.cli.kinds import find_kind
+
+    kind = find_kind("app")
+    namespace, slash, name = app.removeprefix("app/").rpartition("/")
+    namespace = check_name(namespace, "--app", "") if slash else str(session.one(kind))
+    check_name(name, "--app", "")
+    args = {"app": f"{namespace}/{name}"} | ({"instance": instance} if instance else {})
+    if node:
+        return node, args
+    with session.api() as api:
+        if api.node:  # its API leads to itself only, and it knows best what runs there
+            return api.node, args
+        status = api.get(kind, namespace, name).get("status") or {}
+    known = [i for i in status.get("instances") or [] if isinstance(i, dict) and instance in ("", i.get("id"))]
+    running = [i for i in known if i.get("phase") == "Running"]
+    best = sorted(running or (known if instance else []), key=lambda i: (bool(i.get("stale")), str(i.get("node"))))
+    if not best:
+        what = f"instance {instance!r}" if instance else "instance"
+        raise NotFound(f"no {what} of it runs", resource=f"App/{name}", remedy=f"edgeward get app {name} -o yaml")
+    return str(best[0].get("node")), args
 
 
 def shell(

@@ -117,6 +117,8 @@ class Child:
     stdout: int
     stderr: int = -1
     tty: bool = False
+    #: ``process`` only asks an engine for the program, which is known by the session's mark alone.
+    apart: bool = False
     over: asyncio.Event = field(default_factory=asyncio.Event)
     _swept: bool = False
 
@@ -129,6 +131,11 @@ class Child:
 
     def signal(self, number: int) -> None:
         """To the foreground of a terminal, else to the whole process group."""
+        if self.apart and number != signal.SIGWINCH:
+            for process in proc.find_by_env(MARK, self.session):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(process.pid, number)
+            return
         if self.tty and self.stdout >= 0:
             with contextlib.suppress(OSError):
                 front = os.tcgetpgrp(self.stdout)
@@ -151,6 +158,9 @@ class Child:
         """Ends what still runs of it: asked first, then made to. Nothing of the session is left behind."""
         if self._swept:
             return
+        if self.apart and self.popen.returncode is None:
+            self.signal(signal.SIGHUP if self.tty else signal.SIGTERM)
+            await proc.wait_exit(self.process, GRACE)
         if self.popen.returncode is None:
             with contextlib.suppress(PermissionError):
                 if await proc.terminate(self.process, sig=signal.SIGHUP if self.tty else signal.SIGTERM, grace=GRACE):

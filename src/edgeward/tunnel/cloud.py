@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 from edgeward.core import clock
 from edgeward.core.access import Action, ask_for, declare, opened, principal
 from edgeward.core.audit import Audit
-from edgeward.core.authz import TUNNEL, Ask, Principal
+from edgeward.core.authz import TUNNEL, Ask, Principal, perhaps
 from edgeward.core.context import correlation
 from edgeward.core.describe import described
 from edgeward.core.errors import (
@@ -48,6 +48,7 @@ from edgeward.core.throttle import Throttle
 from edgeward.tunnel.edge import PATH, answered, transcript, use_of
 from edgeward.tunnel.exec import told
 from edgeward.tunnel.framing import Open, accept_key
+from edgeward.tunnel.inside import app_of
 from edgeward.tunnel.link import WebLink
 from edgeward.tunnel.session import Session, Stream
 from edgeward.tunnel.splice import join
@@ -144,7 +145,7 @@ class Desk:
         self.principal = who()
         self._labels = tunnels.ask(node).labels
         self.uses: dict[str, _Use] = {}
-        self.streams: dict[Stream, tuple[Passage, str]] = {}
+        self.streams: dict[Stream, tuple[Passage, str, Key | None]] = {}
         self.session = Session(
             f"{self.principal.name}@{node}", dials=False, serve=self._serve, on_end=lambda _: tunnels.left(self)
         )
@@ -155,10 +156,10 @@ class Desk:
     async def serve(self, stream: Stream) -> None:
         tunnels, purpose = self._tunnels, stream.purpose
         try:
-            use = use_of(purpose)
-            await tunnels.permit(self.principal, self.node, use, self.source)
+            use, app = use_of(purpose), app_of(purpose.service, purpose.args)
+            await tunnels.permit(self.principal, self.node, use, self.source, app)
             what = await self._note(use, purpose)
-            self.streams[stream] = (use, what)
+            self.streams[stream] = (use, what, app)
             tunnels.spawn(self._watch(stream, what))
             asked = Open(purpose.service, purpose.args, self.principal.name, self.source)
             await tunnels.forward(stream, self.node, asked, self.session)
@@ -179,7 +180,7 @@ class Desk:
 
     async def _watch(self, stream: Stream, what: str) -> None:
         await stream.wait_closed()
-        use, _ = self.streams.pop(stream, (Passage(""), ""))
+        use, *_ = self.streams.pop(stream, (Passage(""), "", None))
         known = self.uses.get(what)
         if known is None:
             return  # it was said already, at the session's end
@@ -205,7 +206,7 @@ class Desk:
     async def close(self) -> None:
         """What is left to be said of it."""
         for stream in tuple(self.streams):
-            _, what = self.streams.pop(stream)
+            _, what, _ = self.streams.pop(stream)
             known = self.uses.get(what)
             if known is not None:
                 known.to_node += stream.came
@@ -226,11 +227,12 @@ class Desk:
         labels = self._tunnels.ask(self.node).labels
         changed = (who.rules, labels) != (self.principal.rules, self._labels)
         self.principal, self._labels = who, labels
-        for stream, (use, _) in tuple(self.streams.items()):
-            if changed and not self._tunnels.may(who, self.node, use):
-                stream.fail(
-                    who.refusal(self._tunnels.ask(self.node, use), "your role has changed, or the node's labels")
-                )
+        for stream, (use, _, app) in tuple(self.streams.items()):
+            # an App's labels are looked at each time
+            if (changed or app is not None) and not self._tunnels.may(who, self.node, use, app):
+                ask = self._tunnels.ask(self.node, use, app)
+                whose = "node" if app is None else "App"
+                stream.fail(who.refusal(ask, f"your role has changed, or the {whose}'s labels"))
             elif now - stream.moved > idle:
                 stream.fail(Gone(f"nothing moved for {idle:g} s", remedy="open it again"))
         if changed and not self._tunnels.may_at_all(who, self.node):
@@ -324,22 +326,28 @@ class Tunnels:
 
     # -- who may ---------------------------------------------------------------------------------------------------
 
-    def ask(self, node: str, use: Passage | None = None) -> Ask:
+    def ask(self, node: str, use: Passage | None = None, app: Key | None = None) -> Ask:
+        """``app``: for a program inside it, whatever is allowed on the node."""
+        if app is not None:
+            return ask_for(self._store, "exec", app)
         known = ask_for(self._store, TUNNEL, Key("Node", CLUSTER, node))
         return Ask(TUNNEL, "Node", CLUSTER, node, known.labels, use)
 
-    def may(self, who: Principal, node: str, use: Passage) -> bool:
-        return who.may(self.ask(node, use))
+    def may(self, who: Principal, node: str, use: Passage, app: Key | None = None) -> bool:
+        return who.may(self.ask(node, use, app))
 
     def may_at_all(self, who: Principal, node: str) -> bool:
+        """Whether there may be a session, of which each stream is decided by itself."""
         ask = self.ask(node)
-        return who.may(ask) or who.may(Ask("exec", "Node", CLUSTER, node, ask.labels))
+        if who.may(ask) or who.may(Ask("exec", "Node", CLUSTER, node, ask.labels)):
+            return True
+        return perhaps(who.rules, "exec", "App")
 
-    async def permit(self, who: Principal, node: str, use: Passage, source: str) -> None:
+    async def permit(self, who: Principal, node: str, use: Passage, source: str, app: Key | None = None) -> None:
         """Raises ``Forbidden``, which is in the audit then; of a storm of them the first."""
-        if self.may(who, node, use):
+        if self.may(who, node, use, app):
             return
-        refusal = who.refusal(self.ask(node, use))
+        refusal = who.refusal(self.ask(node, use, app))
         if self._refused.take(who.name, clock.monotonic()):
             raise refusal
         key = Key("Node", CLUSTER, node)

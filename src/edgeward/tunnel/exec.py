@@ -19,12 +19,14 @@ from typing import Any
 
 import msgspec
 
-from edgeward.core import clock
+from edgeward.core import clock, proc
 from edgeward.core.errors import EdgewardError, Invalid, Refused
+from edgeward.core.resource import Key
 from edgeward.core.scrub import Scrubber
 from edgeward.tunnel import channels, child, fds
 from edgeward.tunnel.channels import Exit
 from edgeward.tunnel.child import Child
+from edgeward.tunnel.inside import Places, account_of, app_of
 from edgeward.tunnel.stream import Open, Stream
 
 #: Bounds of what may be asked for; the kernel's own are higher.
@@ -44,6 +46,7 @@ class ExecArgs(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """What a stream of ``exec`` or ``shell`` is opened with. ``argv`` of a shell may be empty: the account's own.
 
     ``tty``: [rows, columns] of the operator's terminal, or null. ``cwd``: an absolute path; empty: the account's home.
+    ``app``: NAMESPACE/NAME, to run inside that App; ``instance``: inside this one of it, else any.
     """
 
     argv: list[str] = []
@@ -51,6 +54,8 @@ class ExecArgs(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     cwd: str = ""
     tty: tuple[int, int] | None = None
     term: str = ""
+    app: str = ""
+    instance: str = ""
 
 
 #: ``{verb, who, source, detail, outcome}`` of one use.
@@ -78,6 +83,11 @@ def parse(args: Mapping[str, Any], *, login: bool) -> ExecArgs:
         raise Invalid("is no absolute path", field="--cwd", remedy="begin it with /")
     if found.term and not _TERM.fullmatch(found.term):
         raise Invalid("is no terminal's name", field="TERM")
+    if (found.app or found.instance) and (login or found.env or found.cwd or not found.app):
+        raise Invalid(
+            "a program inside an App has the App's variables and folder",
+            remedy="edgeward exec --app APP -- env NAME=VALUE PROGRAM",
+        )
     if found.tty is not None and not all(0 <= n <= 65535 for n in found.tty):
         raise Invalid("is no size of a terminal")
     return found
@@ -102,17 +112,20 @@ def told(service: str, args: Mapping[str, Any]) -> dict[str, Any]:
         doc["more"] = len(argv) - len(kept)
     if isinstance(args.get("env"), Mapping) and args["env"]:
         doc["env"] = sorted(str(n)[:128] for n in args["env"])[:_TOLD_ARGS]
-    if args.get("cwd"):
-        doc["cwd"] = str(args["cwd"])[:256]
+    for name in ("cwd", "app", "instance"):
+        if args.get(name):
+            doc[name] = str(args[name])[:256]
     return doc
 
 
 class Exec:
     """Runs programs for sessions. ``user``: whom node.json names, else the agent's own account. ``data``: the node's
-    folder, by which :meth:`sweep` knows what an earlier run of the agent left behind."""
+    folder, by which :meth:`sweep` knows what an earlier run of the agent left behind. ``places``: those of Apps."""
 
-    def __init__(self, *, user: str = "", data: str = "", note: Note | None = None) -> None:
-        self._user, self._data, self._note = user, data, note
+    def __init__(
+        self, *, user: str = "", data: str = "", note: Note | None = None, places: Places | None = None
+    ) -> None:
+        self._user, self._data, self._note, self._places = user, data, note, places
         self.running = 0
 
     async def sweep(self) -> None:
@@ -153,28 +166,70 @@ class Exec:
                 await self._note({**record, "detail": detail, "outcome": outcome})
 
     async def _run(self, args: ExecArgs, stream: Stream, use: _Use, *, login: bool) -> None:
-        who = child.account(self._user)
-        argv = args.argv or [who.shell]
         size = args.tty if args.tty is not None else (24, 80) if login else None
-        session = clock.new_id(16)
-        env = child.environment(who, session, args.env, data=self._data, term=(args.term or "dumb") if size else "")
-        folder = args.cwd or child.home(who)
         try:
-            started = child.start(argv, env, who, session, folder, size)
+            started, who, instance = self._start(args, size)
         except child.NotStarted as e:
             use.code = e.code
             await stream.accept()
             await stream.write(channels.ended(Exit(e.code, error=e.message)))
             await stream.end()
             return
+        bound = asyncio.create_task(_end_with(instance, started)) if instance is not None else None
         try:
-            await stream.accept({"user": who.name})
+            await stream.accept({"user": who})
             await _Pump(started, stream, use).run()
         finally:
+            if bound is not None:
+                bound.cancel()
+                await asyncio.gather(bound, return_exceptions=True)
             try:
                 await started.end()
             finally:
                 started.close()
+
+    def _start(self, args: ExecArgs, size: tuple[int, int] | None) -> tuple[Child, str, proc.ProcId | None]:
+        """The program, whom it runs as, and what it must not outlive."""
+        session, term = clock.new_id(16), (args.term or "dumb") if size else ""
+        if (app := app_of("exec", {"app": args.app})) is not None:
+            return self._start_inside(app, args, session, term, size)
+        who = child.account(self._user)
+        env = child.environment(who, session, args.env, data=self._data, term=term)
+        return (
+            child.start(args.argv or [who.shell], env, who, session, args.cwd or child.home(who), size),
+            who.name,
+            None,
+        )
+
+    def _start_inside(
+        self, app: Key, args: ExecArgs, session: str, term: str, size: tuple[int, int] | None
+    ) -> tuple[Child, str, proc.ProcId | None]:
+        if self._places is None:
+            raise Refused("this node runs no Apps")
+        marks = {child.MARK: session} | ({child.MARK_ALL: self._data} if self._data else {})
+        place = self._places(
+            app.namespace, app.name, args.argv, args.instance, stdin=True, tty=size is not None, marks=marks
+        )
+        who = account_of(place.user)
+        env = place.env | ({"TERM": term} if term else {})
+        started = child.start(place.argv, env, who, session, str(place.folder), size)
+        started.apart = place.apart
+        if place.enter is not None:
+            try:
+                place.enter(started.process)
+            except OSError as e:
+                proc.kill_group(started.process, signal.SIGKILL)
+                child.sweep(child.MARK, session)
+                started.popen.wait(5)
+                started.close()
+                raise Refused(f"it cannot be put below the limits of its App: {e.strerror or e}") from None
+        return started, who.name, place.instance
+
+
+async def _end_with(instance: proc.ProcId, started: Child) -> None:
+    """What was run inside an instance ends when that does."""
+    await proc.wait_exit(instance)
+    await started.end()
 
 
 class _Use:

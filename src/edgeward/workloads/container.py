@@ -18,6 +18,7 @@ import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -188,10 +189,11 @@ class ContainerRuntime:
         *,
         stdin: bool = False,
         tty: bool = False,
+        marks: Mapping[str, str] = MappingProxyType({}),
     ) -> Inside:
         """The engine runs it in the container, with its environment and user."""
-        words, around = self.engine.exec(self._name(row), [*argv], stdin=stdin, tty=tty)
-        return Inside(words, around, self.ground.folder(row), {})
+        words, around = self.engine.exec(self._name(row), [*argv], stdin=stdin, tty=tty, env=marks)
+        return Inside(words, around, self.ground.folder(row), {}, apart=True)
 
     def pids(self, process: proc.ProcId) -> list[int]:
         return cgroup.members(process.pid) if proc.alive(process) else []

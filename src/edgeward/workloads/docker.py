@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -130,15 +131,22 @@ class Docker:
         return {str(c["Names"][0]).lstrip("/"): str(c["Labels"].get(INSTANCE_LABEL, "")) for c in found or []}
 
     def exec(
-        self, name: str, argv: list[str], *, stdin: bool = False, tty: bool = False
+        self,
+        name: str,
+        argv: list[str],
+        *,
+        stdin: bool = False,
+        tty: bool = False,
+        env: Mapping[str, str] = MappingProxyType({}),
     ) -> tuple[list[str], dict[str, str]]:
-        env = {k: os.environ[k] for k in ("PATH", "PYTHONPATH", "LANG") if k in os.environ}
+        around = {k: os.environ[k] for k in ("PATH", "PYTHONPATH", "LANG") if k in os.environ}
         if program := shutil.which("docker"):
             how = [*(["--interactive"] if stdin else []), *(["--tty"] if tty else [])]
-            return [program, "--host", f"unix://{self._socket}", "exec", *how, name, *argv], env
-        if stdin or tty:
+            how += [f"--env={k}={v}" for k, v in env.items()]
+            return [program, "--host", f"unix://{self._socket}", "exec", *how, name, *argv], around
+        if stdin or tty or env:
             raise NotFound("docker's command line is not on this node", remedy="install docker-cli, or podman")
-        return [sys.executable, "-m", "edgeward.workloads.docker", self._socket, name, *argv], env
+        return [sys.executable, "-m", "edgeward.workloads.docker", self._socket, name, *argv], around
 
     # -- output --------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -204,18 +205,20 @@ class AppsEdge:
         *,
         stdin: bool = False,
         tty: bool = False,
+        marks: Mapping[str, str] = MappingProxyType({}),
     ) -> Inside:
         """What runs ``argv`` as a living instance of an app does, in its container where it has one; the first one's,
         unless one is named. Raises ``NotFound``."""
         living = [i for i in self._live.get((namespace, name), {}).values() if i.alive and instance in ("", i.row.id)]
-        row = min((i.row for i in living), key=lambda r: (r.slot, r.id), default=None)
-        snapshot = self._db.version(namespace, name, row.version) if row is not None else None
-        if row is None or snapshot is None:
+        live = min(living, key=lambda i: (i.row.slot, i.row.id), default=None)
+        snapshot = self._db.version(namespace, name, live.row.version) if live is not None else None
+        if live is None or snapshot is None:
             what = f"instance {instance!r}" if instance else "instance"
             raise NotFound(f"no {what} of it runs on node {self.node}", resource=f"App/{name}")
         spec = msgspec.convert(snapshot.spec, AppSpec)
         extra = self._source.service_env(namespace)
-        return self._runtime(spec).inside(row, snapshot, extra, argv, stdin=stdin, tty=tty)
+        found = self._runtime(spec).inside(live.row, snapshot, extra, argv, stdin=stdin, tty=tty, marks=marks)
+        return found._replace(instance=live.process)
 
     # -- adoption -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,9 @@ told from others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from edgeward.core.cgroup import Limits
@@ -98,9 +100,16 @@ class Engine(Protocol):
         ...
 
     def exec(
-        self, name: str, argv: list[str], *, stdin: bool = False, tty: bool = False
+        self,
+        name: str,
+        argv: list[str],
+        *,
+        stdin: bool = False,
+        tty: bool = False,
+        env: Mapping[str, str] = MappingProxyType({}),
     ) -> tuple[list[str], dict[str, str]]:
-        """Command and environment that run ``argv`` in the container and end with its status."""
+        """Command and environment that run ``argv`` in the container and end with its status. ``env``: what it has
+        besides, which everybody on the node may see."""
         ...
 
     def follow(self, name: str, folder: Path, out: int) -> None:

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -231,9 +232,16 @@ class Podman:
         return dict(line.split()[:2] for line in said.splitlines() if len(line.split()) == 2)
 
     def exec(
-        self, name: str, argv: list[str], *, stdin: bool = False, tty: bool = False
+        self,
+        name: str,
+        argv: list[str],
+        *,
+        stdin: bool = False,
+        tty: bool = False,
+        env: Mapping[str, str] = MappingProxyType({}),
     ) -> tuple[list[str], dict[str, str]]:
         how = [*(["--interactive"] if stdin else []), *(["--tty"] if tty else [])]
+        how += [f"--env={k}={v}" for k, v in env.items()]
         return self._words("exec", *how, name, *argv), self._env()
 
     def follow(self, name: str, folder: Path, out: int) -> None:

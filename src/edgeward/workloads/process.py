@@ -14,6 +14,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -164,12 +165,20 @@ class ProcessRuntime:
         *,
         stdin: bool = False,
         tty: bool = False,
+        marks: Mapping[str, str] = MappingProxyType({}),
     ) -> Inside:
         spec = msgspec.convert(snapshot.spec, AppSpec)
         env = self.environment(row, snapshot, extra)
         uid, gid, groups, _ = self._user(spec.process.user if spec.process is not None else "")
         user = {} if uid is None else {"user": uid, "group": gid, "extra_groups": groups}
-        return Inside([*argv], env, self.ground.folder(row), user)
+
+        def enter(process: proc.ProcId) -> None:
+            if row.enforced:
+                for pid in (process.pid, *proc.group_pids(process)):  # itself first, as in _enter()
+                    with contextlib.suppress(ProcessLookupError):
+                        cgroup.enter(self._node, row.id, pid)
+
+        return Inside([*argv], env | dict(marks), self.ground.folder(row), user, enter=enter)
 
     @staticmethod
     def _user(name: str) -> tuple[int | None, int | None, list[int] | None, dict[str, str]]:

@@ -9,8 +9,9 @@ takes away what nothing needs. An instance is a process of the node that can be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -35,6 +36,12 @@ class Inside(NamedTuple):
     env: dict[str, str]
     folder: Path
     user: dict[str, Any]
+    #: ``argv`` only asks an engine for the program, which runs elsewhere and is known by its marks.
+    apart: bool = False
+    #: Puts what was started below the instance's limits. Raises ``OSError``.
+    enter: Callable[[proc.ProcId], None] | None = None
+    #: The instance itself, for what must not outlive it.
+    instance: proc.ProcId | None = None
 
 
 class Kept(Protocol):
@@ -76,9 +83,10 @@ class Runtime(Protocol):
         *,
         stdin: bool = False,
         tty: bool = False,
+        marks: Mapping[str, str] = MappingProxyType({}),
     ) -> Inside:
         """What to run for ``argv`` to run as the instance does: an exec check's command, or somebody's who looks, with
-        their ``stdin`` and on their terminal (``tty``)."""
+        their ``stdin`` and on their terminal (``tty``), with the variables ``marks``, by which all of it is found."""
         ...
 
     def pids(self, process: proc.ProcId) -> list[int]:
