@@ -94,6 +94,24 @@ def test_what_is_declared_only_when_the_run_has_come_here(tmp_path: Path) -> Non
     assert plant.runs == (2, "new"), "without its Rollout nothing keeps it back"
 
 
+def test_of_what_is_deleted_nothing_is_remembered(tmp_path: Path) -> None:
+    plant = Plant(tmp_path)
+
+    def kept() -> int:
+        query = "SELECT count(*) FROM meta WHERE k LIKE 'rolling.%'"
+        return int(plant.replica._db.execute(query).fetchone()[0])
+
+    old, new = app("old", 1), app("new", 2)
+    plant.hear(new, rollout=status("Running", new, old, "plant-1"))
+    assert (plant.runs, kept()) == ((2, "new"), 1)
+    plant.open()  # also when the agent was started again since
+    plant.hear(rollout=status("Running", new, old, "plant-1"))
+    plant.desired.deleted(KEY)
+    assert (plant.runs, kept()) == (None, 0)
+    plant.hear(new, rollout=status("Running", new, old, "other"))
+    assert (plant.runs, kept()) == ((1, "old"), 1), "whoever comes under its name begins anew"
+
+
 def test_what_takes_effect_at_once_does_in_the_middle_of_a_run(tmp_path: Path) -> None:
     plant = Plant(tmp_path)
     old, new = app("old", 1), app("new", 2)

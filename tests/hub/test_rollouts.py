@@ -8,10 +8,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.hub.test_steering import heard, until
 from tests.nodes.fleet import Fleet, app, doc, fleet
 
 from edgeward.core.resource import Key
+from edgeward.core.store import Change
 from edgeward.hub.rollouts import Rollouts, baselines
 from edgeward.nodes.wire import LEVEL, Ok, ReportAsk, Status
 
@@ -111,6 +113,30 @@ async def _moved_on(folder: Path) -> None:
 
 def test_reports_move_it_on_and_another_process_takes_it_over(tmp_path: Path) -> None:
     asyncio.run(_moved_on(tmp_path))
+
+
+async def _at_rest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with ready(folder) as hub, hub.process() as rollouts:
+        asked: list[Key] = []
+        soon = rollouts.soon
+        monkeypatch.setattr(rollouts, "soon", lambda key: (asked.append(key), soon(key)))
+        node = hub.f.store.get(Key("Node", "_", "plant-1"))
+
+        def looked_at() -> list[Key]:
+            """What a change of the node alone has looked at: nothing else happens in between."""
+            asked.clear()
+            rollouts._changed(Change(1, node.key, node, status_only=True))
+            return list(asked)
+
+        await until(lambda: hub.status.get("phase") == "Succeeded")
+        assert looked_at() == [], "nothing moves: no node matters"
+        await hub.declare("two")
+        await until(lambda: hub.status["phase"] == "Running")
+        assert looked_at() == [KEY]
+
+
+def test_a_rollout_at_rest_looks_at_no_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asyncio.run(_at_rest(tmp_path, monkeypatch))
 
 
 async def _held(folder: Path) -> None:

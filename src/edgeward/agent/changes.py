@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from edgeward.agent.closing import Closing
+from edgeward.agent.desired import Desired
 from edgeward.agent.keeper import Keeper
 from edgeward.agent.replica import Replica
 from edgeward.core.errors import EdgewardError
@@ -24,10 +25,10 @@ class Changes:
     """``exports``: applies the declared Exports; ``closing``: what keeps Services closed."""
 
     def __init__(
-        self, replica: Replica, *, apps: AppsEdge, plane: Keeper, link: NodeEdge, closing: Closing,
+        self, replica: Replica, *, desired: Desired, apps: AppsEdge, plane: Keeper, link: NodeEdge, closing: Closing,
         exports: Callable[[], Awaitable[None]],
     ) -> None:  # fmt: skip
-        self._closing = closing
+        self._desired, self._closing = desired, closing
         self._replica, self._apps, self._plane, self._link = replica, apps, plane, link
         self._exports = exports
 
@@ -47,6 +48,8 @@ class Changes:
         key = change.key
         if self._replica.local_change(key) or change.resource is None:
             self._link.wake_push()
+        if key.kind in ("App", "Function", "Rollout") and self._replica.find(key) is None:
+            self._desired.deleted(key)
         if key.kind in ("Site", "Node", "Service", "App"):
             self._closing.poke()
         if change.status_only and key.kind not in ("Service", "Site", "Rollout"):

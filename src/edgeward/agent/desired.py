@@ -44,6 +44,10 @@ class Desired:
         if status is None:
             del self._said[key]
 
+    def deleted(self, key: Key) -> None:
+        """The object is no more."""
+        self._rolling.deleted(key)
+
     def nodes(self) -> list[Resource]:
         return [n for n in self._replica.items("Node") if n.spec.site == self._site]
 

@@ -273,7 +273,7 @@ class Agent:
             status=self.link.report,  # to the hub alone: here the rest of a Service's status is the hub's
         )  # fmt: skip
         self.changes = Changes(
-            self.replica, apps=self.apps, plane=self.plane, link=self.link, closing=self.closing,
+            self.replica, desired=self.desired, apps=self.apps, plane=self.plane, link=self.link, closing=self.closing,
             exports=self._apply_exports,
         )  # fmt: skip
         self.tunnel, self.own_tunnels = tunnel_of(

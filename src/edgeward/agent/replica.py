@@ -153,7 +153,10 @@ class Replica(SharedRows):
         return row[0] if row else ""
 
     def set_meta(self, name: str, value: str) -> str:
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (name, value))
+        if value:
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (name, value))
+        else:
+            self._db.execute("DELETE FROM meta WHERE k=?", (name,))
         return value
 
     # -- the effective object -------------------------------------------------------------------------------------

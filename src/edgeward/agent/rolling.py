@@ -98,6 +98,12 @@ class Rolling:
             self._keep(key, Taken(taken.uid, version))
         return declared if version.digest == now.digest else self._with(declared, version)
 
+    def deleted(self, key: Key) -> None:
+        """The object is no more: nor is what is remembered of it."""
+        self._read.pop(key, None)
+        self._known(key, "")  # of an earlier run, perhaps
+        self._forget(key)
+
     def waits(self, declared: Resource) -> dict[str, Any]:
         """What is said of something that runs nowhere here because its Rollout has not come so far; {}: it has."""
         rollout = self._governor(declared.key)

@@ -77,9 +77,11 @@ class Rollouts:
                 self._all()
             await asyncio.sleep(_AGAIN)  # the pace of looking who leads
 
-    def _all(self) -> None:
+    def _all(self, *, done: bool = True) -> None:
+        """``done``: those as well that have nothing to move, to which no node matters."""
         for rollout in self._store.items("Rollout"):
-            self.soon(rollout.key)
+            if done or rollout.status.get("phase") != "Succeeded":
+                self.soon(rollout.key)
 
     def soon(self, key: Key) -> None:
         """Something about this Rollout may have changed."""
@@ -96,7 +98,7 @@ class Rollouts:
                 for rollout in self._store.items("Rollout", key.namespace):
                     self.soon(rollout.key)
         elif key.kind in ("Node", "Override"):
-            self._all()
+            self._all(done=key.kind != "Node")
         elif kinds.get(key.kind).at_once:
             for rollout in self._store.items("Rollout", key.namespace):
                 if any(t.kind == key.kind and t.name == key.name for t in rollout.spec.targets):

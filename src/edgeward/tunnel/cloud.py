@@ -302,8 +302,9 @@ class Tunnels:
                 now = loop.time()
                 for desk in tuple(self.desks.values()):
                     desk.look(now, self._idle)
+                wanted = {desk.node for desk in self.desks.values()} | self._waiting.keys()
                 for node, held in tuple(self.nodes.items()):
-                    self._look(node, held, now)
+                    self._look(node, held, node in wanted, now)
         finally:
             for desk in tuple(self.desks.values()):
                 desk.session.close(Unreachable("this hub process stops", remedy="open it again"))
@@ -315,11 +316,10 @@ class Tunnels:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _look(self, node: str, held: _Held, now: float) -> None:
+    def _look(self, node: str, held: _Held, wanted: bool, now: float) -> None:
         if self._key_of(node) != held.key:
             held.session.close(Forbidden("the node is revoked, or another box has its name"))
-        wanted = held.session.streams or node in self._waiting or any(d.node == node for d in self.desks.values())
-        if wanted or (self.neighbours is not None and self.neighbours.used(node)):
+        if wanted or held.session.streams or (self.neighbours is not None and self.neighbours.used(node)):
             held.used = now
         elif now - held.used > _UNUSED:
             held.session.close(Gone("nobody uses the tunnel"))
