@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeward.core.errors import Invalid
-from edgeward.core.files import ensure_dir, read_json, remove, write_atomic, write_json
+from edgeward.core.files import ensure_dir, read_json, remove, sha256_of, write_atomic, write_json
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -118,3 +119,9 @@ def test_parents_made_on_the_way_are_closed_too(tmp_path: Path) -> None:
     finally:
         os.umask(old)
     assert [mode(tmp_path / p) for p in ("a", "a/b", "a/b/c")] == [0o700] * 3
+
+
+def test_a_files_hash_is_that_of_all_of_it(tmp_path: Path) -> None:
+    data = b"x" * (3 << 20) + b"y"
+    (tmp_path / "f").write_bytes(data)
+    assert sha256_of(tmp_path / "f") == hashlib.sha256(data).hexdigest()

@@ -15,7 +15,9 @@ import pytest
 from edgeward.core.proc import (
     ProcId,
     alive,
+    capable,
     ending,
+    even_chance,
     find_by_env,
     group_pids,
     identify,
@@ -177,3 +179,24 @@ def test_a_program_that_is_not_there() -> None:
 )
 def test_how_a_process_ended_in_words(status: int, text: str) -> None:
     assert ending(status) == text
+
+
+@linux
+def test_what_a_process_may_is_read_from_the_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "self").mkdir()
+    monkeypatch.setattr("edgeward.core.proc._PROC", tmp_path)
+    assert capable(12) is None, "nothing is said"
+    (tmp_path / "self" / "status").write_text("Name:\tx\nCapEff:\t0000000000001000\n")
+    assert (capable(12), capable(24)) == (True, False)
+
+
+@linux
+def test_a_child_of_an_agent_that_is_spared_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("edgeward.core.proc._PROC", tmp_path)
+    even_chance(7)  # it ended meanwhile
+    (tmp_path / "7").mkdir()
+    score = tmp_path / "7" / "oom_score_adj"
+    for before, after in (("-900\n", "0"), ("300\n", "300\n")):
+        score.write_text(before)
+        even_chance(7)
+        assert score.read_text() == after

@@ -18,6 +18,7 @@ from edgeward.core.errors import EdgewardError
 from edgeward.core.identity import NodeIdentity
 from edgeward.core.natsserver import free_port
 from edgeward.core.resource import Key
+from edgeward.core.spans import host_port
 from edgeward.core.vault import Vault
 from edgeward.functions.beside import Beside
 from edgeward.functions.edge import Sections
@@ -139,7 +140,7 @@ class PlaneSections:
         if found is None:
             return ""
         host = self._address if found[0] == self._bind else found[0]
-        return f"[{host}]:{found[1]}" if ":" in host else f"{host}:{found[1]}"
+        return host_port(host, found[1])
 
     def gateway_url(self, up: bool) -> str | None:
         """What answers requests, when it does. ``up``: the plane runs and has taken its configuration."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ import msgspec
 from edgeward.core import clock
 from edgeward.core.blobs import MOST, PREFIX, BlobAsk, BlobPart, Pace
 from edgeward.core.errors import Invalid, Refused, Unreachable
-from edgeward.core.files import ensure_dir
+from edgeward.core.files import ensure_dir, sha256_of
 from edgeward.core.quantity import format_bytes
 
 #: (verb, message, seconds) to the hub's answer; raises ``Unreachable``.
@@ -66,7 +65,7 @@ class BlobFetch:
                 out.write(part.data)
                 if at >= part.size or not part.data:
                     break
-        if await asyncio.to_thread(_hash, file) != hex:
+        if await asyncio.to_thread(sha256_of, file) != hex:
             file.unlink()
             raise Invalid(f"what the hub sent is not {PREFIX}{hex}", remedy="upload it again")
         return file
@@ -85,8 +84,3 @@ def decoded(data: bytes, form: Any) -> Any:
         return msgspec.msgpack.decode(data, type=form)
     except msgspec.DecodeError as e:
         raise Unreachable(f"the hub's answer is not understood: {e}", remedy="update the hub") from None
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

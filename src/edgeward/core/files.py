@@ -8,6 +8,7 @@ after the machine comes back. Nothing here takes a lock: one file has one writin
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -29,6 +30,12 @@ def ensure_dir(path: Path, mode: int = 0o700) -> Path:
             one.mkdir(mode=mode, exist_ok=True)
             _sync_dir(one.parent)
     return path
+
+
+def sha256_of(file: Path) -> str:
+    """Of what is in it, in hex. It reads all of it: call it in a thread."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -131,6 +131,23 @@ def ended(pid: int) -> ProcId:
     return ProcId(pid, f"ended.{_boot()}")
 
 
+def capable(number: int) -> bool | None:
+    """Whether this process has a capability (linux/capability.h); None where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in (_PROC / "self/status").read_text().splitlines():
+            if line.startswith("CapEff:"):
+                return bool(int(line.split()[1], 16) >> number & 1)
+    return None
+
+
+def even_chance(pid: int) -> None:
+    """Takes from a process what it inherits of an agent that is among the last that a machine out of memory ends."""
+    score = _PROC / str(pid) / "oom_score_adj"
+    with contextlib.suppress(OSError, ValueError):
+        if int(score.read_text()) < 0:
+            score.write_text("0")
+
+
 async def wait_exit(proc: ProcId, timeout: float | None = None) -> bool:
     """Returns True once the process has ended (it need not be a child), False when ``timeout`` seconds passed first."""
     try:

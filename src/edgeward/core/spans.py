@@ -32,6 +32,11 @@ def is_address(text: str) -> bool:
         return False
 
 
+def host_port(host: str, port: int) -> str:
+    """``host:port``, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def parse_span(text: str, *, need_port: bool = False) -> Span:
     """Raises ``ValueError`` with what is wrong."""
     match = _SPAN.fullmatch(text)

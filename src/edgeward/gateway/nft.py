@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from edgeward.core import proc
 from edgeward.core.errors import Refused
 from edgeward.gateway import closed
 
@@ -46,11 +47,8 @@ def unusable() -> str:
 
 
 def _may() -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("CapEff:"):
-                return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
-    return os.geteuid() == 0
+    may = proc.capable(_CAP_NET_ADMIN)
+    return os.geteuid() == 0 if may is None else may
 
 
 class Nft:

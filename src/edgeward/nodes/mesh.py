@@ -29,8 +29,9 @@ from edgeward.core.files import read_json, write_json
 from edgeward.core.identity import NodeIdentity
 from edgeward.core.natsserver import free_port
 from edgeward.core.nkeys import public_raw
+from edgeward.core.spans import is_address
 from edgeward.nodes.mesh_links import Links
-from edgeward.nodes.mesh_sockets import GROUP, Datagrams, Settings, both, is_ip, joined
+from edgeward.nodes.mesh_sockets import GROUP, Datagrams, Settings, both, joined
 from edgeward.nodes.mesh_tcp import Handler, Papers, Requests, whole
 from edgeward.nodes.mesh_wire import (
     Address,
@@ -248,7 +249,7 @@ class Mesh:
         self._transport = transport
         self._waiting = transport.get_write_buffer_size  # type: ignore[attr-defined]  # both loops' transports have it
         told = self._settings.address
-        host = told if is_ip(told) else daemon.local(self._settings.host)
+        host = told if is_address(told) else daemon.local(self._settings.host)
         self.address, problem, self.problem = text_of((host, tcp.getsockname()[1])), self.problem, ""
         if problem:
             self._event("Normal", "MeshUp", f"this node speaks with others of its site again, at {self.address}")

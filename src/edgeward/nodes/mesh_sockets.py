@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -102,11 +101,3 @@ def joined(host: str, udp: socket.socket) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def is_ip(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from edgeward.core.errors import Invalid
 from edgeward.core.nkeys import public_raw
+from edgeward.core.spans import host_port
 
 #: Bytes that one datagram carries for its topic, and in all: no link of a site cuts it in two.
 SAY_MOST, DATAGRAM = 1100, 1200
@@ -105,8 +106,7 @@ def address_of(text: object) -> Address | None:
 
 
 def text_of(address: Address) -> str:
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return host_port(*address)
 
 
 def known_of(node: str, status: Mapping[str, object]) -> Known | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import shutil
 from collections.abc import Awaitable, Callable
@@ -21,7 +20,7 @@ import msgspec
 from edgeward.core import clock
 from edgeward.core.blobs import LARGEST, PIECE, PREFIX, BlobAsk, BlobPart, Pace, hex_of
 from edgeward.core.errors import EdgewardError, Refused, Unreachable
-from edgeward.core.files import ensure_dir
+from edgeward.core.files import ensure_dir, sha256_of
 
 log = logging.getLogger("edgeward.share")
 
@@ -107,7 +106,7 @@ class Shelf:
                         raise Unreachable("the hub sent nothing of it")
                     if blob.have < blob.size:
                         blob.move()
-                if await asyncio.to_thread(_hash, blob.file) != hex:
+                if await asyncio.to_thread(sha256_of, blob.file) != hex:
                     blob.file.unlink(missing_ok=True)
                     blob.have, blob.size = 0, -1
                     raise Refused("what the hub sent is not what its name says", remedy="upload it again")
@@ -164,8 +163,3 @@ def _read(file: Path, offset: int, most: int) -> bytes:
     with file.open("rb") as f:
         f.seek(offset)
         return f.read(most)
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -213,7 +213,7 @@ def start(
             child = started(argv, env, who, session, there, size or (0, 0))
     except (OSError, ValueError, subprocess.SubprocessError) as e:
         raise NotStarted(argv[0], e if isinstance(e, OSError) else OSError(0, str(e))) from None
-    _even_chance(child.process.pid)
+    proc.even_chance(child.process.pid)
     return child
 
 
@@ -310,11 +310,3 @@ def _known(popen: subprocess.Popen[bytes]) -> proc.ProcId:
         popen.wait(5)
         raise OSError(errno.ESRCH, f"process {popen.pid} cannot be identified")
     return process
-
-
-def _even_chance(pid: int) -> None:
-    """The agent is among the last that a machine out of memory ends; what it was asked to run is not."""
-    score = Path(f"/proc/{pid}/oom_score_adj")
-    with contextlib.suppress(OSError, ValueError):
-        if int(score.read_text()) < 0:
-            score.write_text("0")

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from edgeward.core.errors import EdgewardError, Invalid, Unreachable
+from edgeward.core.spans import host_port
 from edgeward.tunnel.framing import Open
 from edgeward.tunnel.link import Redial, Way, dial
 from edgeward.tunnel.session import Session, Stream
@@ -114,10 +115,6 @@ def address(text: str, field: str = "--listen") -> tuple[str, int]:
     return host, int(port)
 
 
-def text_of(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 class Forward:
     """A listener here whose connections go to a port at the node (or behind it). Opens the tunnel anew when its session
     was lost for good, as when a hub process ends; what the hub refuses ends it."""
@@ -138,7 +135,7 @@ class Forward:
             server = await asyncio.get_running_loop().create_server(lambda: _Accepted(self), *listen, backlog=512)
             async with server:
                 at = server.sockets[0].getsockname()
-                ready(text_of(at[0], at[1]))
+                ready(host_port(at[0], at[1]))
                 await self._keep()
         finally:
             self._tunnel.close()
@@ -207,7 +204,7 @@ async def reverse(
     async with tunnel(target, node, serve) as made:
         stream = made.open("reverse", {"host": at_node[0], "port": at_node[1]})
         said = await stream.opened()
-        ready(text_of(str(said.get("host", "")), int(said.get("port", 0))))
+        ready(host_port(str(said.get("host", "")), int(said.get("port", 0))))
         await stream.read()  # ends with an error, or never
 
 

@@ -22,6 +22,7 @@ import msgspec
 from edgeward.core import passage
 from edgeward.core.errors import EdgewardError, Forbidden, Invalid, Refused, Unreachable
 from edgeward.core.passage import Passage
+from edgeward.core.spans import host_port
 from edgeward.tunnel.framing import Open
 from edgeward.tunnel.link import Redial, Way, dial
 from edgeward.tunnel.session import Session, Stream
@@ -286,7 +287,7 @@ async def reach(host: str, port: int, protocol: Socket) -> None:
     """Connects; the node itself is reached by IPv4 or IPv6, whichever answers. Raises ``Unreachable``."""
     loop = asyncio.get_running_loop()
     hosts = ["127.0.0.1", "::1"] if host.lower() in ("", "localhost") else [host]
-    where = f"[{host}]:{port}" if ":" in host else f"{host or 'the node'}:{port}"
+    where = host_port(host or "the node", port)
 
     def none(e: OSError | TimeoutError) -> NoReturn:
         why = "no answer in time" if isinstance(e, TimeoutError) else e.strerror or str(e)

@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from edgeward.core.errors import Conflict, EdgewardError, Unreachable, from_problem
+from edgeward.core.spans import host_port
 from edgeward.tunnel.framing import Garbage, Messages, accept_key, ws_head
 from edgeward.tunnel.session import Session
 
@@ -136,7 +137,7 @@ class Way:
     def __str__(self) -> str:
         if self.unix:
             return self.unix
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return host_port(self.host, self.port)
 
 
 class _Upgrade(asyncio.Protocol):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import ipaddress
 import logging
 import os
 import shutil
@@ -28,6 +27,7 @@ from edgeward.core.errors import EdgewardError, Invalid
 from edgeward.core.files import ensure_dir
 from edgeward.core.quantity import parse_bytes, parse_duration
 from edgeward.core.registry import extensions
+from edgeward.core.spans import is_address
 from edgeward.workloads.container_spec import Container
 from edgeward.workloads.docker import Docker
 from edgeward.workloads.engine import Engine, Mount, Run
@@ -100,7 +100,7 @@ class ContainerRuntime:
             target = write_file(ensure_dir(folder / "files"), path, text, 0o444)[-1]
             mounts.append(Mount(str(target), str(PurePosixPath(container.filesAt) / path), True))
         addresses = ["127.0.0.1"]  # and where other nodes look for it; nothing listens on all addresses
-        if self.ground.address != "127.0.0.1" and _is_address(self.ground.address):
+        if self.ground.address != "127.0.0.1" and is_address(self.ground.address):
             addresses.append(self.ground.address)
         publish = [
             (a, row.ports[p.name], self._ports_inside(row, container)[p.name]) for p in spec.ports for a in addresses
@@ -291,14 +291,6 @@ def _of(spec: AppSpec) -> Container:
     if spec.container is None:
         raise Invalid("no container is declared", field="$.spec.container")
     return spec.container
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _pid(folder: Path) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from edgeward.core import cgroup
+from edgeward.core import cgroup, proc
 from edgeward.core.errors import EdgewardError, Unreachable
 from edgeward.core.files import write_atomic
 from edgeward.workloads import podman_argv
@@ -56,7 +56,7 @@ def facts() -> Facts:
         network = "bridge" if shutil.which("iptables", path=_BIN) else ""
         network = network or ("slirp4netns" if shutil.which("slirp4netns", path=_BIN) else "bridge")
     rlimits = {}
-    if root and not _may_raise():
+    if root and proc.capable(_CAP_SYS_RESOURCE) is False:
         soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
         most = _pid_max()  # podman takes its own down to that, and cannot give more on
         rlimits = {
@@ -83,14 +83,6 @@ def _pid_max() -> int:
         return int(Path("/proc/sys/kernel/pid_max").read_text())
     except (OSError, ValueError):
         return 32768
-
-
-def _may_raise() -> bool:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("CapEff:"):
-                return bool(int(line.split()[1], 16) >> _CAP_SYS_RESOURCE & 1)
-    return True
 
 
 class Podman:

@@ -47,10 +47,7 @@ def _limits(spec: AppSpec) -> cgroup.Limits:
 def _even_chance(process: proc.ProcId) -> None:
     """The agent is among the last that a machine out of memory ends; its apps, who inherit that, are not."""
     for pid in proc.group_pids(process):
-        score = Path(f"/proc/{pid}/oom_score_adj")
-        with contextlib.suppress(OSError, ValueError):
-            if int(score.read_text()) < 0:
-                score.write_text("0")
+        proc.even_chance(pid)
 
 
 class ProcessRuntime:
