@@ -269,3 +269,25 @@ def test_a_node_has_the_changes_of_a_silent_one_decided(tmp_path: Path) -> None:
             await until(lambda: f.journal()[-2:] == [("App/far", "invalid")] * 2)
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [{"name": "../../../etc"}, {"namespace": "../../../etc"}, {"labels": {"a b": "c"}}, {"labels": {"a": "x" * 5000}},
+     {"creationTimestamp": "yesterday"}, {"uid": "x" * 5000}],
+    ids=lambda lie: str(lie)[:40],
+)  # fmt: skip
+def test_a_name_or_label_that_nobody_could_give_is_taken_from_no_node(tmp_path: Path, lie: dict[str, Any]) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            stored = to_stored(app("mine", "plant"))
+            for field, value in lie.items():
+                setattr(stored.metadata, field, value)
+            at = ("App", stored.metadata.namespace, stored.metadata.name)
+            change = LocalChange(1, *at, "put", 0, 1.0, "eve", stored)
+            answer = await f.ask("plant-1", "push", PushAsk("replica", [change]), PushAnswer)
+            held = f.store.find(Key(*at))
+            assert [d.outcome for d in answer.decided] == ["invalid"]
+            assert held is None
+
+    asyncio.run(body())

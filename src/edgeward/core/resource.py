@@ -231,6 +231,8 @@ def check_stored(stored: Stored) -> None:
     """
     what = f"{stored.kind}/{stored.metadata.name[:80]}"
     _check_metadata(stored.metadata, kinds.get(stored.kind), what)
+    if len(stored.metadata.uid) > 64:
+        raise Invalid("is no uid", resource=what, field="$.metadata.uid")
     for name in ("creationTimestamp", "updateTimestamp", "deletionTimestamp"):
         text = getattr(stored.metadata, name)
         if text and not _is_time(text):

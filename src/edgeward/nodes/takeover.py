@@ -24,6 +24,8 @@ from edgeward.core.resource import (
     Metadata,
     OwnerReference,
     Resource,
+    check_key,
+    check_stored,
     from_stored,
     make_patch,
     to_stored,
@@ -255,6 +257,9 @@ class Takeover:
             journal["sentBy"] = by
         try:
             level = self._roster.levels.get(node, LEVEL)
+            check_key(key)
+            if change.stored is not None:
+                check_stored(change.stored)
             local = from_stored(put_back(change.stored, hub, level)) if change.stored is not None else None
             check_known(key, site, there=hub is not None, known=known(key))
             if local is not None:
