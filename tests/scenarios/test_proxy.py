@@ -56,6 +56,13 @@ class Device(BaseHTTPRequestHandler):
                 self.send_header("Connection", "close")
                 self.end_headers()
                 self.wfile.write(b"data: 1\n\n")
+            case "/quiet":  # events, one and then none
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream")
+                self.end_headers()
+                self.wfile.write(b"data: 1\n\n")
+                self.connection.recv(1)
+                self.close_connection = True
             case "/ws":
                 self._websocket()
             case "/garbage":
@@ -220,6 +227,20 @@ def test_a_websocket_passes_and_ends_with_its_caller_s_right(system: System, dev
         while sock.recv(4096):  # until it is cut
             pass
     sock.close()
+
+
+def test_a_page_that_is_quiet_ends_with_its_caller_s_right_too(system: System, device: int) -> None:
+    rules = [{"verbs": [f"tunnel:http:{device}"], "kinds": ["Node"]}]
+    system.apply({"kind": "Role", "metadata": {"name": "looker"}, "spec": {"rules": rules}})
+    token = json.loads(system.run("token", "create", "--role", "looker", "--ttl", "1h", "-o", "json"))["token"]
+    connection = Client(system, token).connection()
+    connection.request("GET", f"/nodes/{NODE}/proxy/{device}/quiet", headers={"Authorization": f"Bearer {token}"})
+    answer = connection.getresponse()
+    assert answer.status == 200 and answer.readline() == b"data: 1\n"
+    system.run("delete", "role", "looker")
+    with contextlib.suppress(http.client.IncompleteRead, ConnectionResetError, ssl.SSLError):
+        answer.read()  # until it is cut
+    connection.close()
 
 
 def test_a_node_s_own_api_shows_its_pages_as_well(system: System, device: int) -> None:

@@ -92,6 +92,24 @@ def test_a_stream_on_which_nothing_moves_is_cut_and_one_that_moves_is_not(monkey
     run(body)
 
 
+def test_a_stream_on_which_only_the_node_speaks_is_not_idle() -> None:
+    async def body() -> None:
+        one, two = pair(Served(echo))
+        stream = one.open("tcp")
+        stream.moved -= 1000
+        before = stream.moved
+        await stream.write(b"x")  # as a hub does it with what a node says
+        assert await stream.read() == b"x"
+        moved = [s.moved for s in two.streams.values()]
+        stream.moved = before
+        stream.send(b"y")
+        one._flush()
+        assert stream.moved > before and moved
+        one.close()
+
+    run(body)
+
+
 def test_a_process_that_stops_records_what_its_sessions_did(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         hub = Hub(idle=1000.0)

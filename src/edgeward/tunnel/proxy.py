@@ -40,7 +40,7 @@ from edgeward.core.resource import CLUSTER, Key
 from edgeward.core.store import Store
 from edgeward.core.streaming import json, only
 from edgeward.tunnel import proxying
-from edgeward.tunnel.cloud import Tunnels
+from edgeward.tunnel.cloud import IDLE, Tunnels
 from edgeward.tunnel.framing import Open
 from edgeward.tunnel.proxying import Headers, Jar, Place, Where, parse_where
 from edgeward.tunnel.session import Stream
@@ -186,14 +186,14 @@ class Proxy:
         await self._tunnels.prepare(node)
         args: dict[str, Any] = {"port": where.port} | ({"host": where.host} if where.host else {})
         stream = await self._tunnels.open(node, Open(PROTOCOL, args, who.name, source))
-        exchange = _Exchange(stream, place, jar, use, head, request.method == "HEAD")
-        if upgrade:
-            exchange.allowed = lambda: self._still(request, node, where)
+        exchange = _Exchange(stream, place, jar, use, head, request.method == "HEAD", upgrade)
+        exchange.allowed = lambda: self._still(request, node, where)
         return exchange
 
     def _still(self, request: Request, node: str, where: Where) -> bool:
         again = request.scope.get("again")
         try:
+            self.ticket(request.scope)  # which ends by itself, whatever the token in it may
             return self._tunnels.may(again() if again else principal(request), node, _passage(where))
         except EdgewardError:
             return False
@@ -313,26 +313,30 @@ class _Answer:
 class _Exchange(Response):
     """The answer to one request: what the device says, as it comes."""
 
-    def __init__(self, stream: Stream, place: Place, jar: Jar, use: _Use, head: bytes, bodiless: bool) -> None:
+    def __init__(
+        self, stream: Stream, place: Place, jar: Jar, use: _Use, head: bytes, bodiless: bool, upgrade: bool
+    ) -> None:
         super().__init__()
         self._stream, self._place, self._jar, self._use = stream, place, jar, use
         self._head, self._bodiless = head, bodiless
-        #: Of a WebSocket: whether its caller still may.
-        self.allowed: Callable[[], bool] | None = None
+        self._upgrade = upgrade
+        #: Whether the caller still may.
+        self.allowed: Callable[[], bool] = lambda: True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._use.open += 1
         asking = asyncio.create_task(self._ask(scope, receive))
         answering = asyncio.create_task(self._answer(scope, send))
+        watching = asyncio.create_task(self._watch())
         try:
             await asyncio.wait({asking, answering}, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done() and asking.exception() is None and not scope.get("taken"):
                 return  # the client is gone
             await answering  # what a device says to half a request is worth more than that it did not read the rest
         finally:
-            for task in (asking, answering):
+            for task in (asking, answering, watching):
                 task.cancel()
-            await asyncio.gather(asking, answering, return_exceptions=True)
+            await asyncio.gather(asking, answering, watching, return_exceptions=True)
             if not self._stream.closed:
                 self._stream.fail(Gone("the request is over"))
             self._use.open -= 1
@@ -344,7 +348,7 @@ class _Exchange(Response):
         """The request to the device; then it waits for the client to go."""
         await self._stream.write(self._head)
         chunked = any(k.lower() == b"transfer-encoding" for k, _ in scope["headers"])
-        more = self.allowed is None
+        more = not self._upgrade
         while more:
             message: Message = await receive()
             if message["type"] == "http.disconnect":
@@ -353,10 +357,22 @@ class _Exchange(Response):
             more = bool(message.get("more_body"))
             if body:
                 await self._stream.write(b"%x\r\n%b\r\n" % (len(body), body) if chunked else body)
-        if chunked and self.allowed is None:
+        if chunked and not self._upgrade:
             await self._stream.write(b"0\r\n\r\n")
         while (await receive())["type"] != "http.disconnect":
             pass
+
+    async def _watch(self) -> None:
+        """Ends what the caller may not any more, and what idles: an upload, a quiet page of events, a WebSocket."""
+        stream, loop = self._stream, asyncio.get_running_loop()
+        while not stream.closed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK):
+                    await stream.wait_closed()
+            if not self.allowed():
+                stream.fail(Forbidden("the caller may not any more"))
+            elif loop.time() - stream.moved > IDLE:
+                stream.fail(Gone(f"nothing moved for {IDLE:g} s"))
 
     async def _answer(self, scope: Scope, send: Send) -> None:
         answer, raw = _Answer(), b""
@@ -366,13 +382,13 @@ class _Exchange(Response):
                     data = await self._stream.read()
                     if not data:
                         raise Unreachable("the device closed the connection without an answer")
-                    raw += data if self.allowed is not None else b""
+                    raw += data if self._upgrade else b""
                     answer.feed(data)
         except TimeoutError:
             raise Unreachable(f"the device does not answer within {HEAD_TIME:g} s") from None
         self._jar.take(v for k, v in answer.headers if k.lower() == b"set-cookie")
         if answer.status == 101:
-            if self.allowed is None or TAKEOVER not in scope.get("extensions", {}):
+            if not self._upgrade or TAKEOVER not in scope.get("extensions", {}):
                 raise Unreachable("the device wants to speak something else than HTTP")
             await self._take_over(scope, answer, raw.partition(b"\r\n\r\n")[2])
             return
@@ -424,7 +440,7 @@ class _Exchange(Response):
         """From here on bytes both ways, until either ends or the caller may not any more."""
         lines = [b"HTTP/1.1 101 Switching Protocols", b"Connection: Upgrade", b"Upgrade: websocket"]
         lines += [k + b": " + v for k, v in answer.headers if k.lower().startswith(b"sec-websocket-")]
-        stream, allowed = self._stream, self.allowed
+        stream = self._stream
         scope["taken"] = True
         try:
             transport = scope["extensions"][TAKEOVER](_Held())
@@ -435,12 +451,7 @@ class _Exchange(Response):
         socket = Socket(stream)
         transport.set_protocol(socket)
         socket.connection_made(transport)
-        while not stream.closed:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK):
-                    await stream.wait_closed()
-            if allowed is not None and not allowed():
-                stream.fail(Forbidden("the caller may not any more"))
+        await stream.wait_closed()
 
 
 class _Held(asyncio.Protocol):

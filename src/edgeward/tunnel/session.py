@@ -252,6 +252,7 @@ class Session:
             if turn:
                 parts.append(framing.head(framing.DATA, stream.id, turn))
                 self._take(stream, turn, parts)
+                stream.moved = self._now()
                 size += turn
             if stream.out:
                 if stream.credit:
