@@ -108,8 +108,11 @@ class Verdicts:
         gone = [str(n) for n in kept.get("gone", [])]
         now = clock.monotonic()
         self.council = Council(mesh.node, mesh.site, mesh.epoch, now, gone=gone)
-        self._kept = {"gone": sorted(gone)}
-        self._started = now
+        self._kept: dict[str, Any] = {k: v for k, v in kept.items() if k in ("gone", "alone")}
+        #: Since when this node has no majority, as the run before has it: a restart must not count that anew.
+        alone = kept.get("alone")
+        self._alone_at = float(alone) if isinstance(alone, (int, float)) else None
+        self._started = now if self._alone_at is None else min(now, now - (clock.steady() - self._alone_at))
         self._probes = Probes()
         self._pulled = -math.inf
         self._wake = asyncio.Event()
@@ -128,7 +131,8 @@ class Verdicts:
         return {n: now - self.dead_since.get(n, now) for n in self.council.gone}
 
     def alone(self) -> float:
-        """Seconds for which this node has not had a majority of its site with it, in this run; 0: it has."""
+        """Seconds for which this node has not had a majority of its site with it, in this run or since the one before
+        lost it; 0: it has."""
         if self.council.quorum:
             return 0.0
         return clock.monotonic() - max(self.council.together, self._started)
@@ -275,7 +279,12 @@ class Verdicts:
                 self._since[name] = clock.timestamp()
         gone = self.council.gone
         self.dead_since = {n: self.dead_since.get(n, now) for n in gone}
-        kept = {"gone": sorted(gone)}
+        kept: dict[str, Any] = {"gone": sorted(gone)}
+        if self.council.quorum:
+            self._alone_at = None
+        else:
+            self._alone_at = self._alone_at or math.floor(clock.steady() - self.alone())
+            kept["alone"] = self._alone_at
         if kept != self._kept:
             self._kept = kept
             with contextlib.suppress(OSError):  # a full disk: it is decided again after a restart
