@@ -389,6 +389,15 @@ def test_a_liar_with_a_good_certificate_is_nobody_else(tmp_path: Path) -> None:
                 assert await asyncio.wait_for(reader.read(100), 30) == b""
             writer.transport.abort()
             await until(lambda: b.counters["refused"] == before + 2)
+            # a question of who has proved nothing is not even read: it would be held, 4 MiB of each such connection
+            reader, writer = await asyncio.open_connection(
+                *place(b), ssl=papers.client, server_hostname="b.node.edgeward.internal"
+            )
+            writer.write(b"\x02" + (4 << 20).to_bytes(4, "big") + bytes(1000))
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                assert await asyncio.wait_for(reader.read(100), 30) == b""
+            writer.transport.abort()
+            await until(lambda: b.counters["refused"] == before + 3)
             # nobody is taken for another when asked either: c stands where a is said to be
             a = site.meshes["a"]
             word = {**site.told, "a": Known("a", site.told["a"].key, place(c))}

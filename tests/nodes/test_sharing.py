@@ -351,6 +351,16 @@ def test_a_shelf_fetches_once_goes_on_and_keeps_within_its_bound(tmp_path: Path)
         assert await whole(shelf, second) == blobs[second]
         assert asks[0].offset > 40_000, "it went on where it was"
         assert await whole(shelf, first) == blobs[first]
+
+        # who asks for what is nowhere, all the time, fills nothing
+        async def nowhere(verb: str, data: bytes, timeout: float) -> bytes:
+            return msgspec.msgpack.encode(BlobPart(error="there is no such blob"))
+
+        empty = Shelf(tmp_path / "e", nowhere)
+        for n in range(20):
+            with contextlib.suppress(Refused):
+                await empty.part(BlobAsk("n", PREFIX + hashlib.sha256(bytes([n])).hexdigest(), 0), 30.0)
+        assert not empty._blobs
         # what is not what its name says
         wrong = True
         with contextlib.suppress(Refused, Unreachable):  # or pieces that are wrong, which who asks finds too

@@ -94,9 +94,10 @@ class Line(NamedTuple):
         async with asyncio.timeout(_WRITE):
             await self.writer.drain()
 
-    async def receive(self) -> tuple[int, bytes]:
+    async def receive(self, only: int = 0) -> tuple[int, bytes]:
+        """``only``: the one kind that may come."""
         kind, length = _HEAD.unpack(await self.reader.readexactly(_HEAD.size))
-        if length > _BOUND.get(kind, -1):
+        if length > _BOUND.get(kind, -1) or only not in (0, kind):
             raise Invalid(f"a frame of kind {kind} and {length} bytes")
         return kind, await self.reader.readexactly(length) if length else b""
 
@@ -177,9 +178,9 @@ class Requests:
             try:
                 async with asyncio.timeout(_PROOF):
                     line = await _line(self._papers().server, sock=client)
-                    kind, body = await line.receive()
-                    peer = _proved(line, body, self._key_of) if kind == _VOUCH else ""
-                    if not peer or len(self._served.get(peer, ())) >= _OF_ONE:
+                    _, body = await line.receive(_VOUCH)  # a stranger's question is not even read
+                    peer = _proved(line, body, self._key_of)
+                    if len(self._served.get(peer, ())) >= _OF_ONE:
                         return
                     await line.send(_VOUCH, self._papers().vouch)
             finally:

@@ -74,6 +74,8 @@ class Shelf:
                         blob.task = asyncio.create_task(self._fetch(hex, ask.namespace, blob))
                     await blob.moved.wait()
                     if blob.error is not None:
+                        if not blob.have and self._blobs.get(hex) is blob:
+                            del self._blobs[hex]  # there is none: whoever asks for what is nowhere fills nothing
                         raise blob.error
         except TimeoutError:
             raise Unreachable("the hub did not answer in time") from None

@@ -183,11 +183,14 @@ def leads_out(parts: list[str], target: str) -> str:
     depth = len(parts) - 1
     if depth < 0:
         return "is the root of the copy"
+    down = False
     for step in target.split("/"):
         if step == "..":
             depth -= 1
+            if down:  # behind a name that may be a link itself, nobody can tell where it leads
+                return "has .. behind a name"
         elif step not in ("", "."):
-            depth += 1
+            down = True
         if depth < 0:
             return "leads out of the copy"
     return ""
