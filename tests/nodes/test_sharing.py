@@ -10,14 +10,16 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
+import pytest
 from tests.core.pair import until
 from tests.nodes.fleet import Fleet, config, doc, fleet
 from tests.nodes.meshes import enrol
 
 from edgeward.agent.replica import Replica
-from edgeward.core.blobs import PREFIX, BlobAsk, BlobPart
+from edgeward.core.blobs import MOST, PREFIX, BlobAsk, BlobPart
 from edgeward.core.errors import EdgewardError, Refused, Unreachable
 from edgeward.core.nkeys import public_raw
 from edgeward.core.records import SqliteRecords
@@ -28,7 +30,7 @@ from edgeward.nodes.mesh_sockets import Settings
 from edgeward.nodes.mesh_wire import Heard, Known, address_of
 from edgeward.nodes.shares import Page, Word
 from edgeward.nodes.sharing import Sharing, _Piece
-from edgeward.nodes.shelf import Shelf
+from edgeward.nodes.shelf import NoRoom, Shelf
 from edgeward.nodes.wire import LEVEL, SyncAnswer
 
 SMALL = 20_000
@@ -290,6 +292,37 @@ def test_a_blob_crosses_the_link_once(tmp_path: Path) -> None:
                 raise AssertionError("it was given")
 
     asyncio.run(body())
+
+
+def test_what_a_carrier_has_no_room_for_each_gets_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        async with site(tmp_path, 2) as all:
+            await all.ready()
+            one, two = all.nodes.values()
+            monkeypatch.setattr("edgeward.nodes.shelf._FREE", 1 << 60)
+            blob = all.blob(100_000)
+            assert await one.fetch(blob) == blob
+            assert one.asked == 1 + 5, "one piece told how large it is; none crosses the link twice after that"
+            assert await two.fetch(blob) == blob
+            monkeypatch.undo()
+            other = all.blob(50_000)
+            assert await one.fetch(other) == await two.fetch(other) == other
+            assert one.sharing.shelf.fetched == len(other)
+
+    asyncio.run(body())
+
+
+def test_what_the_hub_takes_a_carrier_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image may be larger than all else is, where the hub is told so."""
+    monkeypatch.setattr("edgeward.nodes.shelf.shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 40))
+
+    async def none(verb: str, data: bytes, timeout: float) -> bytes:
+        raise Unreachable("cut")
+
+    shelf = Shelf(tmp_path, none)
+    shelf._check_room(MOST, 0)
+    with pytest.raises(NoRoom):
+        shelf._check_room(MOST + 1, 0)
 
 
 def test_a_carrier_that_gives_wrong_bytes_is_asked_once(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from edgeward.nodes.shares import (
     judged,
     plain,
 )
-from edgeward.nodes.shelf import Shelf
+from edgeward.nodes.shelf import NoRoom, Shelf
 from edgeward.nodes.wire import LEVEL, SyncAnswer, SyncAsk
 
 log = logging.getLogger("edgeward.share")
@@ -108,7 +108,7 @@ class Sharing:
         self._said: tuple[Word | None, float] = (None, 0.0)
         self._told: list[str] = []
         self._cover_at: float | None = None
-        #: Blobs of which another node gave something; False: it is not to be asked for that one again.
+        #: Blobs of which the site gave something; False: it is not to be asked for that one again.
         self._begun: OrderedDict[str, bool] = OrderedDict()
         self._liars: dict[str, float] = {}
         #: Of one node: news that it says there are, and that the hub or the site is asked for.
@@ -307,11 +307,26 @@ class Sharing:
             return await self._ask(verb, data, timeout)
         ask = msgspec.msgpack.decode(data, type=BlobAsk)
         if self.carrier == self.node:
-            return msgspec.msgpack.encode(await self.shelf.part(ask, timeout))
+            return await self._own(ask, data, timeout)
         if ask.offset == 0 and ask.digest in self._begun:
             self._begun[ask.digest] = False  # what came was not right: the hub gives it
         got = await self._from_carrier(ask, data, timeout)
         return got if got is not None else await self._ask(verb, data, timeout)
+
+    async def _own(self, ask: BlobAsk, data: bytes, timeout: float) -> bytes:
+        """What this node, the carrier, wants itself: kept for the others as well, where there is room for that."""
+        if self._begun.get(ask.digest, True):
+            try:
+                return msgspec.msgpack.encode(await self.shelf.part(ask, timeout))
+            except NoRoom as e:
+                log.info("%s is not kept for other nodes: %s", ask.digest, e)
+                self._remember(ask.digest, good=False)
+        return await self._ask("blob", data, timeout)
+
+    def _remember(self, digest: str, *, good: bool) -> None:
+        self._begun[digest] = good
+        while len(self._begun) > _BEGUN:
+            self._begun.popitem(last=False)
 
     async def _from_carrier(self, ask: BlobAsk, data: bytes, timeout: float) -> bytes | None:
         """What the carrier has of a blob; None: ask the hub."""
@@ -327,8 +342,6 @@ class Sharing:
                     await asyncio.sleep(random.uniform(0.1, 1.0))  # noqa: S311 - jitter
                 continue
             if not part.error or not part.again:
-                self._begun[ask.digest] = not part.error
-                while len(self._begun) > _BEGUN:
-                    self._begun.popitem(last=False)
+                self._remember(ask.digest, good=not part.error)
             return None if part.error else got
         return None

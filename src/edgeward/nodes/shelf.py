@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from edgeward.core import clock
-from edgeward.core.blobs import LARGEST, PIECE, PREFIX, BlobAsk, BlobPart, Pace, hex_of
+from edgeward.core.blobs import MOST, PIECE, PREFIX, BlobAsk, BlobPart, Pace, hex_of
 from edgeward.core.errors import EdgewardError, Refused, Unreachable
 from edgeward.core.files import ensure_dir, sha256_of
 
@@ -30,6 +30,10 @@ Ask = Callable[[str, bytes, float], Awaitable[bytes]]
 #: which the hub's answer is waited for, after which a fetch that nobody waits for ends.
 KEEP, _FREE, _STAYS, _ANSWER, _ALONE = 512 << 20, 256 << 20, 24 * 3600.0, 60.0, 120.0
 _AT_ONCE = 4
+
+
+class NoRoom(Refused):
+    """It cannot be kept for the others; that is no reason not to have it."""
 
 
 class _Blob:
@@ -60,7 +64,7 @@ class Shelf:
         self.fetched = self.given = 0
 
     async def part(self, ask: BlobAsk, timeout: float) -> BlobPart:
-        """Some bytes of a blob from ``ask.offset`` on. Raises ``Unreachable``, ``Refused``."""
+        """Some bytes of a blob from ``ask.offset`` on. Raises ``Unreachable``, ``Refused``, :class:`NoRoom`."""
         hex = hex_of(ask.digest)
         blob = self._blobs.get(hex)
         if blob is None:
@@ -113,7 +117,7 @@ class Shelf:
                     blob.have, blob.size = 0, -1
                     raise Refused("what the hub sent is not what its name says", remedy="upload it again")
         except OSError as e:
-            blob.error = Refused(f"cannot be kept here: {e.strerror or e}", remedy="free disk space")
+            blob.error = NoRoom(f"cannot be kept here: {e.strerror or e}", remedy="free disk space")
         except EdgewardError as e:
             blob.error = e
         finally:
@@ -133,8 +137,8 @@ class Shelf:
         return part
 
     def _check_room(self, size: int, have: int) -> None:
-        if size > LARGEST or shutil.disk_usage(self._folder).free < size - have + _FREE:
-            raise Refused(f"there is no room for {size} bytes here", remedy="free disk space")
+        if size > MOST or shutil.disk_usage(self._folder).free < size - have + _FREE:
+            raise NoRoom(f"there is no room for {size} bytes here", remedy="free disk space")
 
     def tidy(self, now: float, wall: float) -> None:
         """Takes away what is old, and the oldest beyond what may stay. ``now`` is monotonic, ``wall`` is not."""
