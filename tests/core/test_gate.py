@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tests.core.served import CONFIGS, Hub, run
 
+from edgeward.core.gate import _shown
+
 
 def test_tokens_request_ids_and_nothing_of_the_inside() -> None:
     async def body(hub: Hub) -> None:
@@ -28,3 +30,7 @@ def test_tokens_request_ids_and_nothing_of_the_inside() -> None:
         assert (await hub.ask("GET", "/api/v1/version"))[1] == {"version": "1.2.3"}
 
     run(body)
+
+
+def test_a_token_in_a_path_is_not_shown() -> None:
+    assert _shown("/nodes/n/proxy/80/~" + "aB-_9" * 20 + "/a/~b") == "/nodes/n/proxy/80/~(hidden)/a/~b"

@@ -63,6 +63,10 @@ class Device(BaseHTTPRequestHandler):
                 self.wfile.write(b"data: 1\n\n")
                 self.connection.recv(1)
                 self.close_connection = True
+            case "/same":  # the length of what would have come
+                self._say(b"", 304, Content_Length="1234", Etag='"x"')
+            case "/odd":
+                self._say(b"x", 799)
             case "/ws":
                 self._websocket()
             case "/garbage":
@@ -262,3 +266,14 @@ def test_what_was_looked_at_is_in_the_audit(system: System, device: int) -> None
     mine = [r for r in items if r.get("detail", {}).get("use") == f"http:{device}"]
     assert mine and mine[0]["outcome"] == "opened" and mine[0]["actor"] == "admin"
     assert len(mine) < 10  # not one of each request
+
+
+def test_no_device_has_the_hub_write_a_link_down(system: System, device: int) -> None:
+    url = urlsplit(system.run("tunnel", "url", NODE, str(device)).strip())
+    browser, ticket = Client(system, ""), url.path.strip("/").split("~")[1]
+    status, headers, _ = browser.ask(url.path + "same")
+    assert (status, headers["etag"]) == (304, '"x"')
+    assert browser.ask(url.path + "odd")[0] == 503
+    logs = [p for p in system.data.rglob("*.log") if ticket in p.read_text(errors="replace")]
+    assert not logs
+    assert not [line for line in (system.data / "hub" / "hub.log").read_text().splitlines() if "Traceback" in line]

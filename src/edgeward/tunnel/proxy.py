@@ -326,13 +326,25 @@ class _Exchange(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._use.open += 1
         asking = asyncio.create_task(self._ask(scope, receive))
-        answering = asyncio.create_task(self._answer(scope, send))
+        started = False
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        answering = asyncio.create_task(self._answer(scope, sending))
         watching = asyncio.create_task(self._watch())
         try:
             await asyncio.wait({asking, answering}, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done() and asking.exception() is None and not scope.get("taken"):
                 return  # the client is gone
-            await answering  # what a device says to half a request is worth more than that it did not read the rest
+            try:
+                await answering  # what a device says to half a request is worth more than that it did not read the rest
+            except EdgewardError:
+                if not started:
+                    raise
+                # an answer in the middle is only broken off: the server closes the connection
         finally:
             for task in (asking, answering, watching):
                 task.cancel()
@@ -387,6 +399,8 @@ class _Exchange(Response):
         except TimeoutError:
             raise Unreachable(f"the device does not answer within {HEAD_TIME:g} s") from None
         self._jar.take(v for k, v in answer.headers if k.lower() == b"set-cookie")
+        if answer.status > 599:
+            raise Unreachable(f"the device answers with a status that is none: {answer.status}")
         if answer.status == 101:
             if not self._upgrade or TAKEOVER not in scope.get("extensions", {}):
                 raise Unreachable("the device wants to speak something else than HTTP")
@@ -394,6 +408,8 @@ class _Exchange(Response):
             return
         headers = proxying.answer_headers(answer.headers, self._place)
         if self._bodiless or answer.status in (204, 304):
+            if not self._bodiless:  # a length of nothing is an answer that broke off, for the server
+                headers = [(k, v) for k, v in headers if k != b"content-length"]
             await send({"type": "http.response.start", "status": answer.status, "headers": headers})
             await send({"type": "http.response.body", "body": b""})
             return
