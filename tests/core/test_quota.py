@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from edgeward.core import kinds as _kinds
 from edgeward.core import quota
 from edgeward.core.audit import Audit
 from edgeward.core.errors import EdgewardError, Invalid, Refused
+from edgeward.core.registry import kinds
 from edgeward.core.resource import Key, Resource, decode
 from edgeward.core.resources import Resources
 from edgeward.core.store_sqlite import SqliteStore
@@ -45,6 +47,25 @@ def test_sums_are_checked_and_the_refusal_says_all() -> None:
         quota.check("line", limits, present, app("c", 1, memory="1Mi", cpu=0.75))
     with pytest.raises(Refused, match="may have 2 of apps"):
         quota.check("line", {"apps": 2}, present, app("c"))
+
+
+def test_what_is_the_same_everywhere_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand sites that one App names cost no more looks at the others than one."""
+    kind, looks = kinds.get("App"), 0
+
+    def usage(r: Resource) -> Any:
+        nonlocal looks
+        looks += r.metadata.name != "wide"
+        return kind.usage(r)
+
+    wide = made("App", "wide", {"process": {"command": ["x"]}, "limits": {"memory": "64Mi"}}, "line")
+    wide.spec.perSite = {f"s{n}": {"replicas": 2} for n in range(100)}
+    present = [app(f"a{n}", 1, memory="64Mi") for n in range(10)]
+    monkeypatch.setitem(kinds._kinds, "App", dataclasses.replace(kind, usage=usage))
+    quota.check("line", {"memory": 12 * 64 * 2**20}, [*present, wide], wide)
+    assert looks == len(present)
+    with pytest.raises(Refused, match=r"may have 704\.0 MiB of memory at site s0, it has 640\.0 MiB"):
+        quota.check("line", {"memory": 11 * 64 * 2**20}, present, wide)
 
 
 def test_what_has_no_limit_cannot_be_counted() -> None:

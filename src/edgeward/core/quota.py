@@ -9,12 +9,12 @@ lowered below what is there ends nothing; it refuses growth.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from edgeward.core.errors import Invalid, Refused
 from edgeward.core.quantity import format_bytes
 from edgeward.core.registry import kinds
-from edgeward.core.resource import Key, Resource
+from edgeward.core.resource import Resource
 
 #: Used of each quota's field; None: as much as it likes, which a quota of that field does not allow.
 Usage = Mapping[str, float | None]
@@ -29,11 +29,11 @@ _REMEDY = {
 _UNBOUNDED = {"cpu": "$.spec.limits.cpu", "memory": "$.spec.limits.memory"}
 
 
-def used(resources: Iterable[Resource], leave: Key | None = None, site: str = "") -> dict[str, float]:
-    """What resources use together at a site, without the one called ``leave``; ``""``: at one that none names."""
+def used(resources: Iterable[Resource], site: str = "") -> dict[str, float]:
+    """What resources use together at a site; ``""``: at one that none names."""
     total: dict[str, float] = {}
     for r in resources:
-        if r.key == leave or r.metadata.deletionTimestamp:
+        if r.metadata.deletionTimestamp:
             continue
         kind = kinds.get(r.kind)
         for name, value in kind.usage(kind.at(r, site)).items():
@@ -41,25 +41,39 @@ def used(resources: Iterable[Resource], leave: Key | None = None, site: str = ""
     return total
 
 
-def check(namespace: str, quota: Mapping[str, float], present: Iterable[Resource], new: Resource) -> None:
+def check(namespace: str, quota: Mapping[str, float], present: Sequence[Resource], new: Resource) -> None:
     """Raises when ``new`` takes more than ``quota`` leaves. ``present``: all in the namespace, ``new`` too."""
-    present = list(present)
-    named = {s for r in (*present, new) for s in getattr(r.spec, "perSite", ())}
+    others = [r for r in present if r.key != new.key]
+    before = [r for r in present if r.key == new.key]
+    named = {s: None for r in (*present, new) for s in _sites(r)}
+    # what is the same everywhere is counted once: there may be a thousand sites
+    same = used(r for r in others if not _sites(r))
+    differ = [r for r in others if _sites(r)]
     for site in ("", *sorted(named)):
-        _check_at(site, namespace, quota, present, new)
+        total = used(differ, site=site)
+        total |= {name: total.get(name, 0.0) + value for name, value in same.items()}
+        _check_at(site, namespace, quota, total, used(before, site=site), new)
+
+
+def _sites(resource: Resource) -> Collection[str]:
+    return kinds.get(resource.kind).sites(resource)
 
 
 def _check_at(
-    site: str, namespace: str, quota: Mapping[str, float], present: Sequence[Resource], new: Resource
+    site: str,
+    namespace: str,
+    quota: Mapping[str, float],
+    others: Mapping[str, float],
+    before: Mapping[str, float],
+    new: Resource,
 ) -> None:
+    """``others``, ``before``: what is used there by all but ``new``, and by what it replaces."""
     kind = kinds.get(new.kind)
     wanted = kind.usage(kind.at(new, site))
     where = f" at site {site}" if site else ""
     asked = {name: value for name, value in wanted.items() if name in quota}
     if not asked:
         return
-    others = used(present, leave=new.key, site=site)
-    before = used((r for r in present if r.key == new.key), site=site)
     for name, value in asked.items():
         if value is None:
             raise Invalid(

@@ -100,6 +100,8 @@ class Kind:
     check: Callable[[Resource], None] = _no_check
     #: The resource as a site has it, where one declaration can differ by site; ``""``: a site that it does not name.
     at: Callable[[Resource, str], Resource] = _the_same
+    #: Sites of which it says something of their own, by name.
+    sites: Callable[[Resource], Collection[str]] = _nobody
     #: Of scope ``follows``: sites that get it besides, without what it refers to.
     also: Callable[[Resource], Collection[str]] = _nobody
     #: What of its status a site is told, by the names of the site's nodes: what grows with the fleet stays at the hub.

@@ -384,6 +384,7 @@ kinds.add(
         refs=with_sites(_app_refs),
         usage=_app_usage,
         at=effective,
+        sites=lambda r: r.spec.perSite,
         columns=(
             Column("PHASE", lambda d: d.get("status", {}).get("phase", "Pending")),
             Column("READY", _ready),
