@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from edgeward.cli.client import connect
+from edgeward.cli.kinds import load_kinds
+from edgeward.core.errors import NotFound, Unreachable
 from edgeward.core.proc import find_by_env
 
 ROOT = Path(__file__).parents[2]
@@ -53,18 +56,37 @@ class System:
 
     def run(self, *args: str, code: int = 0, stdin: str = "", timeout: float = 120.0) -> str:
         """The program's standard output; asserts its exit code."""
-        env = {**os.environ, "EDGEWARD_CONTEXT": str(self.data / "context.json"), "NO_COLOR": "1", "COLUMNS": "200"}
-        done = subprocess.run(
-            [sys.executable, "-m", "edgeward", *args],
-            input=stdin, capture_output=True, text=True, env=env, timeout=timeout,
-        )  # fmt: skip
+        done = self._program(args, stdin, timeout)
         assert done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         self.stderr = done.stderr
         return done.stdout
 
+    def attempt(self, *args: str) -> str:
+        """Its output; "" when it fails: for waits until it does not."""
+        done = self._program(args)
+        return done.stdout if done.returncode == 0 else ""
+
+    def _program(
+        self, args: tuple[str, ...], stdin: str = "", timeout: float = 120.0
+    ) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "EDGEWARD_CONTEXT": str(self.data / "context.json"), "NO_COLOR": "1", "COLUMNS": "200"}
+        return subprocess.run(
+            [sys.executable, "-m", "edgeward", *args],
+            input=stdin, capture_output=True, text=True, env=env, timeout=timeout,
+        )  # fmt: skip
+
     def get(self, *args: str) -> dict[str, Any]:
         doc: dict[str, Any] = json.loads(self.run("get", *args, "-o", "json"))
         return doc
+
+    def peek(self, kind: str, name: str = "", at: str = "") -> dict[str, Any]:
+        """What ``get`` gives, with no program for each look: for waits. ``KeyError``: it does not give it yet."""
+        with connect(str(self.data / "context.json"), at or None) as api:
+            found = load_kinds().get(kind)
+            try:
+                return api.get(found, "default", name) if name else api.list(found, "default")
+            except (NotFound, Unreachable) as e:
+                raise KeyError(str(e)) from e
 
     def apply(self, doc: dict[str, Any] | list[dict[str, Any]], *args: str, code: int = 0) -> str:
         docs = doc if isinstance(doc, list) else [doc]

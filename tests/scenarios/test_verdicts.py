@@ -18,6 +18,7 @@ load()
 
 NODES = ("plant-1", "plant-2", "plant-3")
 TOPOLOGY = "sites: [{name: plant, nodes: 3, link: lan}]\n"
+SITE = {"kind": "Site", "metadata": {"name": "plant"}, "spec": {"verdicts": {"deadAfter": "7s"}}}
 SERVER = "import os, http.server as h; h.test(h.SimpleHTTPRequestHandler, port=int(os.environ['PORT']), bind='0.0.0.0')"
 WEB: list[dict[str, Any]] = [
     {
@@ -36,7 +37,7 @@ WEB: list[dict[str, Any]] = [
 
 
 def states(system: Any, node: str) -> dict[str, str]:
-    items = system.get("nodes", "--at", node)["items"]
+    items = system.peek("Node", at=node)["items"]
     assert all(i["status"].get("evidence") for i in items if i["status"].get("verdict")), items
     return {i["metadata"]["name"]: i["status"].get("verdict", "") for i in items}
 
@@ -54,16 +55,16 @@ def settled_at(system: Any, node: str) -> str:
         name = f"stays-{n}"
         spec = {**WEB[0]["spec"], "disconnect": {"reconcile": "keep-replacement"}}
         app = decode({"apiVersion": "edgeward/v1", **WEB[0], "metadata": {"name": name}, "spec": spec})
-        nodes = [decode({"apiVersion": "edgeward/v1", **i}) for i in system.get("nodes")["items"]]
+        nodes = [decode({"apiVersion": "edgeward/v1", **i}) for i in system.peek("Node")["items"]]
         if share(app, nodes, node):
             system.apply({**WEB[0], "metadata": {"name": name}, "spec": spec}, "--wait")
-            assert homes(system, app=name) == {node}
+            system.wait(f"{name} runs at {node}", lambda name=name: homes(system, app=name) == {node})
             return name
     raise AssertionError("no name of a hundred")
 
 
-def homes(system: Any, *at: str, app: str = "web") -> set[str]:
-    instances = system.get("app", app, *at)["status"].get("instances", [])
+def homes(system: Any, at: str = "", app: str = "web") -> set[str]:
+    instances = system.peek("App", app, at)["status"].get("instances", [])
     return {i["node"] for i in instances if i["phase"] == "Running" and not i.get("stale")}
 
 
@@ -86,39 +87,46 @@ def test_a_site_judges_its_nodes(systems: Callable[..., Any], tmp_path: Path) ->
     file = tmp_path / "lab.yaml"
     file.write_text(TOPOLOGY)
     lab = systems("lab", "lab", "up", "-f", str(file), "--backing", "namespaces")
+    lab.apply(SITE)
     say(lab, NODES, _1="healthy", _2="healthy", _3="healthy")
     lab.apply(WEB, "--wait")
-    (home,) = homes(lab)
+    (home,) = lab.wait("it runs", lambda: homes(lab))
     stays = settled_at(lab, home)
     rest = tuple(n for n in NODES if n != home)
 
     # the site is cut: nothing moves
     lab.run("lab", "cut", "plant")
     say(lab, NODES, _1="wan-cut", _2="wan-cut", _3="wan-cut")
-    assert homes(lab, "--at", rest[0]) == {home}
-    lab.wait("the hub says that it does not know", lambda: _verdicts(lab) == {"unknown"})
+    lab.wait("nothing moves", lambda: homes(lab, rest[0]) == {home})
 
     # one node hears nobody: it decides nothing, also not that it goes on alone; the others take its share
     lab.run("lab", "partition", "plant", f"{home}/{','.join(rest)}")
     lab.wait("the minority knows nothing", lambda: set(states(lab, home).values()) == {"unknown"})
     lab.wait("the majority decides", lambda: states(lab, rest[0])[home] == states(lab, rest[1])[home] == "dead")
     lab.wait("the Service answers at both", lambda: all(answers(lab, n) for n in rest))
-    (heir,) = homes(lab, "--at", rest[0])
-    assert heir in rest
+    (heir,) = lab.wait("one of them has it", lambda: (at := homes(lab, rest[0])) - {home} == at and at)
+    lab.wait("what the minority runs goes on there", lambda: homes(lab, home) == {home})
+    lab.wait("the hub says that it does not know", lambda: _verdicts(lab) == {"unknown"})
     lab.run("lab", "heal", "plant")
     say(lab, NODES, _1="healthy", _2="healthy", _3="healthy")
-    lab.wait("it runs where it belongs", lambda: homes(lab) == {home} == homes(lab, "--at", rest[1]))
+    lab.wait("it runs where it belongs", lambda: homes(lab) == {home} == homes(lab, rest[1]))
     lab.wait("the other one stays", lambda: len(at := homes(lab, app=stays)) == 1 and home not in at)
-    assert homes(lab, "--at", home, app=stays) == homes(lab, app=stays)
+    lab.wait("its first node knows", lambda: homes(lab, home, app=stays) == homes(lab, app=stays))
 
     # a node dies while the cloud is there: the hub hears it from the others
     lab.run("lab", "kill", home)
-    lab.wait("dead at the hub", lambda: lab.get("node", home)["status"].get("verdict") == "dead")
+    lab.wait("dead at the hub", lambda: lab.peek("Node", home)["status"].get("verdict") == "dead")
     lab.wait("counted where it runs now", lambda: homes(lab) == {heir})
     lab.wait("the Service answers at both", lambda: all(answers(lab, n) for n in rest))
-    events = json.loads(lab.run("events", "-o", "json"))["items"]
-    assert any(e["reason"] == "NodeDead" and e["resource"] == f"Node/{home}" for e in events)
+    lab.wait("it is told", lambda: any(e["resource"] == f"Node/{home}" for e in told(lab, "NodeDead")))
+    # what scripts read
+    shown = {i["metadata"]["name"]: i["status"] for i in lab.get("nodes", "--at", rest[0])["items"]}
+    assert (shown[home]["verdict"], set(shown[home]["evidence"]["lost"])) == ("dead", set(rest))
+
+
+def told(system: Any, reason: str) -> list[dict[str, Any]]:
+    return [e for e in json.loads(system.run("events", "-o", "json"))["items"] if e["reason"] == reason]
 
 
 def _verdicts(system: Any) -> set[str]:
-    return {i["status"].get("verdict", "") for i in system.get("nodes")["items"]}
+    return {i["status"].get("verdict", "") for i in system.peek("Node")["items"]}
