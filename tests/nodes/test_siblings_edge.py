@@ -18,6 +18,7 @@ from edgeward.core.resource import Key
 from edgeward.hub.kinds import load
 from edgeward.nodes import siblings_edge
 from edgeward.nodes.edge import NodeEdge
+from edgeward.nodes.siblings import Answer, Digest, Finished
 from edgeward.nodes.siblings_edge import Siblings
 
 load()
@@ -99,6 +100,33 @@ def test_who_was_apart_hears_it_and_the_loser_is_told(tmp_path: Path, monkeypatc
             assert [e["reason"] for e in a.records.items("events")] == ["LocalChangeLost"]
             assert not b.records.items("events"), "who wrote it is told, nobody else"
             assert not b.replica.pending_of(["b"]) and [c.seq for c in b.replica.pending()] == [1]
+            assert not a.replica.pending()
+
+    asyncio.run(body())
+
+
+def test_a_sibling_that_lies_does_away_with_no_change_that_its_maker_can_send(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with boxes(tmp_path) as (site, (a, b, _)):
+            await site.linked()
+            await a.write("x", "1")
+            await until(lambda: b.value("x") == "1")
+            (change,) = a.replica.open_changes().values()
+            at = (change.kind, change.namespace, change.name)
+            lie = Finished(*change.dot, *at, None, "", "accept", "as you wished")
+            answer = b.replica.answer
+
+            def lies(ask: Digest) -> Answer:
+                got = answer(ask)
+                got.finished = [lie]
+                return got
+
+            b.replica.answer = lies  # type: ignore[method-assign]
+            a.link._live.online = True
+            await a.siblings.pull("b")
+            assert a.replica.pending() and a.value("x") == "1"
+            a.link._live.online = False  # then it has nobody else to ask
+            await a.siblings.pull("b")
             assert not a.replica.pending()
 
     asyncio.run(body())

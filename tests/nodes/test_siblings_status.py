@@ -6,13 +6,16 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.core.pair import until
 from tests.nodes.meshes import Site
 
 from edgeward.core import clock
+from edgeward.core.errors import EdgewardError
 from edgeward.core.resource import Key
 from edgeward.nodes import siblings_status
-from edgeward.nodes.siblings_status import Statuses
+from edgeward.nodes.siblings_status import Statuses, Told, _Held
+from edgeward.nodes.wire import Status
 
 
 def key(name: str) -> Key:
@@ -66,3 +69,26 @@ def test_statuses_are_told_once_in_parts_and_anew_after_a_restart(tmp_path: Path
                 await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(body())
+
+
+class Nobody:
+    def serve(self, verb: str, handler: Any) -> None: ...
+
+    async def ask(self, peer: str, verb: str, data: bytes = b"", timeout: float = 10.0) -> bytes:
+        return b""
+
+
+def test_a_node_fills_no_others_memory(monkeypatch: Any) -> None:
+    monkeypatch.setattr(siblings_status, "HELD", 1000)
+    two, held = Statuses(Nobody(), 1, dict, lambda *_: None), _Held()
+
+    def say(name: str, size: int, upto: int) -> None:
+        two._take("a", held, Told(1, upto, False, [Status("App", "default", name, {"m": "x" * size})]))
+
+    say("one", 900, 1)
+    say("one", 950, 2)  # in the place of the former
+    with pytest.raises(EdgewardError, match="too much"):
+        say("two", 100, 3)
+    say("one", 10, 3)
+    say("two", 900, 4)
+    assert held.upto == 4 and set(held.statuses) == {key("one"), key("two")}

@@ -46,6 +46,8 @@ log = logging.getLogger("edgeward.agent")
 _REMEMBERED = 2000
 #: Changes that were not taken and are not asked for again.
 _REFUSED = 500
+#: Replicas of which is remembered how far their changes are finished.
+_HORIZONS = 1024
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS site_changes(
   kind TEXT, namespace TEXT, name TEXT, at INTEGER, node TEXT, store TEXT, seq INTEGER, stamp REAL, seen TEXT,
@@ -275,8 +277,12 @@ class SharedRows(Store):
     def _learn(self, got: Answer) -> None:
         origin = Dot(got.node, got.store, 0).origin
         horizon = Horizon(got.upto, got.mine)
-        if got.more or horizon == self._horizons.get(origin):
+        if got.more or horizon == self._horizons.get(origin) or len(origin) > LONGEST:
             return
+        while len(self._horizons) >= _HORIZONS and origin not in self._horizons:  # replicas of boxes long wiped
+            gone = next(iter(self._horizons))
+            del self._horizons[gone]
+            self._db.execute("DELETE FROM site_horizons WHERE origin=?", (gone,))
         text = msgspec.json.encode(horizon).decode()
         self._db.execute("INSERT OR REPLACE INTO site_horizons VALUES(?,?)", (origin, text))
         self._horizons[origin] = horizon

@@ -208,13 +208,19 @@ class Siblings:
         """Takes what another node has. Raises ``Unreachable``."""
         more = True
         while more:
-            asked = msgspec.msgpack.encode(self._replica.digest())
+            digest = self._replica.digest()
+            asked = msgspec.msgpack.encode(digest)
             got = msgspec.msgpack.decode(await self._mesh.ask(peer, VERB, asked, TIMEOUT), type=Answer)
             self.counters["asked"] += 1
             if got.node != peer:
                 raise EdgewardError("answers in another's name", resource=f"Node/{peer}")
             if self.holding is not None:
                 self.holding.take(got.hold)
+            if self._link.online:
+                # this node hears from the hub itself what became of its own changes, and answers twice are one: so a
+                # sibling's word that it decided them, which may be a lie, does away with none of them
+                mine = digest.node, digest.store
+                got.finished = [f for f in got.finished if not f.outcome or (f.node, f.store) != mine]
             before = self._replica.open_version
             for known in self._replica.take(got):
                 self._decided(known)

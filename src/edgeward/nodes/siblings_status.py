@@ -21,6 +21,8 @@ from edgeward.nodes.wire import Status
 VERB = "site.status"
 #: Bytes of one answer; objects that are held of one node; seconds without a word after which a node's statuses are old.
 PAGE, MOST, FRESH = 1 << 20, 10_000, 25.0
+#: Bytes of statuses that are held of one node.
+HELD = 16 << 20
 _TIMEOUT = 10.0
 
 
@@ -53,6 +55,7 @@ class _Held(msgspec.Struct):
     upto: int = 0
     heard: float = float("-inf")
     statuses: dict[Key, dict[str, Any]] = {}
+    sizes: dict[Key, int] = {}
 
 
 class Statuses:
@@ -162,9 +165,11 @@ class Statuses:
                 now.pop(key, None)
             else:
                 now[key] = status
-        if len(now) > MOST:
-            raise EdgewardError(f"says something of more than {MOST} objects", resource=f"Node/{node}")
-        held.run, held.upto, held.statuses = told.run, told.upto, now
+        sizes = {} if told.full else {k: n for k, n in held.sizes.items() if k in now}
+        sizes |= {k: len(msgspec.msgpack.encode(s)) for k, s in named.items() if s is not None}
+        if len(now) > MOST or sum(sizes.values()) > HELD:
+            raise EdgewardError(f"says too much: of {len(now)} objects", resource=f"Node/{node}")
+        held.run, held.upto, held.statuses, held.sizes = told.run, told.upto, now, sizes
         touched = {k for k in before.keys() | now.keys() if before.get(k) != now.get(k)}
         if touched:
             self._changed(node, touched)
