@@ -270,6 +270,26 @@ def test_what_comes_is_fetched_before_and_the_hub_is_told(tmp_path: Path) -> Non
     assert coming(of("Running", new, old, "other"), prefetch=False) == []
 
 
+def test_an_app_that_a_run_will_bring_is_known_before(tmp_path: Path) -> None:
+    plant = Plant(tmp_path)
+    old, new = app("old", 1), app("new", 2)
+
+    def coming(given: dict[str, Any], *objects: Resource, **spec: Any) -> list[tuple[int, str]]:
+        plant.hear(*(objects or (new,)), rollout=given, **spec)
+        found = plant.desired.coming_apps()
+        return [(a.metadata.generation, a.spec.process.args[0]) for a in found.values()]
+
+    assert coming(status("Running", new, old, "other")) == [(2, "new")]
+    assert plant.runs == (1, "old")
+    assert coming(status("Running", new, None, "other")) == [(2, "new")], "of which nothing runs here yet"
+    assert plant.desired.fetched({KEY: True}) == {Key("Rollout", "default", "web"): {"prefetched": ["App/web@2"]}}
+    assert coming(status("Running", new, old, "plant-1")) == []
+    assert coming(status("RolledBack", new, old, "other")) == []
+    assert coming(status("Running", new, old, "other"), prefetch=False) == []
+    away = app("new", 2, placement={"nodeSelector": {"no": "such"}})
+    assert coming(status("Running", away, old, "other"), away) == [], "not placed here"
+
+
 def test_on_a_full_disk_what_runs_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant = Plant(tmp_path)
     old, new = app("old", 1), app("new", 2)

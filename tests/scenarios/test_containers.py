@@ -127,6 +127,35 @@ def inner() -> list[proc.ProcId]:
     return found
 
 
+def the_next_comes_before_its_run(up: Any, store: Store, folder: Path, running: str) -> None:
+    """The image of a version that waits for a person's word is here; nothing of it runs until then."""
+    group = {"name": "all", "approval": True}
+    policy = {"targets": [{"kind": "App", "name": "page"}], "groups": [group], "healthWindow": "1s"}
+    up.apply({"kind": "Rollout", "metadata": {"name": "page"}, "spec": policy})
+
+    def status() -> dict[str, Any]:
+        return dict(up.get("rollout", "page").get("status") or {})
+
+    up.wait("the baseline", lambda: status().get("phase") == "Succeeded")
+    files = {"www/index.html": "two"}
+    id = store.box("localhost/page:2", **files)
+    store.podman("save", "--quiet", "--output", str(folder / "next.tar"), "localhost/page:2")
+    store.podman("rmi", "--force", "localhost/page:2")
+    text = (folder / "app.yaml").read_text().replace("archive: page.tar", "archive: next.tar")
+    text = text.replace("    ports: {http: 8080}", "    args: [exec httpd -f -p 8080 -h /www]\n    ports: {http: 8080}")
+    (folder / "next.yaml").write_text(text)
+    up.run("apply", "-f", str(folder / "next.yaml"))
+    up.wait("the image", lambda: status().get("phase") == "Paused" and status().get("prefetched") == 1)
+    assert store.has(id)
+    assert [i["id"] for i in up.get("app", "page")["status"]["instances"]] == [running]
+    assert "1 nodes have all" in up.run("rollout", "status", "page")
+    up.run("rollout", "approve", "page")
+    up.wait("the run", lambda: status()["phase"] == "Succeeded")
+    (two,) = [i for i in up.get("app", "page")["status"]["instances"] if i["phase"] == "Running"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{two['ports']['http']}/", timeout=30) as got:
+        assert got.read() == b"two"
+
+
 def test_an_image_comes_through_the_hub(store: Store, systems: Callable[..., Any], tmp_path: Path) -> None:
     """examples/09-container as its README says, on a node that does not have the image."""
     folder = tmp_path / "example"
@@ -140,6 +169,7 @@ def test_an_image_comes_through_the_hub(store: Store, systems: Callable[..., Any
     with urllib.request.urlopen(f"http://127.0.0.1:{one['ports']['http']}/", timeout=30) as got:
         assert b"the image came through the hub" in got.read()
     assert store.has("localhost/page:1")
+    the_next_comes_before_its_run(up, store, folder, str(one["id"]))
     up.run("delete", "-f", str(folder / "app.yaml"))
     up.wait("the image is gone", lambda: not store.has("localhost/page:1"))
     refused = up.run("--at", "plant-1", "apply", "-f", str(folder / "app.yaml"), code=3)

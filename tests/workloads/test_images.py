@@ -131,6 +131,44 @@ def test_an_archive_comes_when_the_hub_is_there_and_its_image_goes_with_the_app(
     run(node, main())
 
 
+def test_the_image_of_what_may_come_is_got_beside_what_is_waited_for(tmp_path: Path, store: Store) -> None:
+    node = Node(tmp_path / "node")
+    old, new = ("default", "web", "1" * 64), ("default", "web", "2" * 64)
+    for name in ("localhost/app:1", "localhost/app:2"):
+        store.box(name, **{"etc/which": name})
+    first = Container(archive=node.hub.add(archive(store, "localhost/app:1")))
+    second = Container(archive=node.hub.add(archive(store, "localhost/app:2")))
+    node.hub.reached = False
+
+    async def main() -> None:
+        await node.waits(first, "the hub is not reached", old)
+        assert not node.images.ahead(new, second)
+        assert node.images.waits_for(old, first), "neither puts the other off"
+        assert not node.images.ahead(new, second)
+        node.hub.reached = True
+        node.images.hurry()
+        await node.waits(first, "", old)
+        await until(lambda: node.images.ahead(new, second), WAIT)
+        note = node.images.note(new)
+        assert note is not None
+        await node.images.tidy({old}, 1e12)
+        assert store.has(note.id), "kept for as long as it may come"
+        again = Node(node.data)
+        assert again.images.ahead(new, second), "the next agent knows"
+        node.images.drop(*new[:2])
+        await node.images.tidy({old}, 1e12)
+        assert not store.has(note.id)
+        node.hub.reached = False
+        assert not node.images.ahead(new, second)
+        await node.waits(second, "the hub is not reached", new)
+        node.images.drop(*new[:2])
+        node.hub.reached = True
+        node.images.hurry()
+        await node.waits(second, "", new)  # its run has come: what was begun goes on
+
+    run(node, main())
+
+
 def test_an_image_that_was_there_stays(tmp_path: Path, store: Store) -> None:
     node = Node(tmp_path / "node")
 

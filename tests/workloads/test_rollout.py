@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeward.workloads.outcome import Node, Target, is_back, verdict
+from edgeward.workloads.outcome import Node, Target, has_all, is_back, verdict
 from edgeward.workloads.release import Declared, Handled, Status, Version, choose, digest_of, read_status, with_parts
 from edgeward.workloads.rollout import REST, Amount, GroupRules, Rules, Step, step
 
@@ -536,3 +536,17 @@ def test_what_takes_effect_at_once_is_no_version() -> None:
 
 def test_a_status_that_is_not_understood_is_none() -> None:
     assert read_status({"groups": 3}) == Status()
+
+
+def test_a_container_s_image_is_there_when_its_node_says_so() -> None:
+    def target(here: frozenset[str], **parts: object) -> Target:
+        said = {"b": {"observedGeneration": 2}}
+        return Target("App", "web", "u", 2, "d", parts, MADE, frozenset("ab"), said, here)
+
+    none, a = frozenset[str](), frozenset("a")
+    assert has_all("a", [target(none, process={"command": ["x"]})]), "of a process there is nothing to fetch"
+    image = {"image": "web:2"}
+    assert not has_all("a", [target(none, container=image)])
+    assert has_all("a", [target(a, container=image)])
+    assert has_all("b", [target(none, container=image)]), "it runs it"
+    assert has_all("c", [target(none, container=image)]), "it is not for it"

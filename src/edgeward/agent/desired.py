@@ -131,8 +131,15 @@ class Desired:
         """The Functions that a Rollout will bring to this node."""
         return [c for f in self._functions() if (c := self._rolling.coming(f)) is not None]
 
+    def coming_apps(self) -> dict[tuple[str, str], Resource]:
+        """The Apps of which a Rollout will bring another version to this node."""
+        nodes = self.nodes()
+        declared = [a for a in self._replica.items("App") if self._share(a, nodes)]
+        coming = [c for a in declared if (c := self._rolling.coming(a)) is not None]
+        return {(c.metadata.namespace, c.metadata.name): effective(c, self._site) for c in coming}
+
     def fetched(self, here: dict[Key, bool]) -> dict[Key, dict[str, Any]]:
-        """What the hub is told of Rollouts: what of :meth:`coming` is here."""
+        """What the hub is told of Rollouts: what of :meth:`coming` and :meth:`coming_apps` is here."""
         return self._rolling.told(here)
 
     def values(self, kind: str, namespace: str, name: str) -> tuple[dict[str, str], str] | None:

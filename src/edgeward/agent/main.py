@@ -202,6 +202,8 @@ class Agent:
             vault=self.vault,
             settings=dict(config.get("containers") or {}),
             blobs=self.blobs,
+            coming=self.desired.coming_apps,
+            fetched=lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
         )
         self.tokens = AccessTokens(self.replica, site=self.site, now=self._now)
         listen = address_of(config.get("api"))
@@ -244,6 +246,7 @@ class Agent:
             report=self.link.report,
             status=self.reports.status,
         )
+        self.sections.images = lambda: self.apps.ahead.fetched
         self.plane = Keeper(
             data,
             sections=self.sections.all,

@@ -61,6 +61,8 @@ class PlaneSections:
         self._gateway, self._desired, self._replica = given, desired, replica
         self._history, self._broker, self._identity, self._report = history, broker, identity, report
         self._reported: set[Key] = set()
+        #: Of Apps that a Rollout will bring: whether their images are here.
+        self.images: Callable[[], dict[Key, bool]] = dict
         self._status = status
         self._waiting: dict[Key, dict[str, Any]] = {}
         values = desired.values
@@ -84,7 +86,7 @@ class PlaneSections:
             if self._waiting.get(key) != said:
                 self._status(key, said)
         self._waiting = waiting
-        self._tell_fetched(self._desired.fetched(self._functions.fetched))
+        self._tell_fetched(self._desired.fetched(self._functions.fetched | self.images()))
         self._history.note(declared, functions["functions"])
         if (broker := self._broker()) is not None:
             functions["broker"] = broker

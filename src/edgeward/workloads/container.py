@@ -55,6 +55,12 @@ class ContainerRuntime:
         self._used = ground.data / "containers"
         self._look = asyncio.Event()
 
+    def ahead(self, namespace: str, name: str, version: str, spec: AppSpec) -> bool | None:
+        return self.images.ahead((namespace, name, version), _of(spec))
+
+    def drop(self, namespace: str, name: str) -> None:
+        self.images.drop(namespace, name)
+
     def waits_for(self, namespace: str, name: str, version: str, spec: AppSpec) -> str:
         return self.images.waits_for((namespace, name, version), _of(spec))
 

@@ -25,6 +25,7 @@ from edgeward.core.registry import extensions
 from edgeward.core.resource import Resource
 from edgeward.core.vault import Vault
 from edgeward.workloads import ports
+from edgeward.workloads.ahead import Ahead, Coming
 from edgeward.workloads.ground import Ground
 from edgeward.workloads.live import AppKey, Live, seen, told
 from edgeward.workloads.plan import (
@@ -75,8 +76,11 @@ class AppsEdge:
         vault: Vault | None = None,
         settings: Mapping[str, Any] | None = None,
         blobs: BlobFetch | None = None,
+        coming: Coming = dict,
+        fetched: Callable[[], None] = lambda: None,
     ) -> None:
-        """``settings``: ``containers`` of ``node.json``. ``blobs``: gets what the hub keeps."""
+        """``settings``: ``containers`` of ``node.json``. ``blobs``: gets what the hub keeps. ``coming``: what a Rollout
+        will bring here; ``fetched``: called when :attr:`ahead` has something new to say."""
         self.node, self.site = node, site
         self._source = source
         self._report, self._event = report, event
@@ -95,6 +99,7 @@ class AppsEdge:
         self._runtimes: dict[str, Runtime] = {
             name: extensions.get("runtime", name)(self._ground) for name in extensions.names("runtime")
         }
+        self.ahead = Ahead(source, self._runtimes, coming, fetched)
         self._states = self._db.apps()
         self._live: dict[AppKey, dict[str, Live]] = {}
         self._loop: Loop[AppKey] = Loop("apps", self._reconcile, workers=8, timeout=120.0)
@@ -137,6 +142,7 @@ class AppsEdge:
     async def run(self) -> None:
         """Runs until cancelled."""
         await self._look_back()
+        self.ahead.begin()
         for key in {*self._source.apps(), *self._states, *self._live}:
             self._loop.add(key)
         try:
@@ -291,6 +297,7 @@ class AppsEdge:
                 wanted = state.candidate or state.current or ""
                 may_start = bool(wanted)
                 lacks, asked = True, wanted
+        self.ahead.look(key)  # after the wish: what is wanted now goes on being got
         again: float | None = None
         timed = self._timed(key, found[0], state, wanted, rules) if found is not None and wanted else None
         if timed is not None:

@@ -55,6 +55,9 @@ class Images:
                 note = msgspec.json.decode(file.read_bytes(), type=Note)
                 self._notes[note.namespace, note.name, note.version] = note
         self._wants: dict[Version, Container] = {}
+        #: Of each App: the version that waits for its image, and the one that may come.
+        self._asked: dict[tuple[str, str], Version] = {}
+        self._ahead: dict[tuple[str, str], Version] = {}
         self._why: dict[Version, str] = {}
         self._tasks: dict[Version, asyncio.Task[None]] = {}
         self._wake, self._hurry = asyncio.Event(), asyncio.Event()
@@ -69,13 +72,36 @@ class Images:
         """ "" when its image is here; else why not yet, and it is being got."""
         if version in self._notes:
             return ""
+        self._asked[version[:2]] = version
+        self._want(version, spec)
+        return self._why.get(version, f"waits for its image {spec.image or spec.archive}")
+
+    def ahead(self, version: Version, spec: Container) -> bool:
+        """Whether the image of a version that may come is here; it is being got, and kept until :meth:`drop`."""
+        self._ahead[version[:2]] = version
+        if version in self._notes:
+            self._trim(*version[:2])
+            return True
+        self._want(version, spec)
+        return False
+
+    def drop(self, namespace: str, name: str) -> None:
+        """No version is to come any more. What its App waits for itself goes on."""
+        if self._ahead.pop((namespace, name), None) is not None:
+            self._trim(namespace, name)
+
+    def _want(self, version: Version, spec: Container) -> None:
+        self._trim(*version[:2])
         if version not in self._wants:
-            # what the same App wanted before and has not got, nobody wants any more
-            for other in [v for v in self._wants if v[:2] == version[:2]]:
-                self._drop(other)
             self._wants[version] = spec
             self._wake.set()
-        return self._why.get(version, f"waits for its image {spec.image or spec.archive}")
+
+    def _trim(self, namespace: str, name: str) -> None:
+        """What the same App wanted before and has not got, nobody wants any more."""
+        app = (namespace, name)
+        still = (self._asked.get(app), self._ahead.get(app))
+        for other in [v for v in self._wants if v[:2] == app and v not in still]:
+            self._drop(other)
 
     def gone(self, version: Version) -> None:
         """Its image is not on the node any more (somebody took it away): it is got again."""
@@ -83,8 +109,8 @@ class Images:
         self._file(version).unlink(missing_ok=True)
 
     def forget(self, namespace: str, name: str) -> None:
-        for version in [v for v in self._wants if v[:2] == (namespace, name)]:
-            self._drop(version)
+        self._asked.pop((namespace, name), None)
+        self._trim(namespace, name)
 
     def _drop(self, version: Version) -> None:
         self._wants.pop(version, None)
@@ -216,7 +242,7 @@ class Images:
         """Takes away the notes of versions that are not ``kept``, and images that came for them alone."""
         lost = []
         for version, note in list(self._notes.items()):
-            if version in kept or version in self._wants:
+            if version in kept or version in self._wants or version in self._ahead.values():
                 continue
             with contextlib.suppress(OSError):
                 since = self._file(version).stat().st_mtime

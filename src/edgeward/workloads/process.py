@@ -68,6 +68,12 @@ class ProcessRuntime:
     def waits_for(self, namespace: str, name: str, version: str, spec: AppSpec) -> str:
         return ""
 
+    def ahead(self, namespace: str, name: str, version: str, spec: AppSpec) -> bool | None:
+        return None
+
+    def drop(self, namespace: str, name: str) -> None:
+        """It fetches nothing."""
+
     async def start(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> Started:
         """Raises ``EdgewardError`` (or ``Invalid``) with the reason when the program cannot be started."""
         try:

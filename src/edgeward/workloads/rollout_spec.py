@@ -87,7 +87,7 @@ class RolloutSpec(Declared):
         list[Maintenance], Meta(description="When nodes may take a new version; none: at any time", max_length=16)
     ] = []
     prefetch: Annotated[
-        bool, Meta(description="Nodes fetch code and packages of Functions as soon as they hear of them")
+        bool, Meta(description="Nodes fetch code, packages and container images as soon as they hear of them")
     ] = True
     paused: Annotated[bool, Meta(description="Lets nobody on (`edgeward rollout pause`, `resume`)")] = False
     approved: Annotated[

@@ -62,6 +62,15 @@ class Runtime(Protocol):
         here. ``poke`` of the ground is called when the answer changes."""
         ...
 
+    def ahead(self, namespace: str, name: str, version: str, spec: AppSpec) -> bool | None:
+        """What a version that may come needs is got beside what runs; whether it is here, None where it needs nothing.
+        ``poke`` of the ground is called when the answer changes."""
+        ...
+
+    def drop(self, namespace: str, name: str) -> None:
+        """Nothing that :meth:`ahead` was asked for is to come any more."""
+        ...
+
     async def start(self, row: InstanceRow, snapshot: Snapshot, extra: Mapping[str, str]) -> Started:
         """Raises ``EdgewardError`` with the reason when it cannot be started; then nothing of it runs."""
         ...
