@@ -20,6 +20,7 @@ from edgeward.core.registry import kinds
 from edgeward.core.resource import MAX_DOCUMENT, Key, Resource, check_key, check_stored, from_stored, to_stored
 from edgeward.core.scope import check_reach, hub_fields
 from edgeward.core.store import Store, same_desired
+from edgeward.core.vault import Vault
 from edgeward.nodes.siblings import (
     HIGHEST,
     LATEST,
@@ -56,6 +57,10 @@ CREATE TABLE IF NOT EXISTS site_finished(
   n INTEGER PRIMARY KEY AUTOINCREMENT, node TEXT, store TEXT, seq INTEGER, doc BLOB);
 CREATE TABLE IF NOT EXISTS site_horizons(origin TEXT PRIMARY KEY, doc TEXT) WITHOUT ROWID;
 """
+
+
+def _place(node: str, store: str, seq: int) -> str:
+    return f"finished/{node}/{store}/{seq}"
 
 
 class Row(msgspec.Struct):
@@ -101,6 +106,7 @@ class SharedRows(Store):
     epoch: str
     hub_revision: int
     _rows: dict[Key, Row]
+    _vault: Vault
     _db: Any
     _seq: int
     _last_stamp: float
@@ -132,8 +138,8 @@ class SharedRows(Store):
                 row.over = together(row.over, {f"{node}/{store}": seq} if store else {})
         for row in self._rows.values():
             row.stamp = row.stamp or row.changed_at
-        for (doc,) in self._db.execute("SELECT doc FROM site_finished ORDER BY n"):
-            known = msgspec.msgpack.decode(doc, type=Finished)
+        for node, store, seq, doc in self._db.execute("SELECT node, store, seq, doc FROM site_finished ORDER BY n"):
+            known = msgspec.msgpack.decode(self._vault.unseal(doc, _place(node, store, seq)), type=Finished)
             self._finished[known.dot] = known
         for origin, text in self._db.execute("SELECT * FROM site_horizons"):
             self._horizons[origin] = msgspec.json.decode(text, type=Horizon)
@@ -153,7 +159,8 @@ class SharedRows(Store):
         for known in self._new_finished:
             self._db.execute(
                 "INSERT INTO site_finished(node, store, seq, doc) VALUES(?,?,?,?)",
-                (*known.dot, msgspec.msgpack.encode(known)),
+                # what the hub holds since may be a Secret
+                (*known.dot, self._vault.seal(msgspec.msgpack.encode(known), _place(*known.dot))),
             )
         if self._new_finished:
             self._db.execute(

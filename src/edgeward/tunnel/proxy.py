@@ -148,13 +148,20 @@ class Proxy:
             return None
         return self.tickets.open(parts[5][1:], parts[2], where)
 
+    def _asker(self, request: Request) -> tuple[Principal, str]:
+        """Who asks for which node: who may not use any tunnel to it is told so, whatever else was wrong."""
+        who, node = principal(request), request.path_params["name"]
+        if not self._tunnels.may_at_all(who, node):
+            raise who.refusal(self._tunnels.ask(node))
+        return who, node
+
     @described(
         "A link for a browser to a page behind a node, good for an hour",
         query={"port": ("string", "80, or 192.168.1.20:80 for a machine behind the node")},
     )
     async def link(self, request: Request) -> Response:
         only(request, "port")
-        who, node = principal(request), request.path_params["name"]
+        who, node = self._asker(request)
         where = parse_where(request.query_params.get("port", ""))
         await self._tunnels.permit(who, node, _passage(where), _source(request))
         self._store.get(Key("Node", CLUSTER, node))
@@ -169,7 +176,7 @@ class Proxy:
 
     @described("A page behind a node: the device's own answer", media="*/*")
     async def serve(self, request: Request) -> Response:
-        who, node = principal(request), request.path_params["name"]
+        who, node = self._asker(request)
         where = parse_where(request.path_params["where"])
         place, target = _place(request.scope, node, where)
         headers: Headers = [(k.lower(), v) for k, v in request.scope["headers"]]
