@@ -20,7 +20,7 @@ from edgeward.agent.replica import Replica
 from edgeward.agent.standing import Standing
 from edgeward.core import clock
 from edgeward.core.errors import Unreachable
-from edgeward.core.resource import Resource, decode, to_stored
+from edgeward.core.resource import CLUSTER, Key, Resource, decode, to_stored
 from edgeward.nodes.mesh_wire import PeerInfo
 from edgeward.nodes.wire import HubObject
 from edgeward.workloads.edge import AppsEdge
@@ -206,6 +206,21 @@ def test_what_goes_on_since_the_run_before_has_its_time_and_no_more(tmp_path: Pa
     box.running = {"once"}
     assert box.wanted() == {"once", "any"}, "the run before had a majority to its end"
     assert box.standing.verdicts.alone() == 0.0
+
+
+def test_of_a_node_that_was_deleted_nothing_is_remembered(tmp_path: Path) -> None:
+    box = Box(tmp_path, NoMesh())
+    vote(box, "b")
+    verdicts = box.standing.verdicts
+    box.standing._told["b"] = "dead"
+    shown = lambda: box.replica.get(Key("Node", CLUSTER, "b")).status.get("verdict")  # noqa: E731
+    assert shown()
+    assert {"b", "c"} <= verdicts._since.keys()
+    verdicts._names = lambda: ["c"]
+    verdicts._members(clock.monotonic())
+    assert "c" in verdicts._since
+    assert "b" not in {**verdicts._since, **verdicts.verdicts, **box.standing._told}
+    assert shown() is None, "a new box of that name has no verdict yet"
 
 
 def test_after_a_power_cut_it_waits_for_the_others(tmp_path: Path) -> None:

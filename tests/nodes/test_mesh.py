@@ -369,6 +369,9 @@ def test_a_liar_with_a_good_certificate_is_nobody_else(tmp_path: Path) -> None:
         async with site.running():
             await site.linked()
             assert await c.ask("b", "echo") == b"c"
+            assert set(b._requests._served) == {"c"}
+            c._requests.drop("b")
+            await until(lambda: not b._requests._served)  # nothing is left of who has gone
             # c says that it is a, by its own certificate and key
             identity = c._identity
             print_ = c._present_papers()

@@ -188,6 +188,8 @@ class Standing:
             status = self.verdicts.status(name)
             self._replica.put_beside(Key("Node", CLUSTER, name), status)
             state = str(status.get("verdict", ""))
+            if not state:  # it is no node of the site any more: whoever gets its name is another
+                self._told.pop(name, None)
             if state and state != self._told.get(name, "healthy"):
                 self._tell(name, state, status["evidence"])
         self._speak()

@@ -193,6 +193,8 @@ class Requests:
                 await self._answers(peer, line)
             finally:
                 served.discard(line)
+                if not served and self._served.get(peer) is served:
+                    del self._served[peer]
         except (OSError, ssl.SSLError, TimeoutError, asyncio.IncompleteReadError) as e:
             log.debug("a connection from %s ended: %s", host, e)
         except (EdgewardError, ValueError, msgspec.MsgspecError) as e:

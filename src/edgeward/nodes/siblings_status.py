@@ -74,7 +74,6 @@ class Statuses:
         #: The count at which each object was last told of anew, gone ones too.
         self._at: dict[Key, int] = {}
         self._held: dict[str, _Held] = {}
-        self._wanted: dict[str, tuple[int, int]] = {}
         self.asks: Loop[str] = Loop("site statuses", self._ask, backoff=(0.5, 10.0), timeout=_TIMEOUT * 2)
         mesh.serve(VERB, self._asked)
 
@@ -123,7 +122,6 @@ class Statuses:
         held = self._held.setdefault(node, _Held())
         held.heard = max(held.heard, at)
         if told[0] and told != (held.run, held.upto):
-            self._wanted[node] = told
             self.asks.add(node)
 
     def forget(self, node: str) -> None:

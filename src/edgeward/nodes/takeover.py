@@ -200,6 +200,8 @@ class Takeover:
         return found
 
     def forget(self, node: str) -> None:
+        if (lock := self._pushing.get(node)) is not None and not lock.locked():
+            del self._pushing[node]
         self._in_doubt = {k: doubt for k, doubt in self._in_doubt.items() if k[0] != node}
 
     def _revision(self, key: Key) -> int:

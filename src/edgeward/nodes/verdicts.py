@@ -216,6 +216,7 @@ class Verdicts:
             self.council.checked(name, self._probes.works(name, name in present))
         for name in self.verdicts.keys() - {self._mesh.node, *names}:
             del self.verdicts[name]
+            self._since.pop(name, None)
             self._changed({name})
 
     def _watch_link(self, now: float) -> None:

@@ -461,7 +461,7 @@ class Council:
         if self.quorum:
             alive = {name for name, v in found.items() if v.state in (HEALTHY, WAN_CUT)}
             self.gone = (self.gone | {name for name, v in found.items() if v.state == DEAD}) - alive
-        self._shown = found
+        self._shown = dict(found)  # who leaves the site leaves this one; whoever asked has to see that himself
         return found
 
     def _judge(self, name: str, lost: tuple[str, ...], parted: set[int], now: float) -> Verdict:
