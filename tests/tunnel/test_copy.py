@@ -211,6 +211,16 @@ async def test_a_tampered_giver_leads_nowhere(tmp_path: Path, entry: Entry) -> N
     assert not (tmp_path / "t").exists()
 
 
+async def test_a_giver_does_not_fill_the_memory_with_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "NAMES_MOST", 10_000)
+    few, many = ([Entry([f"{n:0200}"], "folder", 0o755) for n in range(count)] for count in (40, 60))
+    await hostile(Entry([], "folder", 0o755), *few, Listed(41), target=tmp_path / "few")
+    assert len(list((tmp_path / "few").iterdir())) == 40
+    with pytest.raises(Refused, match="names"):
+        await hostile(Entry([], "folder", 0o755), *many, Listed(61), target=tmp_path / "many")
+    assert not (tmp_path / "many").exists()
+
+
 async def test_a_link_that_is_there_is_not_followed_below_the_target(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

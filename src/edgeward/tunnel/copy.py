@@ -147,10 +147,14 @@ async def take(stream: Stream, taker: Taker, hand: Hand, progress: Progress = _s
     wire, result = _Wire(stream), Result()
     entries: list[Entry] = []
     seen: dict[tuple[str, ...], str] = {}
+    room = copying.NAMES_MOST
     while not isinstance(said := await wire.next(), Listed):
         if not isinstance(said, Entry):
             raise copying.broken("an entry was expected")
         copying.check_entry(said, seen)
+        room -= copying.size_of(said)
+        if room < 0:
+            raise Refused("the names of what is copied are too many and too long", remedy="copy an archive of them")
         entries.append(said)
     if said.count != len(entries) or not entries:
         raise copying.broken("entries are missing")

@@ -19,6 +19,8 @@ from edgeward.core.errors import EdgewardError, Invalid, Refused
 MOST = 256 * 1024
 #: Entries of one copy; a file system with more is not copied by hand.
 ENTRIES_MOST = 200_000
+#: Bytes of all their names, which the taker holds in memory: of a small box, and by a stranger's word.
+NAMES_MOST = 64 << 20
 DEPTH_MOST = 64
 _HEAD = struct.Struct(">cI")
 #: A message, and bytes of the file that began last.
@@ -150,6 +152,11 @@ def check_parts(parts: list[str]) -> None:
             or len(part.encode(errors="surrogateescape")) > 255
         ):
             raise Refused(f"{part[:80]!r} is no name of a file", remedy="the other side may have been tampered with")
+
+
+def size_of(entry: Entry) -> int:
+    """Bytes of its names, and something for each."""
+    return sum(len(p) + 8 for p in entry.parts) + len(entry.target)
 
 
 def check_entry(entry: Entry, seen: dict[tuple[str, ...], str]) -> None:
