@@ -71,6 +71,8 @@ def test_what_the_roles_need() -> None:
     # apps outlive their agent; a hub takes its children along
     assert values(hub, "KillMode") == ["mixed"]
     assert values(agent, "KillMode") == ["process"]
+    # which runs whatever release of the agent has proven itself
+    assert " -m edgeward.agent.launcher --data " in values(agent, "ExecStart")[0]
     assert values(hub, "AmbientCapabilities") == ["CAP_NET_BIND_SERVICE"]
     assert values(unit(wanted("hub", user="edge")), "CapabilityBoundingSet") == [""]
     for text in (hub, agent):

@@ -22,15 +22,16 @@ log = logging.getLogger("edgeward.agent")
 
 
 class Changes:
-    """``exports``: applies the declared Exports; ``closing``: what keeps Services closed."""
+    """``exports``: applies the declared Exports; ``closing``: what keeps Services closed; ``release``: looks
+    which release of the agent is to run."""
 
     def __init__(
         self, replica: Replica, *, desired: Desired, apps: AppsEdge, plane: Keeper, link: NodeEdge, closing: Closing,
-        exports: Callable[[], Awaitable[None]],
+        exports: Callable[[], Awaitable[None]], release: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._desired, self._closing = desired, closing
         self._replica, self._apps, self._plane, self._link = replica, apps, plane, link
-        self._exports = exports
+        self._exports, self._release = exports, release
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -48,10 +49,12 @@ class Changes:
         key = change.key
         if self._replica.local_change(key) or change.resource is None:
             self._link.wake_push()
-        if key.kind in ("App", "Function", "Rollout") and self._replica.find(key) is None:
+        if key.kind in ("App", "Function", "Release", "Rollout") and self._replica.find(key) is None:
             self._desired.deleted(key)
         if key.kind in ("Site", "Node", "Service", "App"):
             self._closing.poke()
+        if key.kind == "Rollout" or (key.kind in ("Release", "Node") and not change.status_only):
+            self._release()
         if change.status_only and key.kind not in ("Service", "Site", "Rollout"):
             return
         if key.kind in (

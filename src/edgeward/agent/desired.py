@@ -110,6 +110,14 @@ class Desired:
         quota = found.spec.quota if found is not None else None
         return float(quota.messages or 0) if quota is not None else 0.0
 
+    def release(self) -> Resource | None:
+        """The Release that is declared for this node: of several the first by name."""
+        return next(iter(sorted(self._placed("Release"), key=lambda r: r.metadata.name)), None)
+
+    def governed(self, declared: Resource) -> Resource | None:
+        """The version of it that a Rollout has let this node on to; None: none yet."""
+        return self._rolling.of(declared)
+
     def functions(self) -> list[Resource]:
         """The Functions that are to be called on this node."""
         return [f for one in self._functions() if (f := self._rolling.of(one)) is not None]

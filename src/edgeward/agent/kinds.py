@@ -7,6 +7,7 @@ import importlib
 _ROOMS = (
     "edgeward.core.kinds",
     "edgeward.nodes.spec",
+    "edgeward.nodes.release_spec",
     "edgeward.workloads.spec",
     "edgeward.workloads.rollout_spec",
     "edgeward.streams.spec",

@@ -26,6 +26,7 @@ from edgeward.agent.closing import Closing
 from edgeward.agent.desired import Desired
 from edgeward.agent.doors import GatewayRoutes
 from edgeward.agent.holding import Holding
+from edgeward.agent.installing import look
 from edgeward.agent.keeper import Keeper
 from edgeward.agent.kinds import load
 from edgeward.agent.listen import Listener, address_of, needs_token
@@ -38,6 +39,7 @@ from edgeward.agent.sitewide import Sitewide
 from edgeward.agent.standing import Standing
 from edgeward.agent.timekeeping import Timekeeper
 from edgeward.agent.tunnel import tunnel_of
+from edgeward.agent.updating import Updating
 from edgeward.core import clock, daemon
 from edgeward.core.api import build_app
 from edgeward.core.audit import Audit
@@ -277,8 +279,16 @@ class Agent:
         )  # fmt: skip
         self.changes = Changes(
             self.replica, desired=self.desired, apps=self.apps, plane=self.plane, link=self.link, closing=self.closing,
-            exports=self._apply_exports,
+            exports=self._apply_exports, release=lambda: self.updating.poke(),  # noqa: PLW0108 - it is made later
         )  # fmt: skip
+        self.updating = Updating(
+            data, self.desired, self.blobs,
+            report=self.reports.status, event=self.reports.event,
+            online=lambda: self.link.online, end=self._end,
+        )  # fmt: skip
+        self._stop: asyncio.Event | None = None
+        #: Another release of the agent follows this one, and adopts all that runs.
+        self._updates = False
         self.tunnel, self.own_tunnels = tunnel_of(
             self.node, self.identity, self._doors, config.get("tunnel"),
             data=data, store=self.replica, audit=self.audit, places=self.apps.inside,
@@ -293,6 +303,7 @@ class Agent:
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def run(self, stop: asyncio.Event) -> int:
+        self._stop = stop
         self.app = app = self._api(self._who)
         self.api_socket.unlink(missing_ok=True)
         old_umask = os.umask(0o177)  # the socket is for the owner only; uvicorn would make it for everybody
@@ -312,7 +323,7 @@ class Agent:
                     self.changes.run,
                 ]
                 works += [self._messages, self._token_uses, self._anchor, self.stock.run, self.orders.run]
-                works += [self.closing.run, self.own_tunnels.run, self.proxy.run]
+                works += [self.closing.run, self.own_tunnels.run, self.proxy.run, self.updating.run]
                 if (listener := self.listener) is not None:
                     open_api = self._api(self._bearer)
                     works.append(lambda: listener.run(open_api))
@@ -320,11 +331,12 @@ class Agent:
         finally:
             os.umask(old_umask)
             self._ready = False
-            await self.apps.shutdown(leave=not self.stop_apps)
+            ends = self.stop_apps and not self._updates
+            await self.apps.shutdown(leave=not ends)
             await self.link.flush()
             if self.bus is not None:
                 await self.bus.close()
-            if self.stop_apps:
+            if ends:
                 await self.plane.stop()
                 await self.closing.stop()
                 if self.broker.server is not None:
@@ -332,6 +344,12 @@ class Agent:
             self.run_file.remove()
             self.api_socket.unlink(missing_ok=True)
         return 0
+
+    def _end(self) -> None:
+        """Another release of the agent is to go on."""
+        self._updates = True
+        if self._stop is not None:
+            self._stop.set()
 
     def _api(self, auth: Auth) -> Gate:
         app = build_app(
@@ -501,6 +519,7 @@ class Agent:
         nats = self.broker.server
         self.run_file.write(
             ready=self._ready,
+            online=self.link.online,
             nats=nats.pid if nats else None,
             api=str(self.api_socket),
             api_url=(self.listener.url or None) if self.listener is not None else None,
@@ -539,7 +558,10 @@ class Agent:
         self.standing.link_changed()
         if online and self.outbox is not None:
             self.outbox.kick()
+        if self._ready:
+            self._say()
         if online:
+            self.updating.poke()
             self.stock.hurry()
             self.apps.hurry()
         self.reports.event(
@@ -560,6 +582,7 @@ class Agent:
                 self.mesh.status(),
                 self.holding.status(),
             )
+            | self.updating.about()
         )
 
     def _neighbours(self) -> list[Known]:
@@ -632,7 +655,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m edgeward.agent", description="Runs one node's agent.")
     parser.add_argument("--data", type=Path, required=True, help="the node's directory")
     parser.add_argument("--die-with-parent", action="store_true", help="stop when the starting process ends")
+    parser.add_argument("--check", action="store_true", help="look whether this release can run there, and end")
     args = parser.parse_args()
+    if args.check:
+        load()
+        look(args.data.absolute())
+        return 0
     if args.die_with_parent:
         daemon.die_with_parent()
     data = args.data.absolute()

@@ -15,6 +15,7 @@ from edgeward.core.registry import Kind, Kinds, kinds
 KIND_MODULES = (
     "edgeward.core.kinds",
     "edgeward.nodes.spec",
+    "edgeward.nodes.release_spec",
     "edgeward.workloads.spec",
     "edgeward.workloads.rollout_spec",
     "edgeward.streams.spec",

@@ -60,6 +60,7 @@ COMMANDS: dict[str, Row] = {
     "rollout": Row(
         f"{_CLI}.rollout:app", _RES, "How new versions go from group to group: status, approve.", group=True
     ),
+    "release": Row(f"{_CLI}.release:app", _FLEET, "Releases of the agent: create.", group=True),
     "site": Row(f"{_CLI}.site:app", _RES, "Whether a site takes the hub's changes: hold, release.", group=True),
     "scale": Row(f"{_CLI}.apps:scale", _RES, "How many instances an App has."),
     "app": Row(f"{_CLI}.apps:app", _RES, "An App's versions, and the way back.", group=True),

@@ -82,7 +82,7 @@ def unit(w: Wanted) -> str:
         "",
         "[Service]",
         "Type=exec",
-        f"ExecStart={quoted(w.python)} -m edgeward.{w.role} --data {quoted(w.data)}",
+        f"ExecStart={quoted(w.python)} -m edgeward.{w.role if hub else 'agent.launcher'} --data {quoted(w.data)}",
         "Restart=always",
         "RestartSec=1",
         "TimeoutStopSec=30",

@@ -83,12 +83,12 @@ class Bundles:
         me = self._store.find(Key("Node", CLUSTER, node))
         if me is None or self._revoked(node):
             raise Refused("is not known here, or revoked", resource=f"Node/{node}")
-        found = [r for kind in ("Function", "App") for r in self._store.items(kind, namespace)]
+        found = [r for kind in ("Function", "App", "Release") for r in self._store.items(kind, namespace)]
         if any(takes(r, me) for r in found):  # asked for each piece of a blob: not the whole fleet for the usual case
             return
         site = [n for n in self._store.items("Node") if n.spec.site == me.spec.site]
         if not any(takes(r, n) for r in found for n in site):
-            raise Refused(f"has no function and no app of namespace {namespace!r}", resource=f"Node/{node}")
+            raise Refused(f"has no function, no app and no Release of namespace {namespace!r}", resource=f"Node/{node}")
 
     async def _blob(self, msg: Msg) -> bytes:
         try:
@@ -196,7 +196,7 @@ class Bundles:
         """Digests that Apps name, what is said of them for single sites or by Overrides, and what is being rolled out:
         archives of images among them."""
         found: set[tuple[str, str]] = set()
-        for kind in ("App", "Override", "Rollout"):
+        for kind in ("App", "Override", "Release", "Rollout"):
             for r in self._store.items(kind):
                 namespace = r.spec.target.namespace if kind == "Override" else r.metadata.namespace
                 said = r.status if kind == "Rollout" else r.spec

@@ -12,6 +12,7 @@ from edgeward.core.resource import Resource
 _ROOMS = (
     "edgeward.core.kinds",
     "edgeward.nodes.spec",
+    "edgeward.nodes.release_spec",
     "edgeward.workloads.spec",
     "edgeward.workloads.rollout_spec",
     "edgeward.streams.spec",
@@ -34,10 +35,15 @@ def load() -> None:
         extensions.add("fold", "App", fold)
         extensions.add("fold", "Service", fold_service)
         extensions.add("fold", "Function", fold_function)
+        extensions.add("fold", "Release", lambda *given: _but(fold_function(*given), "instances"))
         extensions.add("fold", "Export", fold_export)
         extensions.add("fold", "AccessToken", fold_token)
         extensions.add("fold", "Route", fold_route)
         extensions.add("fold", "Listener", fold_route)
+
+
+def _but(status: dict[str, Any], name: str) -> dict[str, Any]:
+    return {k: v for k, v in status.items() if k != name}
 
 
 def fold_by_node(resource: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -69,9 +69,11 @@ def verdict(node: str, targets: list[Target], handled: list[Handled]) -> tuple[s
 
 
 def has_all(node: str, targets: list[Target]) -> bool:
-    """Whether a node has fetched what it needs of everything; of an App that is a process there is nothing to fetch."""
+    """Whether a node has fetched what it needs of everything; of an App that is a process there is nothing to fetch,
+    and a release of the agent is fetched when it may run."""
     return all(
-        (t.kind == "App" and not t.parts.get("container"))
+        t.kind == "Release"
+        or (t.kind == "App" and not t.parts.get("container"))
         or node not in t.expected
         or node in t.fetched
         or _generation(t.reports.get(node) or {}) == t.generation

@@ -1,4 +1,4 @@
-"""Kind Rollout: how new versions of Apps and Functions go from group to group. Pure.
+"""Kind Rollout: how new versions of Apps, Functions and the agent go from group to group. Pure.
 
 It is a policy, no order: each change of a target's version is a run of its own. What a run does is decided in
 ``rollout.py``, what a node runs meanwhile in ``release.py``.
@@ -30,7 +30,7 @@ _TIME = r"^([01][0-9]|2[0-3]):[0-5][0-9]$(?!\n)"
 class RolloutTarget(Declared):
     """What it moves."""
 
-    kind: Annotated[Literal["App", "Function"], Meta(description="Its kind")]
+    kind: Annotated[Literal["App", "Function", "Release"], Meta(description="Its kind")]
     name: Annotated[str, Meta(description="Its name, in the Rollout's namespace", min_length=1, max_length=63)]
 
 
@@ -231,7 +231,7 @@ kinds.add(
         "Rollout",
         "rollouts",
         RolloutSpec,
-        doc="How new versions of Apps and Functions go from group to group, and back when they are bad.",
+        doc="How new versions of Apps, Functions and the agent go from group to group, and back when they are bad.",
         scope="follows",
         level=2,
         reported=True,
