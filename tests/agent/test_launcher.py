@@ -47,8 +47,8 @@ class Box:
         )
         program.chmod(0o755)
 
-    def start(self) -> None:
-        argv = [sys.executable, "-m", "edgeward.agent.launcher", "--data", str(self.data)]
+    def start(self, *more: str) -> None:
+        argv = [sys.executable, "-m", "edgeward.agent.launcher", "--data", str(self.data), *more]
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
 
     def kill(self, sig: int = signal.SIGKILL) -> None:
@@ -155,6 +155,19 @@ def test_the_power_goes_in_the_middle(box: Box) -> None:
         stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False,
     )  # fmt: skip
     assert second.returncode == 1
+
+
+def test_a_supervisor_sees_what_ends(box: Box) -> None:
+    box.release(BAD, "sys.exit(3)")
+    box.start("--supervised")
+    box.wait("the old one", lambda: box.runs(OLD))
+    # a trial and the way back from it are the launcher's own
+    box.order("1", BAD)
+    box.wait("back", lambda: box.state.get("failed") == "1" and box.runs(OLD))
+    assert box.process is not None
+    assert box.process.poll() is None
+    os.kill(box.read("run.json")["pid"], signal.SIGKILL)
+    assert box.process.wait(60) == 128 + signal.SIGKILL
 
 
 def test_state_that_cannot_be_read_and_a_release_that_is_gone(box: Box) -> None:

@@ -59,14 +59,18 @@ def say(text: str) -> None:
 
 
 class Launcher:
-    """One node's launcher; :meth:`run` until SIGTERM or SIGINT."""
+    """One node's launcher; :meth:`run` until SIGTERM or SIGINT. ``supervised``: who started it starts it again, and is
+    to see when a release that is not on trial ends."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, supervised: bool = False) -> None:
+        self._supervised = supervised
         self.data, self.releases = data, data / "releases"
         self._state_file, self._order_file = self.releases / "state.json", self.releases / "order.json"
         #: A plain word: what waits by locks must not be woken from a signal's handler.
         self._stop = False
         self._child: subprocess.Popen[bytes] | None = None
+        #: How the last one ended.
+        self._status = 1
         self.state: State = state_of(read(self._state_file))
 
     def stop(self, *_: Any) -> None:
@@ -113,6 +117,8 @@ class Launcher:
             self._watch()
             order = order_of(read(self._order_file))
             if not self._stop and (order is None or order.id == self.state.obeyed):
+                if self._supervised and state.trying is None:
+                    return self._status
                 time.sleep(_PAUSE)  # the pace of starting
         return 0
 
@@ -140,10 +146,10 @@ class Launcher:
         if order is not None and not self._try(child, order):
             self._end(child)
         child.wait()
-        self._child = None
+        self._child, code = None, child.returncode
+        self._status = code if code >= 0 else 128 - code
         if self.state.trying is None:
             return
-        code = child.returncode
         how = f"it ended with status {code}" if code >= 0 else f"it was ended by signal {-code}"
         self._save(stopped_by_hand(self.state) if self._stop else ended(self.state, how))
 
@@ -196,14 +202,16 @@ class Launcher:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m edgeward.agent.launcher", description="Runs one node's agent.")
     parser.add_argument("--data", type=Path, required=True, help="the node's directory")
-    data = parser.parse_args().data.absolute()
+    parser.add_argument("--supervised", action="store_true", help="end with an agent that ends and is not on trial")
+    args = parser.parse_args()
+    data = args.data.absolute()
     fd = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         say(f"another launcher runs in {data}")
         return 1
-    launcher = Launcher(data)
+    launcher = Launcher(data, args.supervised)
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, launcher.stop)
     signal.signal(signal.SIGALRM, launcher.kill)

@@ -82,7 +82,8 @@ def unit(w: Wanted) -> str:
         "",
         "[Service]",
         "Type=exec",
-        f"ExecStart={quoted(w.python)} -m edgeward.{w.role if hub else 'agent.launcher'} --data {quoted(w.data)}",
+        f"ExecStart={quoted(w.python)} -m edgeward.{'hub' if hub else 'agent.launcher'} --data {quoted(w.data)}"
+        + ("" if hub else " --supervised"),
         "Restart=always",
         "RestartSec=1",
         "TimeoutStopSec=30",
