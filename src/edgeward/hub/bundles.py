@@ -88,7 +88,7 @@ class Bundles:
             return
         site = [n for n in self._store.items("Node") if n.spec.site == me.spec.site]
         if not any(takes(r, n) for r in found for n in site):
-            raise Refused(f"has no function, no app and no Release of namespace {namespace!r}", resource=f"Node/{node}")
+            raise Refused(f"has no function and no app of namespace {namespace!r}", resource=f"Node/{node}")
 
     async def _blob(self, msg: Msg) -> bytes:
         try:
