@@ -96,23 +96,23 @@ def test_words_questions_and_pieces(tmp_path: Path) -> None:
             assert ears[0].how[0].epoch == a.epoch
             # to chosen ones only
             assert a.say("t", b"for c", ["c", "nobody"]) == 1
-            assert await a.ask("b", "echo", b"x") == b"a:x"
+            assert await a.ask("b", "echo", b"x", 60) == b"a:x"
             big = os.urandom(MOST - 10)
             assert await c.ask("b", "echo", big, timeout=60) == b"c:" + big
             with pytest.raises(Conflict) as caught:
-                await a.ask("b", "refuse")
+                await a.ask("b", "refuse", timeout=60)
             assert caught.value.resource == "App/default/web"
             with pytest.raises(EdgewardError) as failed:
-                await a.ask("b", "bug")
+                await a.ask("b", "bug", timeout=60)
             assert "secret" not in str(failed.value)
             with pytest.raises(Refused):
-                await a.ask("b", "nothing")
+                await a.ask("b", "nothing", timeout=60)
             with pytest.raises(EdgewardError):
                 await a.ask("b", "echo", b"x" * (MOST + 1))
-            pieces = [p async for p in a.stream("b", "count", b"50")]
+            pieces = [p async for p in a.stream("b", "count", b"50", 60)]
             assert pieces == [str(n).encode() * 1000 for n in range(50)]
             # one that is given up takes nothing with it
-            stream = a.stream("b", "count", b"100000")
+            stream = a.stream("b", "count", b"100000", 60)
             async for _ in stream:
                 break
             await stream.aclose()  # type: ignore[attr-defined]
@@ -216,6 +216,7 @@ def test_what_was_captured_counts_at_nobody(tmp_path: Path) -> None:
             await site.linked()
             assert a.peers()["b"].address == at_b.place
             await said(a, ear, b"open the valve")
+            await said(a, ear, b"that was all")  # it was said more than once, maybe
             captured = list(at_b.kept)
             assert any(sealed(d) for d in captured) and any(shown(d) for d in captured)
             assert not any(b"valve" in d for d in captured), "nothing can be read on the way"
@@ -226,11 +227,11 @@ def test_what_was_captured_counts_at_nobody(tmp_path: Path) -> None:
                 for data in captured:
                     at_a.transport.sendto(data, place(site.meshes["b"]))
                 await until(lambda: sum(site.meshes["b"].counters.values()) > before)
-                await asyncio.sleep(0.05)  # the rest of them
 
             await replay()
+            await said(a, ear, b"behind them")  # by the same way, so they were all looked at
             assert b.counters["replayed"] > 0
-            assert len(ear.got) == heard
+            assert {d for _, d in ear.got[heard:]} <= {b"behind them", b"that was all"}
             # changed on the way
             forged = bytearray(next(d for d in reversed(captured) if sealed(d)))
             forged[-1] ^= 1
@@ -300,7 +301,7 @@ def test_revoked_is_out_at_once_and_its_connections_end(tmp_path: Path) -> None:
                 await anext(stream)
             with pytest.raises(Unreachable):
                 await a.ask("b", "drip", timeout=10)
-            assert b.counters["refused"] >= 1
+            await until(lambda: b.counters["refused"] >= 1)
             assert set(b.peers()) == {"c"}
             assert not b.check("a", b"report", signature)
             before = b.counters["strange"]
@@ -368,7 +369,7 @@ def test_a_liar_with_a_good_certificate_is_nobody_else(tmp_path: Path) -> None:
         b.serve("echo", echo)
         async with site.running():
             await site.linked()
-            assert await c.ask("b", "echo") == b"c"
+            assert await c.ask("b", "echo", timeout=60) == b"c"
             assert set(b._requests._served) == {"c"}
             c._requests.drop("b")
             await until(lambda: not b._requests._served)  # nothing is left of who has gone
@@ -379,8 +380,8 @@ def test_a_liar_with_a_good_certificate_is_nobody_else(tmp_path: Path) -> None:
             c._requests.drop("b")
             before = b.counters["refused"]
             with pytest.raises(Unreachable):
-                await c.ask("b", "echo", timeout=10)
-            assert b.counters["refused"] == before + 1
+                await c.ask("b", "echo", timeout=60)
+            await until(lambda: b.counters["refused"] == before + 1)
             # the box that had the name before: its certificate is of the CA, and for that name
             old = enrol(site.hub, tmp_path / "old", "a")
             papers = Papers(old, "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from edgeward.core.proc import find_by_env
 from edgeward.core.resource import decode
 from edgeward.hub.kinds import load
 from edgeward.lab import namespaces
@@ -34,6 +36,18 @@ WEB: list[dict[str, Any]] = [
     {"kind": "Service", "metadata": {"name": "web"}, "spec": {"app": "web", "port": "http"}},
     {"kind": "Route", "metadata": {"name": "web"}, "spec": {"path": "/", "to": {"service": "web"}}},
 ]
+
+#: What must never run twice, at each node; nobody is alone for as long as it may be.
+ONCE: dict[str, Any] = {
+    "kind": "App",
+    "metadata": {"name": "once"},
+    "spec": {
+        "placement": {"site": "plant"},
+        "process": {"command": ["sleep", "1000"]},
+        "replicas": 3,
+        "disconnect": {"stopAfter": "900s"},
+    },
+}
 
 
 def states(system: Any, node: str) -> dict[str, str]:
@@ -89,7 +103,7 @@ def test_a_site_judges_its_nodes(systems: Callable[..., Any], tmp_path: Path) ->
     lab = systems("lab", "lab", "up", "-f", str(file), "--backing", "namespaces")
     lab.apply(SITE)
     say(lab, NODES, _1="healthy", _2="healthy", _3="healthy")
-    lab.apply(WEB, "--wait")
+    lab.apply([*WEB, ONCE], "--wait")
     (home,) = lab.wait("it runs", lambda: homes(lab))
     stays = settled_at(lab, home)
     rest = tuple(n for n in NODES if n != home)
@@ -119,9 +133,28 @@ def test_a_site_judges_its_nodes(systems: Callable[..., Any], tmp_path: Path) ->
     lab.wait("counted where it runs now", lambda: homes(lab) == {heir})
     lab.wait("the Service answers at both", lambda: all(answers(lab, n) for n in rest))
     lab.wait("it is told", lambda: any(e["resource"] == f"Node/{home}" for e in told(lab, "NodeDead")))
+    # switched on while it hears nobody, it runs what it ran, but for what must not run twice
+    lab.run("lab", "partition", "plant", f"{home}/{','.join(rest)}")
+    lab.run("lab", "start", home)
+    lab.wait("it runs again", lambda: answers(lab, home) and states(lab, home)[home] == "unknown")
+    lab.wait("it says so", lambda: homes(lab, home) == {home} and home not in homes(lab, home, app="once"))
+    assert not sleepers(lab, home) and sleepers(lab, rest[0])
+
     # what scripts read
     shown = {i["metadata"]["name"]: i["status"] for i in lab.get("nodes", "--at", rest[0])["items"]}
     assert (shown[home]["verdict"], set(shown[home]["evidence"]["lost"])) == ("dead", set(rest))
+    lab.run("lab", "heal", "plant")
+    lab.wait("a majority is with it", lambda: homes(lab, home, app="once") == set(NODES))
+
+
+def sleepers(system: Any, node: str) -> list[int]:
+    """The processes of the App that must not run twice."""
+    found = []
+    for process in find_by_env("EDGEWARD_DATA", str(system.data / "nodes" / node)):
+        with contextlib.suppress(OSError):  # it has ended
+            if Path(f"/proc/{process.pid}/cmdline").read_bytes() == b"sleep\x001000\x00":
+                found.append(process.pid)
+    return found
 
 
 def told(system: Any, reason: str) -> list[dict[str, Any]]:
