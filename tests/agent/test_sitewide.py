@@ -11,9 +11,9 @@ from tests.agent.test_desired import app, doc, replica
 from edgeward.agent.desired import Desired
 from edgeward.agent.sitewide import Sitewide
 from edgeward.core import clock
-from edgeward.core.resource import Key
+from edgeward.core.resource import Key, to_stored
 from edgeward.nodes.siblings_status import Statuses, Told
-from edgeward.nodes.wire import Status
+from edgeward.nodes.wire import HubObject, Status
 
 WEB, SERVICE = Key("App", "default", "web"), Key("Service", "default", "web")
 
@@ -76,6 +76,16 @@ def test_apps_and_services_of_the_whole_site(tmp_path: Path) -> None:
     assert at() == {("10.0.0.1", 1), ("10.0.0.1", 2)}, "its own word stands for it"
     nodes = [(e["node"], e["port"]) for e in r.get(SERVICE).status["endpoints"]]
     assert nodes == [("plant-1", 1), ("plant-2", 2), ("shop-1", 8)]
+
+    # what the hub says of other sites' is heard, though what is shown here stands over it
+    heard: list[Key] = []
+    r.listen(lambda change: heard.append(change.key))
+    more = [*hubs, {"node": "shop-2", "site": "shop", "address": "10.0.9.2", "port": 9}]
+    said = HubObject("Service", "default", "web", 101, to_stored(service), {"endpoints": more})
+    r.apply_sync([said], revision=101, epoch="e", full=False)
+    assert heard == [SERVICE]
+    site.service(SERVICE)
+    assert [e["node"] for e in r.get(SERVICE).status["endpoints"]] == ["plant-1", "plant-2", "shop-1", "shop-2"]
 
     # it falls silent, and says nothing of the App any more when it comes back
     held.heard -= 3600

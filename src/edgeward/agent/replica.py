@@ -266,7 +266,7 @@ class Replica(SharedRows):
             if resource is None and old is None:
                 continue
             if resource is not None and old is not None and same_desired(resource, old.resource):
-                if resource.status == old.resource.status:
+                if resource.status == old.resource.status and not self._under(key, row, before[key]):
                     continue
                 revision += 1
                 if row:
@@ -300,6 +300,12 @@ class Replica(SharedRows):
         self._saved_shared()
         for rev, key, resource, status_only in moved:
             self._changed(rev, key, resource, status_only=status_only)
+
+    def _under(self, key: Key, row: Row | None, was: Row | None) -> bool:
+        """Whether the hub says something new where something else stands over it: who put that there must hear it."""
+        if key not in self._beside or row is None or was is None:
+            return False
+        return row.hub_status != was.hub_status
 
     def _touch(self, before: dict[Key, Row | None], key: Key) -> Row:
         row = self._rows.get(key)
