@@ -162,6 +162,29 @@ def test_reports_become_the_status_of_app_service_and_node(tmp_path: Path) -> No
     asyncio.run(body())
 
 
+def test_what_was_folded_while_its_node_was_not_shown_online_yet_is_folded_again(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path) as f:
+            a = await f.store.put(app("web", "plant"))
+            await f.ask("plant-1", "beat", BeatAsk(1, "run"), BeatAnswer)
+            status = {"phase": "Running", "instances": [{"phase": "Running"}], "version": "v1"}
+            await f.ask("plant-1", "report", ReportAsk([Status("App", "default", "web", status)], True), Ok)
+
+            def stale() -> list[bool]:
+                return ["stale" in i for i in f.store.get(a.key).status.get("instances", [])]
+
+            await until(lambda: stale() == [False])
+            await f.nodes._node_status.settled()
+            node = Key("Node", CLUSTER, "plant-1")
+            await f.store.put_status(node, {**f.store.get(node).status, "online": False})
+            f.nodes._fold.add(a.key)  # its link came up, and this was quicker than the node's own status
+            await until(lambda: stale() == [True])
+            f.nodes._node_status.add("plant-1")
+            await until(lambda: stale() == [False])
+
+    asyncio.run(body())
+
+
 def test_a_change_pokes_the_nodes_it_concerns(tmp_path: Path) -> None:
     async def body() -> None:
         async with fleet(tmp_path) as f:

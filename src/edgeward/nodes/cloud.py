@@ -657,20 +657,24 @@ class NodesCloud:
             status = self._status_of(node)
             if status is None:
                 return None
-            was = self._verdict_of(node)
+            verdict, online = self._shown_of(node)
             try:
                 await self._store.put_status(Key("Node", CLUSTER, node), status, checked=True)
-                if was != status.get("verdict"):
+                # what was folded before this was written went by the old one
+                if verdict != status.get("verdict"):
                     for other in self.roster.nodes_at.get(self.roster.site_of.get(node, ""), ()):
                         self._refold(other)
+                elif online != status["online"]:
+                    self._refold(node)
                 return None
             except Conflict:  # made of what was there before somebody else wrote: once more, if we still lead
                 continue
         return _LATER
 
-    def _verdict_of(self, node: str) -> Any:
+    def _shown_of(self, node: str) -> tuple[Any, Any]:
+        """The verdict on a node, and whether it is online, by its status as it stands."""
         found = self._store.find(Key("Node", CLUSTER, node))
-        return found.status.get("verdict") if found is not None else None
+        return (found.status.get("verdict"), found.status.get("online")) if found is not None else (None, None)
 
     def _status_of(self, node: str) -> dict[str, Any] | None:
         """What a node's status should be; None where it is not for this process to say."""
