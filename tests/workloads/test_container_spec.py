@@ -80,7 +80,7 @@ def test_one_runtime() -> None:
     [
         ("nginx", True),
         ("nginx:1.27-alpine", True),
-        ("docker.io/library/nginx@sha256:" + HEX, True),
+        ("registry.example.org/library/nginx@sha256:" + HEX, True),
         ("REG.example:5000/a/b_c.d-e:V1.2@sha256:" + HEX, True),
         ("sha256:" + HEX, True),
         ("localhost/a__b", True),

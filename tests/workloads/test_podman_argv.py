@@ -9,7 +9,7 @@ import pytest
 from edgeward.core.cgroup import Limits
 from edgeward.core.errors import Invalid
 from edgeward.workloads.engine import Mount, Run
-from edgeward.workloads.podman_argv import Facts, environment, full_name, loaded, options, run_argv
+from edgeward.workloads.podman_argv import Facts, environment, loaded, options, run_argv
 
 HOST = Facts(True, True, 2, False, "bridge", {}, ("cpu", "memory", "pids"))
 RUN = Run(
@@ -74,21 +74,6 @@ def test_values_that_a_file_cannot_say() -> None:
             environment({name: "a\nb"})
     with pytest.raises(Invalid, match="holds a zero byte"):
         environment({"A": "\0"})
-
-
-@pytest.mark.parametrize(
-    ("name", "full"),
-    [
-        ("nginx", "docker.io/library/nginx"),
-        ("nginx:1.27", "docker.io/library/nginx:1.27"),
-        ("bitnami/redis", "docker.io/bitnami/redis"),
-        ("ghcr.io/a/b:1", "ghcr.io/a/b:1"),
-        ("localhost/box", "localhost/box"),
-        ("reg:5000/x", "reg:5000/x"),
-    ],
-)
-def test_names_with_their_registry(name: str, full: str) -> None:
-    assert full_name(name) == full
 
 
 def test_what_load_says() -> None:

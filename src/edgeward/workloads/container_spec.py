@@ -108,7 +108,7 @@ def check_container(spec: Container, ports: Collection[str]) -> None:
     """Raises ``Invalid`` for what no engine could run. ``ports``: names of the App's ports."""
     at = "$.spec.container"
     if not spec.image and not spec.archive:
-        raise Invalid("no image is given", field=f"{at}.image", remedy="e.g. image: docker.io/library/nginx:1.27")
+        raise Invalid("no image is given", field=f"{at}.image", remedy="e.g. image: registry.example.org/web:1.2")
     if spec.image and (why := image_problem(spec.image)):
         raise Invalid(why, field=f"{at}.image", remedy="write registry/path:tag or registry/path@sha256:...")
     if spec.archive and not re.fullmatch(DIGEST, spec.archive):

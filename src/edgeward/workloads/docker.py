@@ -30,7 +30,7 @@ from edgeward.core.files import write_atomic
 from edgeward.workloads.docker_http import call, opened
 from edgeward.workloads.engine import INSTANCE_LABEL, NODE_LABEL, Image, Run
 from edgeward.workloads.podman import facts
-from edgeward.workloads.podman_argv import full_name, loaded
+from edgeward.workloads.podman_argv import loaded
 
 log = logging.getLogger("edgeward.containers")
 
@@ -80,7 +80,7 @@ class Docker:
         return Image(str(doc["Id"]).removeprefix("sha256:"), digests, tuple(doc.get("RepoTags") or ()))
 
     async def pull(self, ref: str) -> None:
-        name, at, digest = full_name(ref).partition("@")
+        name, at, digest = ref.partition("@")
         place, colon, tag = name.rpartition(":")
         if not colon or "/" in tag:  # the colon was a port's
             place, tag = name, "latest"

@@ -171,7 +171,7 @@ class Podman:
             raise EdgewardError(f"podman's answer is not understood: {e}") from None
 
     async def pull(self, ref: str) -> None:
-        await self._ask("pull", "--quiet", "--", podman_argv.full_name(ref), timeout=_LONG)
+        await self._ask("pull", "--quiet", "--", ref, timeout=_LONG)
 
     async def load(self, file: Path) -> list[str]:
         return podman_argv.loaded(await self._ask("load", "--quiet", "--input", str(file), timeout=_LONG))

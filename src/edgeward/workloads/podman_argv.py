@@ -125,11 +125,3 @@ def loaded(said: str) -> list[str]:
         if colon and head in ("Loaded image", "Loaded image(s)"):
             found += [name.strip() for name in rest.split(",") if name.strip()]
     return found
-
-
-def full_name(image: str) -> str:
-    """The name with its registry: one without means docker's, as everybody writes it."""
-    first, slash, _ = image.partition("/")
-    if slash and ("." in first or ":" in first or first == "localhost"):
-        return image
-    return f"docker.io/{image}" if slash else f"docker.io/library/{image}"
