@@ -170,7 +170,7 @@ def test_a_port_where_nothing_listens_and_a_machine_behind_the_node_are_refused_
         port = free.getsockname()[1]
 
     async def body() -> None:
-        with pytest.raises(Unreachable, match="nothing answers at the node"):
+        with pytest.raises(Unreachable, match="nothing answers at port"):
             async with connect(target(system), NODE, "tcp", {"port": port}):
                 pass
         with pytest.raises(Forbidden, match=r"own policy does not let tcp:192\.0\.2\.1:80 through"):

@@ -134,6 +134,9 @@ def _session(
 
     async def work() -> int:
         async with connect(target, node, service, args) as stream:
+            if service == "shell" and not raw:
+                stream.reset("ended", "no terminal")
+                raise UsageError("shell needs a terminal: for commands from a file, edgeward exec NODE -- sh")
             end = await Attached(stream, stdin=stdin, terminal=raw).run()
         if end.error:
             typer.echo(f"error: {plain(end.error)}", err=True)

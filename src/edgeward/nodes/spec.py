@@ -115,6 +115,8 @@ def _token_refs(r: Resource) -> list[Ref]:
 def _state(d: dict[str, Any]) -> str:
     if d.get("status", {}).get("revoked"):
         return "revoked"
+    if d.get("status", {}).get("verdict") in ("dead", "wan-cut"):  # newer than the hub's last word at a cut site
+        return "offline"
     return {True: "online", False: "offline"}.get(d.get("status", {}).get("online"), "never seen")
 
 

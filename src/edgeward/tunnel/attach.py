@@ -158,6 +158,9 @@ class Attached:
     def _pass_on(self, name: str) -> None:
         if name in ("INT", "TERM", "HUP", "QUIT"):
             self._asked += 1
+        if self._terminal:  # a shell at a terminal ignores what asks it to end
+            self._stream.reset("ended", f"ended by a signal ({name})")
+            return
         if self._asked > 1:
             self._stream.reset("ended", f"ended by a second signal ({name})")
             return

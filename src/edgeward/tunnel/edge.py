@@ -287,7 +287,7 @@ async def reach(host: str, port: int, protocol: Socket) -> None:
     """Connects; the node itself is reached by IPv4 or IPv6, whichever answers. Raises ``Unreachable``."""
     loop = asyncio.get_running_loop()
     hosts = ["127.0.0.1", "::1"] if host.lower() in ("", "localhost") else [host]
-    where = host_port(host or "the node", port)
+    where = host_port(host, port) if host else f"port {port} of the node"
 
     def none(e: OSError | TimeoutError) -> NoReturn:
         why = "no answer in time" if isinstance(e, TimeoutError) else e.strerror or str(e)
