@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -97,6 +98,9 @@ def test_what_is_kept(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "state.json").write_text("{}")
     process = subprocess.Popen(["/bin/sh", "-c", "read x", f"{tmp_path}/{used}/bin/python"], stdin=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while used.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes():  # an exec sets it a moment later
+        assert time.monotonic() < deadline
     try:
         tidy(tmp_path, {current})
     finally:

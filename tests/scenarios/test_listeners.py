@@ -99,6 +99,8 @@ def test_certificates_of_a_secret_the_platform_and_an_authority(systems: Callabl
     assert kept.get() == (200, b"hello")
     # without its agent, and with a plane that starts anew without one
     pids = system.context["nodes"][0]["pids"]
+    # of a plane that is just started anew nothing is said yet; it keeps its ports
+    plain = urlsplit(system.context["nodes"][0]["gateway_url"]).port or 0
     os.kill(pids["agent"], signal.SIGSTOP)
     try:
         assert attempt(port, "plant.example.org", hub_ca)
@@ -109,7 +111,6 @@ def test_certificates_of_a_secret_the_platform_and_an_authority(systems: Callabl
     system.wait("the next plane", lambda: attempt(port, "plant.example.org", hub_ca))
     kept.close()
     # an ACME authority finds its proof at the plain port; its certificate is shown at a port of its own
-    plain = urlsplit(system.context["nodes"][0]["gateway_url"]).port or 0
     authority, acme_port = AcmeAuthority(tmp_path, plain), free_port()
     try:
         acme = {"directory": authority.directory, "termsAgreed": True, "ca": {"config": "acme"}}
