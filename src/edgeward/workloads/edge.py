@@ -47,7 +47,7 @@ from edgeward.workloads.plan import (
 from edgeward.workloads.reader import LogReader
 from edgeward.workloads.runtime import Inside, Runtime
 from edgeward.workloads.spec import AppSpec, runtime_of
-from edgeward.workloads.state import KEEP, InstanceRow, WorkloadState
+from edgeward.workloads.state import InstanceRow, WorkloadState
 from edgeward.workloads.times import Look, look
 from edgeward.workloads.usage import Meter
 from edgeward.workloads.versions import kept as kept_versions
@@ -370,9 +370,8 @@ class AppsEdge:
                     await self._forget(key, state, instance, failed, rules)
                     again = True
                 case Switch(version):
-                    if state.current:
-                        state.history = [state.current, *(h for h in state.history if h != state.current)][: KEEP - 1]
-                    old, state.current, state.candidate = state.current, version, ""
+                    old = state.current
+                    state.serve(version)
                     state.switched_at = clock.steady()
                     self._save(key, state)
                     self._trim(key, state, wanted)

@@ -25,6 +25,10 @@ class Rules(msgspec.Struct, frozen=True):
     fixed_port: bool = False
 
 
+#: Versions that are kept, the one that serves among them.
+KEEP = 3
+
+
 class Slot(msgspec.Struct):
     """The restarts of one place of one version."""
 
@@ -48,6 +52,13 @@ class State(msgspec.Struct):
     #: Of an App with a schedule: the time that was last run or passed over (Unix), and whether a run is not over yet.
     ran: float = 0.0
     due: bool = False
+
+    def serve(self, version: str) -> None:
+        """The version takes over; the one before is kept."""
+        if self.current:
+            before = [self.current, *(h for h in self.history if h != self.current)]
+            self.history = [h for h in before if h != version][: KEEP - 1]
+        self.current, self.candidate = version, ""
 
 
 class Seen(msgspec.Struct):

@@ -127,6 +127,10 @@ class Logs(Declared):
     )
 
 
+#: Of an App, what is no part of a version: it starts nothing anew, and no Rollout holds it back.
+AT_ONCE = ("replicas", "placement", "dependsOn", "schedule", "disconnect")
+
+
 class AppSpec(Declared):
     """A program kept running at sites, with its settings, health and limits."""
 
@@ -379,7 +383,7 @@ kinds.add(
         doc="A program kept running at sites.",
         scope="placed",
         newer={"disconnect": 2, "perSite": 2, "schedule": 2, "container": 2},
-        at_once=("replicas", "placement", "dependsOn", "disconnect"),
+        at_once=AT_ONCE,
         check=checked(_check_app),
         refs=with_sites(_app_refs),
         usage=_app_usage,

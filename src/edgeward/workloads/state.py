@@ -22,8 +22,6 @@ CREATE TABLE IF NOT EXISTS versions(namespace TEXT, name TEXT, digest TEXT, doc 
   PRIMARY KEY(namespace, name, digest)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS instances(id TEXT PRIMARY KEY, namespace TEXT, name TEXT, doc BLOB) WITHOUT ROWID;
 """
-#: Versions kept beside the one that serves.
-KEEP = 3
 
 
 _SEALED = b"\0"  # JSON never begins so

@@ -20,8 +20,6 @@ from edgeward.workloads.plan import State, slot_key
 
 #: Longest time between two looks at the wall clock, seconds: it may have been set.
 LOOK = 20.0
-#: Versions that are remembered, the present one among them.
-_KEEP = 3
 
 
 class Times(Declared):
@@ -69,11 +67,8 @@ def look(times: Times, state: State, wanted: str, replicas: int, living: bool, n
     zone = ZoneInfo(times.zone)
     timer = Timer(Schedule.parse(times.cron), zone, once=times.missed == "once", last=state.ran)
     if not living and state.current != wanted:
-        if state.current:
-            state.history = [state.current, *(h for h in state.history if h not in (state.current, wanted))][
-                : _KEEP - 1
-            ]
-        state.current, state.candidate, state.bad = wanted, "", {}
+        state.serve(wanted)
+        state.bad = {}
     version = state.current or wanted
     if state.due and not living and _ended(state, version, replicas):
         state.due = False

@@ -11,32 +11,24 @@ from typing import Any
 
 from edgeward.core.errors import NotFound
 from edgeward.workloads.plan import State
+from edgeward.workloads.spec import AT_ONCE
 from edgeward.workloads.state import Snapshot
 
-#: Of a spec, what is no part of a version.
-STAYS = ("replicas", "placement", "dependsOn", "schedule", "disconnect", "perSite")
 _SHOWN = 12
 
 
 def kept(state: State, find: Callable[[str], Snapshot | None]) -> list[dict[str, Any]]:
     """The versions, the present one last: ``{version, state, message, spec}``. ``find``: a digest's snapshot."""
-    digests = [*reversed(state.history), state.current, state.candidate]
-    digests = [*(d for d in state.bad if d not in digests), *digests]
-    found = []
-    for digest in dict.fromkeys(d for d in digests if d):
-        snapshot = find(digest)
-        if snapshot is None:
-            continue
-        what = (
-            "serves" if digest == state.current
-            else "candidate" if digest == state.candidate
-            else "failed" if digest in state.bad
-            else "kept"
-        )  # fmt: skip
-        found.append(
-            {"version": digest[:_SHOWN], "state": what, "message": state.bad.get(digest, ""), "spec": snapshot.spec}
-        )
-    return found
+    known = dict.fromkeys(state.bad, "failed")
+    known |= dict.fromkeys(reversed(state.history), "kept")
+    for digest, what in ((state.candidate, "candidate"), (state.current, "serves")):
+        known.pop(digest, None)  # it comes last
+        known |= {digest: what} if digest else {}
+    return [
+        {"version": d[:_SHOWN], "state": what, "message": state.bad.get(d, ""), "spec": snapshot.spec}
+        for d, what in known.items()
+        if (snapshot := find(d)) is not None
+    ]
 
 
 def before(items: list[dict[str, Any]], to: str, name: str) -> dict[str, Any]:
@@ -62,4 +54,4 @@ def before(items: list[dict[str, Any]], to: str, name: str) -> dict[str, Any]:
 
 def put_back(spec: Mapping[str, Any], past: Mapping[str, Any]) -> dict[str, Any]:
     """The App's spec with that version's program."""
-    return {**past["spec"], **{k: v for k, v in spec.items() if k in STAYS}}
+    return {**past["spec"], **{k: v for k, v in spec.items() if k in AT_ONCE}}

@@ -18,9 +18,8 @@ from edgeward.core.quantity import parse_duration
 from edgeward.core.resource import Resource
 from edgeward.workloads.live import AppKey
 from edgeward.workloads.plan import Rules
-from edgeward.workloads.spec import AppSpec
+from edgeward.workloads.spec import AT_ONCE, AppSpec
 from edgeward.workloads.state import Snapshot
-from edgeward.workloads.versions import STAYS
 
 
 class Source(Protocol):
@@ -55,7 +54,7 @@ def snapshot(app: Resource, source: Source) -> Snapshot:
             raise EdgewardError(f"{f.config or f.secret} has no key {f.key!r}", resource=what, field="$.spec.files")
         files[f.path] = found[f.key]
     plain = msgspec.to_builtins(spec)
-    for name in STAYS:
+    for name in AT_ONCE:
         plain.pop(name, None)
     return Snapshot(plain, env, files)
 
