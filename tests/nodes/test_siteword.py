@@ -42,6 +42,18 @@ def test_a_site_of_which_nothing_is_heard_is_unknown() -> None:
     assert again.of("plant", "b", {**said("wan-cut"), "online": True}, NODES) == said("wan-cut")
 
 
+def test_who_comes_and_goes_beside_others_is_no_news_of_them() -> None:
+    online = {"a", "b"}
+    word = SiteWord(online.__contains__)
+    assert word.concerned("b", NODES) == []
+    online.remove("b")
+    assert word.concerned("b", NODES) == [], "a is heard, as it was"
+    online.remove("a")
+    assert word.concerned("a", NODES) == ["b", "c"], "now nobody is"
+    online.add("c")
+    assert word.concerned("c", NODES) == ["a", "b"], "and now somebody is"
+
+
 def test_a_node_that_gets_a_gone_ones_name_is_another() -> None:
     word = SiteWord(lambda n: True)
     word.take("plant", "a", {"a": said("healthy"), "b": said("dead")}, NODES)

@@ -57,6 +57,7 @@ from edgeward.core.records import SqliteRecords
 from edgeward.core.resource import CLUSTER, Key, Resource
 from edgeward.core.resources import Resources
 from edgeward.core.scope import check_local
+from edgeward.core.store import Change
 from edgeward.core.tokens import AccessTokens
 from edgeward.core.vault import Vault
 from edgeward.functions.beside import Beside
@@ -150,7 +151,6 @@ class Agent:
         self.siblings = Siblings(
             self.node, self.site, replica=self.replica, records=self.records, link=self.link, mesh=self.mesh
         )
-        self.replica.listen(lambda change: self.siblings.changed())
         self.siblings.statuses = statuses = Statuses(
             self.mesh,
             self.mesh.epoch,
@@ -165,7 +165,7 @@ class Agent:
             statuses=statuses,
             own=self.link.statuses,
             show=self.reports.keep,
-            moved=lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
+            moved=self._poke_plane,
         )
         self.holding = Holding(
             self.node, self.site, self.replica, self.audit, changed=self._hold_changed, event=self.reports.event
@@ -188,10 +188,9 @@ class Agent:
         )
         self.desired.gone, self.desired.stops = self.standing.gone, self.standing.stops
         self.desired.dead = self.standing.dead
-        self.replica.listen(
-            lambda change: self._spawn(self._service(change.key)) if change.key.kind == "Service" else None
-        )
-        self.replica.listen(lambda change: self._spawn(self._look()) if change.key.kind == "Node" else None)
+        #: The mesh is to look at the site's nodes anew.
+        self._looks = False
+        self.replica.listen(self._after)
         self.blobs = BlobFetch(data / "blobs", self._ask_hub)
         self.apps = AppsEdge(
             node=self.node,
@@ -205,7 +204,7 @@ class Agent:
             settings=dict(config.get("containers") or {}),
             blobs=self.blobs,
             coming=self.desired.coming_apps,
-            fetched=lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
+            fetched=self._poke_plane,
         )
         self.tokens = AccessTokens(self.replica, site=self.site, now=self._now)
         listen = address_of(config.get("api"))
@@ -214,7 +213,7 @@ class Agent:
         self.stock = Stock(
             data,
             self._ask_hub,
-            lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
+            self._poke_plane,
             kept=self.history.specs,
             blobs=self.blobs,
         )
@@ -222,7 +221,7 @@ class Agent:
             data / "acme",
             self.vault,
             publish=self._publish,
-            changed=lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
+            changed=self._poke_plane,
             event=self.reports.event,
         )
         self.sections = PlaneSections(
@@ -242,7 +241,7 @@ class Agent:
                 self.history,
                 self._ask_hub,
                 self._spawn,
-                lambda: self.plane.poke(),  # noqa: PLW0108 - the plane is made later
+                self._poke_plane,
             ),
             broker=self.broker.reach,
             report=self.link.report,
@@ -610,11 +609,21 @@ class Agent:
         if key.kind == "App":
             self.sitewide.services(key)
 
-    async def _service(self, key: Key) -> None:
-        self.sitewide.service(key)
+    def _after(self, change: Change) -> None:
+        """What follows from a change of the replica; who listens to it may not write, so what writes comes soon."""
+        self.siblings.changed()
+        if change.key.kind == "Service":
+            asyncio.get_running_loop().call_soon(self.sitewide.service, change.key)
+        elif change.key.kind == "Node" and not self._looks:
+            self._looks = True
+            asyncio.get_running_loop().call_soon(self._look)  # once for all that a sync brings
 
-    async def _look(self) -> None:
+    def _look(self) -> None:
+        self._looks = False
         self.mesh.look()
+
+    def _poke_plane(self) -> None:
+        self.plane.poke()
 
     def _now(self) -> float:
         """The hub's time, as far as it is known: a token does not live longer because this box's clock is wrong."""

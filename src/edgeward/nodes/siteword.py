@@ -44,8 +44,10 @@ class SiteWord:
             self._said.pop(site, None)
 
     def concerned(self, node: str, nodes: Collection[str]) -> list[str]:
-        """Whose status may be another one since the hub hears ``node``, or hears it no more."""
-        return [n for n in nodes if n != node]
+        """Whose status may be another one since the hub hears ``node``, or hears it no more: all others' of its site,
+        where it was the only one that was heard."""
+        others = [n for n in nodes if n != node]
+        return [] if any(map(self._online, others)) else others
 
     def of(self, site: str, node: str, old: Mapping[str, Any], nodes: Collection[str]) -> dict[str, Any]:
         """``verdict`` and ``evidence`` of a Node's status; ``old``: the status before."""

@@ -17,6 +17,7 @@ advance is used: clocks may be wrong by any amount.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable
@@ -117,6 +118,7 @@ class Verdict(msgspec.Struct, frozen=True):
     why: str = ""
 
 
+@functools.lru_cache(8192)
 def tag(node: str) -> int:
     """Four bytes that stand for a node's name in a report."""
     return int.from_bytes(hashlib.sha256(node.encode()).digest()[:4])
