@@ -74,6 +74,6 @@ def test_a_word_of_no_time_holds_no_site_for_ever(tmp_path: Path, stamp: float) 
     assert h.take(lie) is (stamp == LATEST)
     h.take(said(True, h.hold, 1e9, "one", "ann"))
     released = said(False, h.hold, 1e9, "one", "ann")
-    assert h.take(released) and not h.held()
+    assert h.take(released) and not h.hold.held
     assert not h.take(lie), "nor again by the same word"
     r.close()

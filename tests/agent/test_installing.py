@@ -7,6 +7,7 @@ import subprocess
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,37 @@ def test_what_is_no_archive(tmp_path: Path) -> None:
         tar.addfile(info, io.BytesIO())
     with pytest.raises(Invalid, match="no wheel"):
         install(bad, target)
+    assert list(target.parent.iterdir()) == []
+
+
+def garbled(whole: bytes, at: int) -> bytes:
+    """Packed bytes that are none."""
+    at += 30 + len("edgeward/long.py")
+    return whole[:at] + b"\xff" * 16 + whole[at + 16 :]
+
+
+def locked(whole: bytes, at: int) -> bytes:
+    """An entry that asks for a password: a bit of its two heads."""
+    found = bytearray(whole)
+    found[at + 6] |= 1
+    found[whole.rindex(b"PK\x01\x02") + 8] |= 1
+    return bytes(found)
+
+
+@pytest.mark.parametrize("damage", [garbled, locked])
+def test_a_wheel_that_was_bad_before_it_was_packed(tmp_path: Path, damage: Callable[[bytes, int], bytes]) -> None:
+    (tmp_path / "w").mkdir()
+    path = wheel(tmp_path / "w" / "edgeward-1.0-py3-none-any.whl", {MAIN: ""})
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("edgeward/long.py", "x" * 100_000)
+        at = z.getinfo("edgeward/long.py").header_offset
+    path.write_bytes(damage(path.read_bytes(), at))
+    file = tmp_path / "archive"
+    with tarfile.open(file, "w") as tar:
+        tar.add(path, path.name)
+    target = tmp_path / "releases" / ("a" * 64)
+    with pytest.raises(Invalid, match="cannot be unpacked"):
+        install(file, target)
     assert list(target.parent.iterdir()) == []
 
 

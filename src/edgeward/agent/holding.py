@@ -49,9 +49,6 @@ class Holding:
         self.hold = msgspec.json.decode(replica.meta(_META) or "{}", type=Hold)
         self._waiting: set[Key] = set()
 
-    def held(self) -> bool:
-        return self.hold.held
-
     def held_back(self, objects: list[HubObject], full: bool) -> bool:
         """The hub sent these (``full``: what is not among them is gone). True: they wait, but for what passes."""
         if not self.hold.held:

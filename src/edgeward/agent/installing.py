@@ -7,7 +7,6 @@ asked and no program of a wheel runs while it is made: wheels are laid out as an
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -21,7 +20,8 @@ import zipfile
 from pathlib import Path
 
 from edgeward.core.errors import EdgewardError, Invalid
-from edgeward.core.files import ensure_dir
+from edgeward.core.files import ensure_dir, sync_tree
+from edgeward.functions.archive import DAMAGED
 
 #: Bytes that a release may unpack to, files of it, seconds for its check.
 _BYTES, _FILES, _CHECK = 2 << 30, 50_000, 120.0
@@ -53,13 +53,13 @@ def install(archive: Path, target: Path) -> None:
                     with wheel.open("wb") as out:
                         shutil.copyfileobj(data, out)
                     _lay_out(wheel, packages, root / "bin", room)
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as e:
+        except (*DAMAGED, RuntimeError) as e:  # what asks for a password is one
             raise Invalid(f"cannot be unpacked: {e or type(e).__name__}", remedy="edgeward release create") from None
         if not (packages / "edgeward" / "agent" / "__main__.py").is_file():
             raise Invalid("has no agent in it", remedy="put the wheel of edgeward among the wheels")
-        _sync(root)
+        sync_tree(root)
         root.rename(target)
-        _sync(target.parent)
+        sync_tree(target.parent)
 
 
 class _Room:
@@ -93,16 +93,6 @@ def _lay_out(wheel: Path, packages: Path, programs: Path, room: _Room) -> None:
             with z.open(info) as data, path.open("wb") as out:
                 shutil.copyfileobj(data, out)
             path.chmod(0o755 if into is programs or (info.external_attr >> 16) & 0o100 else 0o644)
-
-
-def _sync(folder: Path) -> None:
-    """All of it on the disk before it gets its name."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(fd) < 0:
-            os.sync()
-    finally:
-        os.close(fd)
 
 
 def check(release: Path, data: Path) -> None:

@@ -8,6 +8,7 @@ the journal before that. The decisions are ``nodes/siblings.py``'s.
 
 from __future__ import annotations
 
+import abc
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -454,17 +455,21 @@ class SharedRows(Store):
 
     # -- of the replica ------------------------------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def meta(self, name: str) -> str:
-        raise NotImplementedError
+        """What is kept under a name; empty: nothing."""
 
+    @abc.abstractmethod
     def _touch(self, before: dict[Key, Row | None], key: Key) -> Row:
-        raise NotImplementedError
+        """The row, made where there is none; what it was goes into ``before``."""
 
+    @abc.abstractmethod
     def _commit(self, before: dict[Key, Row | None], **meta: str) -> None:
-        raise NotImplementedError
+        """Makes the touched rows durable, then tells the watchers."""
 
+    @abc.abstractmethod
     def _set_hub(self, key: Key, row: Row, o: HubObject | None) -> None:
-        raise NotImplementedError
+        """Takes what the hub holds of it."""
 
 
 def _parted(origin: str) -> tuple[str, str]:

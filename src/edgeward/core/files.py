@@ -100,6 +100,18 @@ def read_json(path: Path, default: Any = _MISSING) -> Any:
     raise Invalid(f"not JSON: {why}", file=str(path), line=line, remedy="restore the file from a backup or remove it")
 
 
+def sync_tree(folder: Path) -> None:
+    """All that is below the folder on the disk, with all else of its file system: before it gets its name."""
+    import ctypes  # few need it
+
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(fd) < 0:
+            os.sync()
+    finally:
+        os.close(fd)
+
+
 def _sync_dir(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -10,7 +10,6 @@ process and no more. It makes ``TARGET`` at once or not at all, read-only, its m
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import py_compile
@@ -28,6 +27,7 @@ import msgspec
 
 from edgeward.core.blobs import Target
 from edgeward.core.errors import EdgewardError, Invalid
+from edgeward.core.files import sync_tree
 from edgeward.functions import archive, sandbox
 from edgeward.functions.wheels import lacking, parse_lock, tags_of, wanted, wheel_of, where
 
@@ -96,16 +96,6 @@ def _installed(name: str) -> str | None:
     return None if _LEFT_OUT.match(name) else name
 
 
-def _sync(folder: Path) -> None:
-    """The whole on the disk before it gets its name."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(fd) < 0:
-            os.sync()
-    finally:
-        os.close(fd)
-
-
 def _compile(folder: Path, shown: Path) -> None:
     until = time.monotonic() + _COMPILE
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
@@ -142,11 +132,11 @@ def unpack(file: Path, target: Path, lock: str = "", me: Target | None = None) -
             for name in folders:
                 (Path(at) / name).chmod(0o755)
         root.chmod(0o755)
-        _sync(root)
+        sync_tree(root)
         if target.exists():
             return {"files": files, "bytes": size}
         root.rename(target)
-        _sync(target.parent)
+        sync_tree(target.parent)
         return {"files": files, "bytes": size}
 
 

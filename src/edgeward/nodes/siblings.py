@@ -44,8 +44,8 @@ class Dot(NamedTuple):
         return f"{self.node}/{self.store}"
 
 
-class SiteChange(msgspec.Struct, omit_defaults=True):
-    """A change of the site that the hub has not decided yet, as nodes pass it on. ``op``: put or delete."""
+class _Dotted(msgspec.Struct, omit_defaults=True):
+    """A change of an object, by where it was made."""
 
     node: str
     store: str
@@ -53,6 +53,19 @@ class SiteChange(msgspec.Struct, omit_defaults=True):
     kind: str
     namespace: str
     name: str
+
+    @property
+    def key(self) -> Key:
+        return Key(self.kind, self.namespace, self.name)
+
+    @property
+    def dot(self) -> Dot:
+        return Dot(self.node, self.store, self.seq)
+
+
+class SiteChange(_Dotted, omit_defaults=True):
+    """A change of the site that the hub has not decided yet, as nodes pass it on. ``op``: put or delete."""
+
     op: str
     #: The hub's revision that the first of the changes that this one goes on from was made on.
     base: int
@@ -63,24 +76,10 @@ class SiteChange(msgspec.Struct, omit_defaults=True):
     #: origin -> the last number of it, of this object, that this change replaces.
     seen: dict[str, int] = {}
 
-    @property
-    def key(self) -> Key:
-        return Key(self.kind, self.namespace, self.name)
 
-    @property
-    def dot(self) -> Dot:
-        return Dot(self.node, self.store, self.seq)
-
-
-class Finished(msgspec.Struct, omit_defaults=True):
+class Finished(_Dotted, omit_defaults=True):
     """A change that is open no more: what the hub holds since, if known, and its decision, if it was asked for it."""
 
-    node: str
-    store: str
-    seq: int
-    kind: str
-    namespace: str
-    name: str
     #: In the numbers of the hub's store ``epoch``.
     now: HubObject | None = None
     epoch: str = ""
@@ -88,14 +87,6 @@ class Finished(msgspec.Struct, omit_defaults=True):
     outcome: str = ""
     why: str = ""
     journal: dict[str, Any] | None = None
-
-    @property
-    def key(self) -> Key:
-        return Key(self.kind, self.namespace, self.name)
-
-    @property
-    def dot(self) -> Dot:
-        return Dot(self.node, self.store, self.seq)
 
 
 class Digest(msgspec.Struct, omit_defaults=True):

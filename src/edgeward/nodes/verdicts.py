@@ -291,10 +291,9 @@ class Verdicts:
             with contextlib.suppress(OSError):  # a full disk: it is decided again after a restart
                 write_json(self._path, kept)
         self.verdicts = found
-        if (held := self.council.held()) != self._held:
+        held = self.council.held()
+        if changed or held != self._held:
             self._held = held
-            self._changed(set())
-        if changed:
             self._changed(changed)
 
     # -- checks --------------------------------------------------------------------------------------------------------
