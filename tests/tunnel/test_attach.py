@@ -16,31 +16,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeward.core.errors import EdgewardError, Unreachable
+from edgeward.core.errors import Forbidden, Unreachable
 from edgeward.tunnel import fds
 from edgeward.tunnel.attach import Attached, Escape
 from edgeward.tunnel.channels import Exit
 from edgeward.tunnel.exec import Exec
-from edgeward.tunnel.stream import MemoryStream, Open, Reset, pair
+from edgeward.tunnel.session import Open, Stream
+from tests.tunnel.ends import ends, served
 
 PLAIN_LOOP = True
 LONG = 30.0
 PROMPT = b"$ " if os.geteuid() else b"# "
 
 
-def session(*argv: str, **args: Any) -> tuple[MemoryStream, asyncio.Task[None]]:
-    here, there = pair()
-    task = asyncio.create_task(Exec().exec(Open("exec", {"argv": list(argv), **args}), there))
-
-    def over(done: asyncio.Task[None]) -> None:
-        if not done.cancelled() and isinstance(e := done.exception(), EdgewardError):
-            there.reset("refused", str(e))
-
-    task.add_done_callback(over)
-    return here, task
+async def session(*argv: str, **args: Any) -> tuple[Stream, asyncio.Task[None]]:
+    return await served(Exec().exec, Open("exec", {"argv": list(argv), **args}))
 
 
-async def run(tmp_path: Path, stream: MemoryStream, task: asyncio.Task[None], stdin: int) -> tuple[Exit, bytes, bytes]:
+async def run(tmp_path: Path, stream: Stream, task: asyncio.Task[None], stdin: int) -> tuple[Exit, bytes, bytes]:
     with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
         try:
             end = await Attached(stream, stdin=stdin, stdout=out.fileno(), stderr=err.fileno()).run()
@@ -50,7 +43,7 @@ async def run(tmp_path: Path, stream: MemoryStream, task: asyncio.Task[None], st
 
 
 async def test_outputs_stay_apart_and_the_code_comes(tmp_path: Path) -> None:
-    stream, task = session("/bin/sh", "-c", "echo out; echo err >&2; exit 3")
+    stream, task = await session("/bin/sh", "-c", "echo out; echo err >&2; exit 3")
     assert await run(tmp_path, stream, task, -1) == (Exit(3), b"out\n", b"err\n")
 
 
@@ -58,7 +51,7 @@ async def test_outputs_stay_apart_and_the_code_comes(tmp_path: Path) -> None:
 async def test_input_of_every_kind_arrives_whole(tmp_path: Path, kind: str) -> None:
     data = os.urandom(1000) * 900 if kind != "null" else b""
     (tmp_path / "in").write_bytes(data)
-    stream, task = session("cat")
+    stream, task = await session("cat")
     if kind == "pipe":
         with subprocess.Popen(["cat", str(tmp_path / "in")], stdout=subprocess.PIPE) as source:
             assert source.stdout is not None
@@ -74,7 +67,7 @@ async def test_input_of_every_kind_arrives_whole(tmp_path: Path, kind: str) -> N
 async def test_a_program_that_wants_no_input_ends_though_more_is_there(tmp_path: Path) -> None:
     r, w = os.pipe()
     try:
-        stream, task = session("true")
+        stream, task = await session("true")
         assert (await run(tmp_path, stream, task, r))[0] == Exit(0)
     finally:
         os.close(r)
@@ -82,7 +75,7 @@ async def test_a_program_that_wants_no_input_ends_though_more_is_there(tmp_path:
 
 
 async def test_a_signal_to_this_process_goes_to_the_program(tmp_path: Path) -> None:
-    stream, task = session("/bin/sh", "-c", "trap 'exit 9' INT; echo on; while :; do sleep 0.1; done")
+    stream, task = await session("/bin/sh", "-c", "trap 'exit 9' INT; echo on; while :; do sleep 0.1; done")
     out = tmp_path / "out"
 
     async def interrupt() -> None:
@@ -97,13 +90,13 @@ async def test_a_signal_to_this_process_goes_to_the_program(tmp_path: Path) -> N
 
 
 async def test_a_session_that_breaks_off_is_no_success(tmp_path: Path) -> None:
-    here, there = pair()
+    here, there = await ends()
     await there.end()
     with pytest.raises(Unreachable):
         await Attached(here, stdin=-1, stdout=1, stderr=2).run()
-    here, there = pair()
+    here, there = await ends()
     there.reset("forbidden", "the role was revoked")
-    with pytest.raises(Reset, match="revoked"):
+    with pytest.raises(Forbidden, match="revoked"):
         await Attached(here, stdin=-1, stdout=1, stderr=2).run()
 
 
@@ -111,17 +104,17 @@ TERMINAL = """
 import asyncio, sys
 from edgeward.tunnel.attach import Attached, terminal_size
 from edgeward.tunnel.exec import Exec
-from edgeward.tunnel.stream import Open, pair
+from edgeward.tunnel.session import pair
 async def main():
-    here, there = pair()
+    tasks = set()
+    one, _ = pair(lambda stream: tasks.add(asyncio.ensure_future(Exec().shell(stream.purpose, stream))))
     args = {"argv": ["/bin/sh", "-i"], "tty": list(terminal_size(0)), "term": "vt100"}
-    task = asyncio.create_task(Exec().shell(Open("shell", args), there))
     try:
-        end = await Attached(here, terminal=True).run()
+        end = await Attached(one.open("shell", args), terminal=True).run()
         print(f"ended {end.code}")
     except Exception as e:
         print(f"broke off: {e}")
-    await asyncio.wait({task})
+    await asyncio.wait(tasks)
 asyncio.run(main())
 """
 

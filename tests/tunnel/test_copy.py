@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeward.core.errors import EdgewardError, NotFound, Refused
+from edgeward.core.errors import EdgewardError, Gone, NotFound, Refused
 from edgeward.tunnel import copying
 from edgeward.tunnel.copy import Copy, Result, copy_in, copy_out
 from edgeward.tunnel.copying import Begin, Done, End, Entry, Have, Listed, Planned
-from edgeward.tunnel.stream import MemoryStream, Open, Reset, pair
+from edgeward.tunnel.session import Open, Stream
+from tests.tunnel.ends import ends, served
 
 
 class Node:
@@ -29,34 +30,26 @@ class Node:
     async def _keep(self, note: dict[str, Any]) -> None:
         self.notes.append(note)
 
-    def open(self, **args: Any) -> tuple[MemoryStream, asyncio.Task[None]]:
-        here, there = pair()
-        task = asyncio.create_task(self._copy(Open("copy", args, who="alice"), there))
-
-        def over(done: asyncio.Task[None]) -> None:
-            if not done.cancelled() and isinstance(e := done.exception(), EdgewardError):
-                there.reset("refused", str(e))
-
-        task.add_done_callback(over)
-        return here, task
+    async def open(self, **args: Any) -> tuple[Stream, asyncio.Task[None]]:
+        return await served(self._copy, Open("copy", args, who="alice"))
 
     async def put(self, source: Path | str, target: Path | str, name: str = "") -> Result:
-        stream, task = self.open(path=str(target), take=True, name=name or Path(source).name)
+        stream, task = await self.open(path=str(target), take=True, name=name or Path(source).name)
         try:
             return await copy_out(stream, str(source))
         except EdgewardError:
-            stream.reset("ended")  # as who connected does it
+            stream.reset("ended", "it is over")  # as who connected does it
             raise
         finally:
             await asyncio.wait({task}, timeout=40)
             assert task.done()
 
     async def get(self, source: Path | str, target: Path | str) -> Result:
-        stream, task = self.open(path=str(source))
+        stream, task = await self.open(path=str(source))
         try:
             return await copy_in(stream, str(target), Path(source).name)
         except EdgewardError:
-            stream.reset("ended")  # as who connected does it
+            stream.reset("ended", "it is over")  # as who connected does it
             raise
         finally:
             await asyncio.wait({task}, timeout=40)
@@ -128,24 +121,24 @@ async def test_a_file_goes_where_it_was_sent(tmp_path: Path, way: str) -> None:
 async def test_a_file_takes_its_place_at_once_or_not_at_all(tmp_path: Path) -> None:
     """And a copy that broke off goes on where it stopped."""
     source, target = tmp_path / "f", tmp_path / "t"
-    source.write_bytes(os.urandom(1_000_000))
+    source.write_bytes(os.urandom(8_000_000))
     target.write_bytes(b"old")
-    stream, task = Node().open(path=str(source))
+    stream, task = await Node().open(path=str(source))
     moved = 0
 
     def half(size: int, total: int) -> None:
         nonlocal moved
         moved += size
-        if moved > 400_000:
+        if moved > 3_200_000:
             stream.reset("gone", "the link broke")
 
-    with pytest.raises(Reset):
+    with pytest.raises(Gone):
         await copy_in(stream, str(target), "f", half)
     await asyncio.wait({task}, timeout=40)
     assert target.read_bytes() == b"old"
     result = await Node().get(source, target)
     assert target.read_bytes() == source.read_bytes()
-    assert 0 < result.moved < 700_000
+    assert 0 < result.moved < 5_600_000
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "t"]
 
 
@@ -183,7 +176,7 @@ async def test_a_target_that_is_in_the_way_fails_alone(tmp_path: Path) -> None:
 
 async def hostile(*said: Any, target: Path) -> None:
     """A giver that says what it likes, against an operator that takes."""
-    here, there = pair()
+    here, there = await ends()
     taking = asyncio.create_task(copy_in(here, str(target), "x"))
     for m in said:
         await there.write(copying.data(m) if isinstance(m, bytes) else copying.message(m))
@@ -245,10 +238,10 @@ async def test_a_giver_that_sends_something_else_is_found_out(tmp_path: Path) ->
 
 async def test_a_taker_that_claims_what_is_no_file_is_cut(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"x")
-    stream, task = Node().open(path=str(tmp_path / "f"))
+    stream, task = await Node().open(path=str(tmp_path / "f"))
     await stream.write(copying.message(Have(5, 1, "")) + copying.message(Planned()))
     await stream.write(copying.message(Done(0, 0, 0)))
-    with pytest.raises(Reset, match="form"):
+    with pytest.raises(Refused, match="form"):
         while await stream.read():
             pass
     await asyncio.wait({task}, timeout=40)
@@ -310,6 +303,6 @@ async def test_files_are_touched_as_the_user_that_the_node_names(open_folder: Pa
 
 
 async def test_nothing_there_is_not_found(tmp_path: Path) -> None:
-    here, _ = pair()
+    here, _ = await ends()
     with pytest.raises(NotFound):
         await copy_out(here, str(tmp_path / "none"))

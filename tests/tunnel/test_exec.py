@@ -20,7 +20,7 @@ from edgeward.core.errors import EdgewardError, Invalid, Refused
 from edgeward.tunnel import channels, child
 from edgeward.tunnel.channels import Decoder, Exit
 from edgeward.tunnel.exec import Exec, parse, told
-from edgeward.tunnel.stream import MemoryStream, Open, Reset, pair
+from edgeward.tunnel.session import Open, Session, Stream, pair
 
 PYTHON = sys.executable
 LONG = 40.0
@@ -29,7 +29,7 @@ LONG = 40.0
 class Operator:
     """The operator's end, in words."""
 
-    def __init__(self, stream: MemoryStream) -> None:
+    def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self._decoder = Decoder(channels.FROM_NODE)
         self.out, self.err, self.credit = b"", b"", 0
@@ -67,23 +67,27 @@ class Site:
         self.notes: list[dict[str, Any]] = []
         self.services = Exec(note=self._keep, **options)
         self.tasks: list[asyncio.Task[None]] = []
+        self.sessions: list[Session] = []
 
     async def _keep(self, note: dict[str, Any]) -> None:
         self.notes.append(note)
 
-    def open(self, *argv: str, service: str = "exec", window: int = 65536, **args: Any) -> Operator:
-        here, there = pair(window)
+    def open(self, *argv: str, service: str = "exec", **args: Any) -> Operator:
+        session, _ = pair(self._serve)
+        self.sessions.append(session)
         asked = Open(service, {"argv": list(argv), **args}, who="alice", source="192.0.2.7")
-        serve = self.services.exec if service == "exec" else self.services.shell
-        task = asyncio.create_task(serve(asked, there))
+        return Operator(session.open_for(asked))
+
+    def _serve(self, stream: Stream) -> None:
+        serve = self.services.exec if stream.purpose.service == "exec" else self.services.shell
+        task = asyncio.create_task(serve(stream.purpose, stream))
 
         def over(done: asyncio.Task[None]) -> None:  # as the transport does it
             if not done.cancelled() and isinstance(e := done.exception(), EdgewardError):
-                there.reset("refused", str(e))
+                stream.fail(e)
 
         task.add_done_callback(over)
         self.tasks.append(task)
-        return Operator(here)
 
     async def over(self) -> None:
         """Until every session so far has ended and was noted."""
@@ -109,6 +113,8 @@ async def running(site: Site) -> AsyncIterator[None]:
         for task in site.tasks:
             task.cancel()
         await asyncio.gather(*site.tasks, return_exceptions=True)
+        for session in site.sessions:
+            session.close()
 
 
 def script(text: str) -> tuple[str, str, str]:
@@ -217,7 +223,7 @@ async def test_all_that_a_session_started_ends_with_its_stream(site: Site, how: 
             site.tasks[0].cancel()
         await site.over()
         await gone(*pids)
-        assert site.notes[0]["outcome"].startswith("Reset" if how == "reset" else "cut")
+        assert site.notes[0]["outcome"].startswith("Gone" if how == "reset" else "cut")
 
 
 async def test_nothing_outlives_the_program_and_its_end_is_told_at_once(site: Site) -> None:
@@ -232,9 +238,9 @@ async def test_nothing_outlives_the_program_and_its_end_is_told_at_once(site: Si
 
 async def test_a_stalled_reader_stops_the_program_and_not_the_next_one(site: Site) -> None:
     async with running(site):
-        stalled = site.open("/bin/sh", "-c", "yes & echo $!; wait", window=4096)
+        stalled = site.open("/bin/sh", "-c", "yes & echo $!; wait")
         await stalled.until(b"\n")
-        # the agent holds a bounded part of it: what the pipe, one record and the window take
+        # the agent holds a bounded part of it: what the pipe, one record, the stream's buffer and the window take
         assert (await site.open("echo", "here").all()).code == 0
         writer = int(stalled.out.split(b"\n")[0])
         before = -1
@@ -251,7 +257,7 @@ async def test_a_stalled_reader_stops_the_program_and_not_the_next_one(site: Sit
 
 async def test_a_signal_reaches_a_program_whose_input_and_output_are_both_stuck(site: Site) -> None:
     async with running(site):
-        op = site.open("/bin/sh", "-c", "trap 'exit 9' INT; echo ready; yes & wait", window=4096)
+        op = site.open("/bin/sh", "-c", "trap 'exit 9' INT; echo ready; yes & wait")
         await op.until(b"ready")
         for r in channels.records(channels.INPUT, b"x" * 100_000):
             await asyncio.wait_for(op.stream.write(r), LONG)
@@ -262,7 +268,7 @@ async def test_a_signal_reaches_a_program_whose_input_and_output_are_both_stuck(
 async def test_a_peer_that_gives_more_than_the_credit_is_cut(site: Site) -> None:
     async with running(site):
         op = site.open("sleep", "1000")
-        with pytest.raises(Reset, match="credit"):
+        with pytest.raises(Refused, match="credit"):
             for _ in range(10):
                 await op.stream.write(channels.record(channels.INPUT, b"x" * channels.MOST))
             await op.all()
@@ -273,7 +279,7 @@ async def test_a_peer_that_speaks_garbage_is_cut(site: Site) -> None:
     async with running(site):
         op = site.open("sleep", "1000")
         await op.stream.write(b"GET / HTTP/1.1\r\n\r\n")
-        with pytest.raises(Reset, match="form"):
+        with pytest.raises(Refused, match="form"):
             await op.all()
 
 
@@ -365,7 +371,7 @@ async def _begins(site: Site, closed: Path, inner: Path) -> None:
 async def test_a_user_that_is_not_there_is_refused() -> None:
     site = Site(user="no-such-user")
     async with running(site):
-        with pytest.raises(Reset, match="no such user"):
+        with pytest.raises(Refused, match="no such user"):
             await site.open("id").all()
 
 
@@ -374,7 +380,7 @@ async def test_only_so_many_run_at_once(site: Site, monkeypatch: pytest.MonkeyPa
     async with running(site):
         op = site.open("/bin/sh", "-c", "echo on; cat")
         await op.until(b"on")
-        with pytest.raises(Reset, match="already"):
+        with pytest.raises(Refused, match="already"):
             await site.open("true").all()
         await op.stream.end()
         assert (await op.all()).code == 0

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from edgeward.core.errors import EdgewardError, Unreachable
 from edgeward.tunnel import channels, fds
 from edgeward.tunnel.channels import Exit
-from edgeward.tunnel.stream import Stream
+from edgeward.tunnel.flow import Stream
 
 _PIECE = 32 * 1024
 

@@ -24,7 +24,8 @@ from edgeward.core.errors import EdgewardError, Refused
 from edgeward.tunnel import child, copying
 from edgeward.tunnel.copying import Begin, Decoder, Done, End, Entry, Failed, Have, Listed, Message, Planned
 from edgeward.tunnel.exec import Note
-from edgeward.tunnel.stream import Open, Stream
+from edgeward.tunnel.flow import Stream
+from edgeward.tunnel.framing import Open
 from edgeward.tunnel.tree import Giver, Taker, become, why
 
 T = TypeVar("T")

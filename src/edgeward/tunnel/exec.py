@@ -26,8 +26,9 @@ from edgeward.core.scrub import Scrubber
 from edgeward.tunnel import channels, child, fds
 from edgeward.tunnel.channels import Exit
 from edgeward.tunnel.child import Child
+from edgeward.tunnel.flow import Stream
+from edgeward.tunnel.framing import Open
 from edgeward.tunnel.inside import Places, account_of, app_of
-from edgeward.tunnel.stream import Open, Stream
 
 #: Bounds of what may be asked for; the kernel's own are higher.
 ARGS_MOST, BYTES_MOST, ENV_MOST = 4096, 48 * 1024, 256
