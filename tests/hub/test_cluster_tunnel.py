@@ -38,7 +38,7 @@ async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 async def _whole(stream: Stream, data: bytes) -> bool:
     await stream.write(data)
-    await stream.end()
+    stream.end()
     return await stream.readexactly(len(data)) == data and await stream.read() == b""
 
 

@@ -154,7 +154,7 @@ def test_many_connections_at_once_and_one_that_nobody_reads(system: System, dige
                 stream = made.open("tcp", {"port": digests.port})
                 data = bytes([n]) * 200_000
                 await stream.write(data)
-                await stream.end()
+                stream.end()
                 assert await stream.readexactly(32) == hashlib.sha256(data).digest()
                 assert await stream.read() == b""
 
@@ -201,7 +201,7 @@ def test_a_role_may_use_what_it_names_and_a_refusal_is_recorded(system: System, 
     async def body() -> None:
         async with tunnel(target(system, narrow), NODE) as made:
             stream = made.open("tcp", {"port": digests.port})
-            await stream.end()
+            stream.end()
             assert await stream.readexactly(32) == hashlib.sha256(b"").digest()
             for service, args in (
                 ("tcp", {"port": other.port}),
@@ -289,7 +289,7 @@ def test_a_stranger_does_not_pass_for_a_node_and_garbage_ends_only_its_own_sessi
             await bad.ended.wait()
             assert isinstance(bad.session.error, Refused)
             stream = good.open("tcp", {"port": digests.port})
-            await stream.end()
+            stream.end()
             assert await stream.readexactly(32) == hashlib.sha256(b"").digest()
 
     run(body)

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.tunnel.ends import ends, served
 
 from edgeward.core.errors import EdgewardError, Gone, NotFound, Refused
 from edgeward.tunnel import copying
 from edgeward.tunnel.copy import Copy, Result, copy_in, copy_out
 from edgeward.tunnel.copying import Begin, Done, End, Entry, Have, Listed, Planned
 from edgeward.tunnel.session import Open, Stream
-from tests.tunnel.ends import ends, served
 
 
 class Node:
@@ -180,7 +180,7 @@ async def hostile(*said: Any, target: Path) -> None:
     taking = asyncio.create_task(copy_in(here, str(target), "x"))
     for m in said:
         await there.write(copying.data(m) if isinstance(m, bytes) else copying.message(m))
-    await there.end()
+    there.end()
     await asyncio.wait_for(taking, 40)
 
 

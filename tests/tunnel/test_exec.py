@@ -382,7 +382,7 @@ async def test_only_so_many_run_at_once(site: Site, monkeypatch: pytest.MonkeyPa
         await op.until(b"on")
         with pytest.raises(Refused, match="already"):
             await site.open("true").all()
-        await op.stream.end()
+        op.stream.end()
         assert (await op.all()).code == 0
         await site.over()
         assert (await site.open("true").all()).code == 0

@@ -41,10 +41,10 @@ class Served:
 
 async def echo(stream: Stream) -> None:
     try:
-        await stream.accept({"it": "echoes"})
+        stream.accept({"it": "echoes"})
         while data := await stream.read():
             await stream.write(data)
-        await stream.end()
+        stream.end()
     except EdgewardError:
         pass
 
@@ -59,7 +59,7 @@ async def _all(stream: Stream) -> bytes:
 async def _send(stream: Stream, data: bytes) -> None:
     for at in range(0, len(data), 50_000):
         await stream.write(data[at : at + 50_000])
-    await stream.end()
+    stream.end()
 
 
 def test_bytes_go_both_ways_and_the_end_of_one_is_not_the_end_of_the_other() -> None:

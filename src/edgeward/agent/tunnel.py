@@ -42,7 +42,7 @@ class OwnTunnels(Tunnels):
             nonce=lambda: "",
             use_nonce=lambda _: None,
             call=_no_call,
-            online=lambda _: False,
+            online=lambda _: True,
         )
         self._node, self._edge, self._programs = node, edge, programs
         self._own: Session | None = None

@@ -17,7 +17,7 @@ import termios
 import tty
 from collections.abc import Iterator
 
-from edgeward.core.errors import EdgewardError, Unreachable
+from edgeward.core.errors import Unreachable
 from edgeward.tunnel import channels, fds
 from edgeward.tunnel.channels import Exit
 from edgeward.tunnel.flow import Stream
@@ -101,8 +101,7 @@ class Attached:
                 for task in (feeding, hearing, *self._tasks):
                     task.cancel()
                 await asyncio.gather(feeding, hearing, *self._tasks, return_exceptions=True)
-        with contextlib.suppress(EdgewardError):  # it is over, whatever becomes of the stream
-            await self._stream.end()
+        self._stream.end()
         return exit
 
     # -- to the node ---------------------------------------------------------------------------------------------------
@@ -203,7 +202,7 @@ async def splice(stream: Stream, stdin: int, stdout: int) -> None:
     async def there() -> None:
         while data := await _typed(stdin, _PIECE):
             await stream.write(data)
-        await stream.end()
+        stream.end()
 
     async def back() -> None:
         while data := await stream.read():

@@ -216,7 +216,7 @@ async def _out(stream: Stream, host: str, port: int) -> None:
             stream.reset("refused", "nothing is served here")
             return
         await reach(host, port, Socket(stream))
-        await stream.accept()
+        stream.accept()
     except EdgewardError as e:
         stream.fail(e)
 

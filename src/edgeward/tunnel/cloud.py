@@ -442,7 +442,9 @@ class Tunnels:
         join(stream, origin.open_for(Open("back", {}, listen=stream.purpose.listen)))
 
     async def open(self, node: str, purpose: Open) -> Stream:
-        """A stream of the hub's own, for a caller whom :meth:`permit` let in. Raises ``Unreachable``."""
+        """A stream of the hub's own, for a caller whom :meth:`permit` let in. Raises ``Unreachable``, at once for a
+        node that is away."""
+        self._check_online(node)
         return (await self.reach(node)).open_for(purpose)
 
     # -- nodes -------------------------------------------------------------------------------------------------------

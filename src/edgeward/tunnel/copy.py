@@ -111,7 +111,7 @@ async def give(stream: Stream, giver: Giver, hand: Hand, progress: Progress = _s
             raise copying.broken("an end that is none")
         if len(result.failed) < _TOLD:
             result.failed.append((said.path, said.why))
-    await stream.end()
+    stream.end()
     result.failed = [*giver.skipped, *result.failed]
     result.files, result.bytes, result.moved = said.files, said.bytes, said.moved
     return result
@@ -169,7 +169,7 @@ async def take(stream: Stream, taker: Taker, hand: Hand, progress: Progress = _s
     await hand(taker.finish)
     await wire.say(*(Failed(path, reason) for path, reason in result.failed[:_TOLD]))
     await wire.say(Done(result.files, result.bytes, result.moved))
-    await stream.end()
+    stream.end()
     while await stream.read():  # until the giver has heard it: who closes the tunnel now would take it away
         raise copying.broken("more than was asked for")
     result.failed = [*skipped, *result.failed]
@@ -315,7 +315,7 @@ class Copy:
                 await hand(become, who.uid, who.gid, who.groups)
             made: Callable[[], Giver | Taker] = (lambda: Taker(path, args.name)) if args.take else (lambda: Giver(path))
             async with _opened(made, hand) as side:
-                await stream.accept()
+                stream.accept()
                 if isinstance(side, Taker):
                     return await take(stream, side, hand)
                 return await give(stream, side, hand)

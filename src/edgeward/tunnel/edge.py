@@ -217,7 +217,7 @@ class TunnelEdge:
                 raise Refused(f"this node serves no {purpose.service}", remedy="upgrade the node's agent")
             self._policy.check(use)
             await _while_open(service(purpose, stream), stream)
-            stream.end_now()
+            stream.end()
         except EdgewardError as e:
             stream.fail(e)
         except asyncio.CancelledError:
@@ -245,7 +245,7 @@ class TunnelEdge:
             raise Refused(f"the node cannot listen there: {e.strerror or e}", field="port") from None
         async with server:
             at = server.sockets[0].getsockname()
-            await stream.accept({"host": at[0], "port": at[1]})
+            stream.accept({"host": at[0], "port": at[1]})
             while await stream.read():
                 pass
 
@@ -279,7 +279,7 @@ async def tcp(purpose: Open, stream: Stream) -> None:
     if not port:
         raise Invalid("which port?", field="port")
     await reach(host, port, Socket(stream))
-    await stream.accept()
+    stream.accept()
     await stream.wait_closed()
 
 

@@ -172,13 +172,13 @@ class Exec:
             started, who, instance = self._start(args, size)
         except child.NotStarted as e:
             use.code = e.code
-            await stream.accept()
+            stream.accept()
             await stream.write(channels.ended(Exit(e.code, error=e.message)))
-            await stream.end()
+            stream.end()
             return
         bound = asyncio.create_task(_end_with(instance, started)) if instance is not None else None
         try:
-            await stream.accept({"user": who})
+            stream.accept({"user": who})
             await _Pump(started, stream, use).run()
         finally:
             if bound is not None:
@@ -287,7 +287,7 @@ class _Pump:
         exit = _exit(code)
         self._use.code = exit.code
         await self._send(channels.ended(exit))
-        await self._stream.end()
+        self._stream.end()
 
     async def _outward(self, fd: int, kind: bytes) -> None:
         while data := await fds.take(fd, _PIECE, self._child.over):

@@ -143,10 +143,7 @@ class Stream:
             await future
             self._check()
 
-    async def end(self) -> None:
-        self.end_now()
-
-    def end_now(self) -> None:
+    def end(self) -> None:
         """No more data from this side."""
         if not self.ending and self.error is None:
             self.ending = True
@@ -163,11 +160,8 @@ class Stream:
             self._session.drop(self, error)
             self.failed(error, told=False)
 
-    async def accept(self, info: dict[str, Any] | None = None) -> None:
+    def accept(self, info: dict[str, Any] | None = None) -> None:
         """Tells the other side that the stream is served."""
-        self.accept_now(info)
-
-    def accept_now(self, info: dict[str, Any] | None = None) -> None:
         if self.error is None:
             self._session.control(framing.frame(framing.OPENED, self.id, msgspec.msgpack.encode(info or {})))
 

@@ -10,7 +10,6 @@ node and for an hour: whoever has it may see that page, and nobody can make a to
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import hashlib
 import os
@@ -32,6 +31,7 @@ from edgeward.core import clock
 from edgeward.core.access import Action, declare, principal
 from edgeward.core.audit import Audit
 from edgeward.core.authz import TUNNEL, Principal
+from edgeward.core.b64url import b64, unb64
 from edgeward.core.describe import described
 from edgeward.core.errors import EdgewardError, Forbidden, Gone, Invalid, Refused, Unauthorized, Unreachable
 from edgeward.core.http_guard import TAKEOVER
@@ -72,7 +72,7 @@ class Tickets:
         ends = self._now() + TICKET
         nonce = os.urandom(12)
         sealed = self._cipher.encrypt(nonce, msgspec.msgpack.encode((ends, token)), self._bound(node, where))
-        return base64.urlsafe_b64encode(nonce + sealed).rstrip(b"=").decode(), ends
+        return b64(nonce + sealed), ends
 
     def open(self, ticket: str, node: str, where: Where) -> str:
         """The token. Raises ``Unauthorized``."""
@@ -80,7 +80,7 @@ class Tickets:
         if not 40 <= len(ticket) <= 1024:
             raise wrong
         try:
-            data = base64.urlsafe_b64decode(ticket + "=" * (-len(ticket) % 4))
+            data = unb64(ticket)
             opened = self._cipher.decrypt(data[:12], data[12:], self._bound(node, where))
             ends, token = msgspec.msgpack.decode(opened, type=tuple[float, str])
         except (ValueError, InvalidTag, msgspec.MsgspecError):
@@ -190,7 +190,6 @@ class Proxy:
         cookies = jar.header(unquote(target.split(b"?")[0].decode("latin-1")) or "/")
         head = proxying.request_head(request.method, target, headers, place, cookies, upgrade=upgrade)
         use = await self._used(who, node, where, source)
-        await self._tunnels.prepare(node)
         args: dict[str, Any] = {"port": where.port} | ({"host": where.host} if where.host else {})
         stream = await self._tunnels.open(node, Open(PROTOCOL, args, who.name, source))
         exchange = _Exchange(stream, place, jar, use, head, request.method == "HEAD", upgrade)

@@ -27,7 +27,7 @@ class Pipe(Sink):
         self._target.send(data)
 
     def ended(self) -> None:
-        self._target.end_now()
+        self._target.end()
 
     def failed(self, error: EdgewardError) -> None:
         self._target.fail(error)
@@ -36,7 +36,7 @@ class Pipe(Sink):
         self._target.consumed(n)
 
     def accepted(self, info: dict[str, Any]) -> None:
-        self._target.accept_now(info)
+        self._target.accept(info)
 
 
 def join(one: Stream, other: Stream) -> None:
@@ -82,7 +82,7 @@ class Socket(asyncio.Protocol, Sink):
         self._eof = True
         if self.stream is None:
             return False
-        self.stream.end_now()
+        self.stream.end()
         return not self.stream.end_received  # the other direction goes on
 
     def connection_lost(self, exc: Exception | None) -> None:
