@@ -10,12 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeward.cli.kinds import find_kind
 from edgeward.cli.output import emit, full_name, print_rows, write
-from edgeward.cli.session import Session, UsageError, command
-from edgeward.cli.versions import Wait, written
+from edgeward.cli.session import Session, command
+from edgeward.cli.versions import To, Wait, check_digits, kept, named, written
 from edgeward.core.errors import EdgewardError
-from edgeward.core.resource import check_name
 
 Name = Annotated[str, typer.Argument(metavar="APP", help="The App's name.", show_default=False)]
 
@@ -27,10 +25,9 @@ def scale(
 ) -> None:
     """Set how many instances an App has at each site; nothing is started anew."""
     session.output(allowed=("table",))
-    kind = find_kind("app")
-    app = check_name(name.removeprefix("app/"), "APP", "")
+    kind, namespace, app = named(session, name, "app")
     with session.api() as api:
-        doc = api.patch(kind, session.one(kind), app, {"spec": {"replicas": replicas}})
+        doc = api.patch(kind, namespace, app, {"spec": {"replicas": replicas}})
     write(f"{full_name(doc)} scaled to {replicas}")
 
 
@@ -40,9 +37,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="An App's ver
 def versions(session: Session, name: Name) -> None:
     """List the versions of an App that its nodes keep, the present one last."""
     output = session.output(allowed=("table", "json", "yaml"))
-    kind, app_name = find_kind("app"), check_name(name.removeprefix("app/"), "APP", "")
+    kind, namespace, app = named(session, name, "app")
     with session.api() as api:
-        items = api.request("GET", api.path(kind, session.one(kind), app_name) + "/versions")["items"]
+        items = kept(api, kind, namespace, app)
     if output != "table":
         emit({"items": items}, output)
         return
@@ -52,7 +49,7 @@ def versions(session: Session, name: Name) -> None:
 def rollback(
     session: Session,
     name: Name,
-    to: Annotated[str, typer.Option("--to", metavar="DIGEST", help="This version; its first digits are enough.")] = "",
+    to: To = "",
     wait: Wait = False,
 ) -> None:
     """Bring an App's program back as it was: the version before the present one, or one that is kept.
@@ -62,19 +59,18 @@ def rollback(
     from edgeward.workloads.versions import before, put_back
 
     session.output(allowed=("table",))
-    if to and len(to) < 4:
-        raise UsageError(f"--to {to}: at least four digits")
-    kind, app_name = find_kind("app"), check_name(name.removeprefix("app/"), "APP", "")
+    check_digits(to)
+    kind, namespace, app = named(session, name, "app")
     with session.api() as api:
-        now: dict[str, Any] = api.get(kind, session.one(kind), app_name)
+        now: dict[str, Any] = api.get(kind, namespace, app)
         if now["spec"].get("perSite"):
             raise EdgewardError(
                 "differs from site to site (perSite), so no version is all of it",
-                resource=f"App/{app_name}",
+                resource=f"App/{app}",
                 remedy="apply what it should be, or drop the entry: edgeward persite",
             )
-        items = api.request("GET", api.path(kind, session.one(kind), app_name) + "/versions")["items"]
-        past = before(items, to, app_name)
+        items = kept(api, kind, namespace, app)
+        past = before(items, to, app)
         done = f"rolled back to {past['version']}"
         written(session, api, kind, now, put_back(now["spec"], past), done, wait=wait)
 

@@ -20,6 +20,10 @@ from edgeward.core.resource import check_name
 if TYPE_CHECKING:
     from edgeward.tunnel.client import Target
 
+Node = Annotated[str, typer.Argument(metavar="NODE", help="The node.", show_default=False)]
+Port = Annotated[str, typer.Argument(metavar="PORT", help="The port there.", show_default=False)]
+Host = Annotated[str, typer.Option("--host", metavar="HOST", help="A machine behind the node; else the node itself.")]
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Ways to nodes that cannot be dialled.")
 
 
@@ -76,11 +80,9 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
 @command
 def open_(
     session: Session,
-    node: Annotated[str, typer.Argument(metavar="NODE", help="The node.", show_default=False)],
-    port: Annotated[str, typer.Argument(metavar="PORT", help="The port there.", show_default=False)],
-    host: Annotated[
-        str, typer.Option("--host", metavar="HOST", help="A machine behind the node; else the node itself.")
-    ] = "",
+    node: Node,
+    port: Port,
+    host: Host = "",
     listen: Annotated[
         str, typer.Option("--listen", metavar="ADDRESS:PORT", help="Where to listen here; port 0: any free one.")
     ] = "127.0.0.1:0",
@@ -123,11 +125,9 @@ def open_(
 @command
 def stdio(
     session: Session,
-    node: Annotated[str, typer.Argument(metavar="NODE", help="The node.", show_default=False)],
-    port: Annotated[str, typer.Argument(metavar="PORT", help="The port there.", show_default=False)],
-    host: Annotated[
-        str, typer.Option("--host", metavar="HOST", help="A machine behind the node; else the node itself.")
-    ] = "",
+    node: Node,
+    port: Port,
+    host: Host = "",
 ) -> None:
     """Join a TCP port of a node to this command's input and output.
 
@@ -151,11 +151,9 @@ def stdio(
 @command
 def url(
     session: Session,
-    node: Annotated[str, typer.Argument(metavar="NODE", help="The node.", show_default=False)],
-    port: Annotated[str, typer.Argument(metavar="PORT", help="The port there.", show_default=False)],
-    host: Annotated[
-        str, typer.Option("--host", metavar="HOST", help="A machine behind the node; else the node itself.")
-    ] = "",
+    node: Node,
+    port: Port,
+    host: Host = "",
 ) -> None:
     """Print a link by which a browser reaches a web page behind a node, through the hub, for an hour.
 

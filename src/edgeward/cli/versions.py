@@ -21,19 +21,31 @@ if TYPE_CHECKING:
 
 Doc = dict[str, Any]
 Name = Annotated[str, typer.Argument(metavar="FUNCTION", help="The function's name.", show_default=False)]
+To = Annotated[str, typer.Option("--to", metavar="DIGEST", help="This version; its first digits are enough.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Until its nodes answer with it; fails when one cannot.")]
 
 
-def named(session: Session, name: str) -> tuple[Kind, str | None, str]:
-    """The kind, the namespace and the name of the one function that is meant."""
-    kind = find_kind("function")
-    return kind, session.one(kind), check_name(name.removeprefix("function/"), "FUNCTION", "")
+def named(session: Session, name: str, word: str = "function") -> tuple[Kind, str | None, str]:
+    """The kind, the namespace and the name of the one function, or App (``word``), that is meant."""
+    kind = find_kind(word)
+    return kind, session.one(kind), check_name(name.removeprefix(f"{word}/"), word.upper(), "")
+
+
+def kept(api: Api, kind: Kind, namespace: str | None, name: str) -> list[Doc]:
+    """Its versions that are kept, the present one last."""
+    found: list[Doc] = api.request("GET", api.path(kind, namespace, name) + "/versions")["items"]
+    return found
+
+
+def check_digits(to: str) -> None:
+    if to and len(to) < 4:
+        raise UsageError(f"--to {to}: at least four digits")
 
 
 def written(session: Session, api: Api, kind: Kind, now: Doc, spec: Doc, done: str, *, wait: bool) -> None:
     """Puts the spec into the object on the revision that was read, and says so."""
     was = now["metadata"]
-    kept = (
+    stays = (
         "name",
         "namespace",
         "labels",
@@ -43,7 +55,7 @@ def written(session: Session, api: Api, kind: Kind, now: Doc, spec: Doc, done: s
         "ownerReferences",
         "resourceVersion",
     )
-    meta = {k: was[k] for k in kept if was.get(k)}
+    meta = {k: was[k] for k in stays if was.get(k)}
     doc = {"apiVersion": now["apiVersion"], "kind": kind.name, "metadata": meta, "spec": spec}
     got = api.replace(kind, session.one(kind), was["name"], doc)
     write(f"{kind.name.lower()}/{was['name']} {done}")
@@ -66,7 +78,7 @@ def versions(session: Session, name: Name) -> None:
     output = session.output(allowed=("table", "json", "yaml"))
     kind, namespace, function = named(session, name)
     with session.api() as api:
-        items: list[Doc] = api.request("GET", api.path(kind, namespace, function) + "/versions")["items"]
+        items = kept(api, kind, namespace, function)
         status: Doc = api.get(kind, namespace, function).get("status") or {}
     if output != "table":
         emit({"items": items}, output)
@@ -104,7 +116,7 @@ def promote(
 def rollback(
     session: Session,
     name: Name,
-    to: Annotated[str, typer.Option("--to", metavar="DIGEST", help="This version; its first digits are enough.")] = "",
+    to: To = "",
     wait: Wait = False,
 ) -> None:
     """Bring a function's code back as it was: the version before the present one, or one that is kept.
@@ -114,12 +126,11 @@ def rollback(
     from edgeward.functions.history import before, put_back
 
     session.output(allowed=("table",))
-    if to and len(to) < 4:
-        raise UsageError(f"--to {to}: at least four digits")
+    check_digits(to)
     kind, namespace, function = named(session, name)
     with session.api() as api:
         now = api.get(kind, namespace, function)
-        items = api.request("GET", api.path(kind, namespace, function) + "/versions")["items"]
+        items = kept(api, kind, namespace, function)
         past = before(items, to, function)
         done = f"rolled back to {past['version'] or 'generation ' + str(past['generation'])}"
         written(session, api, kind, now, put_back(now["spec"], past), done, wait=wait)
