@@ -20,7 +20,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from edgeward.core.b64url import b64
+from edgeward.core.b64url import b64, unb64
 from edgeward.core.errors import Invalid
 
 _PREFIX = {"operator": 14 << 3, "account": 0, "user": 20 << 3, "server": 13 << 3}
@@ -112,11 +112,9 @@ def claims_of(jwt: str) -> dict[str, Any]:
     """The claims of a NATS JWT whose signature by its stated issuer holds. Whom to trust is the caller's business."""
     try:
         head, body, sig = jwt.strip().split(".")
-        claims: dict[str, Any] = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+        claims: dict[str, Any] = json.loads(unb64(body))
         issuer = _unb32(claims["iss"])[1:]
-        Ed25519PublicKey.from_public_bytes(issuer).verify(
-            base64.urlsafe_b64decode(sig + "=" * (-len(sig) % 4)), f"{head}.{body}".encode()
-        )
+        Ed25519PublicKey.from_public_bytes(issuer).verify(unb64(sig), f"{head}.{body}".encode())
     except (ValueError, KeyError, TypeError, InvalidSignature) as exc:
         raise Invalid("not a valid NATS JWT", remedy="enrol the node again") from exc
     return claims

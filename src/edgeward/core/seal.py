@@ -24,7 +24,6 @@ own backup is restored.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import hashlib
 import json
@@ -40,7 +39,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from edgeward.core.b64url import b64
+from edgeward.core.b64url import b64, unb64
 from edgeward.core.errors import Invalid, Refused
 
 MAGIC = b"EDGEWARD SEALED\n"
@@ -64,7 +63,7 @@ def _raw(text: object, size: int) -> bytes:
     """Decodes what :func:`b64` made. Raises ``ValueError``."""
     if not isinstance(text, str) or len(text) > 4 * size:
         raise ValueError("no key")
-    raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    raw = unb64(text)
     if len(raw) != size or b64(raw) != text:
         raise ValueError("no key")
     return raw
