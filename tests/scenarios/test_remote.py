@@ -281,6 +281,10 @@ def test_a_cut_site_s_own_api_serves_the_same(system: System, tmp_path: Path) ->
         assert (tmp_path / "g").read_bytes() == b"f"
         system.run(*at, "exec", "plant-2", "--", "true", code=5)  # it leads to no other node
         assert [r["actor"] for r in records(system, "copy", *at)][-1] == "local"
+        ran = [r["detail"] for r in records(system, "exec", *at)]  # its end is said here, and once
+        assert [d["code"] for d in ran if d["argv"] == ["sh", "-c", "cat; exit 3"]] == [3]
+        told = [r["outcome"] for r in records(system, "tunnel", *at) if r.get("detail", {}).get("use") == "exec"]
+        assert "opened" in told and "ended" not in told
     finally:
         system.run("lab", "heal", "plant")
 

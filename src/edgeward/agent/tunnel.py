@@ -13,13 +13,15 @@ from typing import Any
 from starlette.routing import Route
 
 from edgeward.core.audit import Audit
+from edgeward.core.authz import PROGRAMS
 from edgeward.core.certs import verify
 from edgeward.core.errors import Invalid, Refused
 from edgeward.core.identity import NodeIdentity
+from edgeward.core.passage import Passage
 from edgeward.core.resource import CLUSTER, Key
 from edgeward.core.store import Store
 from edgeward.nodes.door import Door
-from edgeward.tunnel.cloud import Tunnels
+from edgeward.tunnel.cloud import Desk, Tunnels
 from edgeward.tunnel.copy import Copy
 from edgeward.tunnel.edge import Policy, Service, TunnelEdge, tcp
 from edgeward.tunnel.exec import Exec
@@ -71,6 +73,11 @@ class OwnTunnels(Tunnels):
     async def forward(self, stream: Stream, node: str, purpose: Open, origin: Session) -> None:
         stream.purpose = purpose
         self._edge.serve(stream)
+
+    async def record(self, desk: Desk, use: Passage, outcome: str, detail: dict[str, Any]) -> None:
+        # how a program ended is in this same audit already, with more, by the service that ran it
+        if outcome != "ended" or use.protocol not in PROGRAMS:
+            await super().record(desk, use, outcome, detail)
 
 
 async def _no_call(node: str, args: dict[str, Any]) -> None:
