@@ -25,6 +25,8 @@ from edgeward.core.identity import HubIdentity
 from edgeward.core.natsserver import free_port
 from edgeward.core.proc import find_by_env
 from edgeward.hub.cluster import Member, check_members, config_of, parse_member, prepare
+from edgeward.nodes.enrol import decode_token
+from edgeward.nodes.enrol_edge import join
 from edgeward.nodes.wire import Ok, ReportAsk, Status
 
 A, B = Member("a", "10.0.0.1", 443, 7422), Member("b", "10.0.0.2", 443, 7422)
@@ -121,6 +123,35 @@ class Cloud:
         context = ssl.create_default_context(cafile=str(self.ca))
         return httpx.AsyncClient(verify=context, headers={"Authorization": f"Bearer {self.token}"}, timeout=8)
 
+    async def begin(self, client: httpx.AsyncClient) -> None:
+        """Every process runs, and those that serve are ready."""
+        for process in self.hubs.values():
+            process.start()
+        for name in self.urls:
+            await self.until(f"{name} is ready", lambda name=name: self.ready(client, name))
+
+    async def ready(self, client: httpx.AsyncClient, name: str) -> bool:
+        return (await client.get(self.urls[name].replace("/api/v1", "/readyz"))).status_code == 200
+
+    async def node(self, client: httpx.AsyncClient, directory: Path) -> Process:
+        """A box joins by one process, as n1 of site s; its agent runs, and the other process sees it as well."""
+        site = {"apiVersion": "edgeward/v1", "kind": "Site", "metadata": {"name": "s"}}
+        await client.post(f"{self.urls['a']}/sites", json=site)
+        issued = await client.post(f"{self.urls['a']}/issue/jointoken", json={"node": "n1", "site": "s"})
+        assert issued.status_code < 300, issued.text
+        agent = Process(directory, "edgeward.agent")
+        directory.mkdir()
+        await asyncio.to_thread(join, directory, decode_token(issued.json()["token"]))
+        self.agents.append(agent)
+        agent.start()
+        for name in self.urls:
+            await self.until(f"the node is online at {name}", lambda name=name: self.online(client, name))
+        return agent
+
+    async def online(self, client: httpx.AsyncClient, name: str) -> bool:
+        node = (await client.get(f"{self.urls[name]}/nodes/n1")).json()
+        return bool(node.get("status", {}).get("online"))
+
     def logs(self) -> str:
         return "\n".join(f"== {p.directory}\n{p.log.read_text()[-3000:]}" for p in (*self.hubs.values(), *self.agents))
 
@@ -154,37 +185,9 @@ def config(n: int) -> dict[str, Any]:
 @pytest.mark.slow
 def test_any_one_may_die_and_nothing_acknowledged_is_lost(cloud: Cloud, tmp_path: Path) -> None:
     async def body() -> None:
-        for process in cloud.hubs.values():
-            process.start()
         async with cloud.client() as client:
-
-            async def ready(name: str) -> bool:
-                return (await client.get(cloud.urls[name].replace("/api/v1", "/readyz"))).status_code == 200
-
-            for name in ("a", "b"):
-                await cloud.until(f"{name} is ready", lambda name=name: ready(name))
-            # a node joins by one process and is seen by the other
-            await client.post(
-                f"{cloud.urls['a']}/sites",
-                json={"apiVersion": "edgeward/v1", "kind": "Site", "metadata": {"name": "s"}},
-            )
-            issued = await client.post(f"{cloud.urls['a']}/issue/jointoken", json={"node": "n1", "site": "s"})
-            assert issued.status_code < 300, issued.text
-            agent = Process(tmp_path / "n1", "edgeward.agent")
-            agent.directory.mkdir()
-            from edgeward.nodes.enrol import decode_token
-            from edgeward.nodes.enrol_edge import join
-
-            await asyncio.to_thread(join, agent.directory, decode_token(issued.json()["token"]))
-            cloud.agents.append(agent)
-            agent.start()
-
-            async def online(name: str) -> bool:
-                node = (await client.get(f"{cloud.urls[name]}/nodes/n1")).json()
-                return bool(node.get("status", {}).get("online"))
-
-            for name in ("a", "b"):
-                await cloud.until(f"the node is online at {name}", lambda name=name: online(name))
+            await cloud.begin(client)
+            await cloud.node(client, tmp_path / "n1")
 
             async def answers(name: str) -> bool:
                 """The node itself, by its link, not what is remembered of it."""
@@ -219,7 +222,7 @@ def test_any_one_may_die_and_nothing_acknowledged_is_lost(cloud: Cloud, tmp_path
                     assert int(revision["resourceVersion"]) > 0
                 cloud.hubs[victim].start()
                 if victim != "c":
-                    await cloud.until(f"{victim} is back", lambda victim=victim: ready(victim))
+                    await cloud.until(f"{victim} is back", lambda victim=victim: cloud.ready(client, victim))
                 else:
                     await cloud.until("the witness is back", lambda: _state(cloud.hubs["c"]))
             stop.set()

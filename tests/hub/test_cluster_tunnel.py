@@ -10,11 +10,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from tests.hub.test_cluster import Cloud, Process
+from tests.hub.test_cluster import Cloud
 
 from edgeward.core.errors import EdgewardError
-from edgeward.nodes.enrol import decode_token
-from edgeward.nodes.enrol_edge import join
 from edgeward.tunnel.client import Target, connect, tunnel
 from edgeward.tunnel.flow import Stream
 from edgeward.tunnel.link import Way
@@ -45,8 +43,6 @@ async def _whole(stream: Stream, data: bytes) -> bool:
 @pytest.mark.slow
 def test_a_node_is_reached_by_either_process_and_found_again_when_one_dies(cloud: Cloud, tmp_path: Path) -> None:
     async def body() -> None:
-        for process in cloud.hubs.values():
-            process.start()
         echo = await asyncio.start_server(_echo, "127.0.0.1", 0)
         port = echo.sockets[0].getsockname()[1]
         tls = ssl.create_default_context(cafile=str(cloud.ca))
@@ -55,31 +51,14 @@ def test_a_node_is_reached_by_either_process_and_found_again_when_one_dies(cloud
             return Target(Way("127.0.0.1", urlsplit(cloud.urls[name]).port or 0, tls), cloud.token)
 
         async with cloud.client() as client:
-
-            async def ready(name: str) -> bool:
-                return (await client.get(cloud.urls[name].replace("/api/v1", "/readyz"))).status_code == 200
-
-            for name in ("a", "b"):
-                await cloud.until(f"{name} is ready", lambda name=name: ready(name))
-            site = {"apiVersion": "edgeward/v1", "kind": "Site", "metadata": {"name": "s"}}
-            await client.post(f"{cloud.urls['a']}/sites", json=site)
-            issued = await client.post(f"{cloud.urls['a']}/issue/jointoken", json={"node": "n1", "site": "s"})
-            agent = Process(tmp_path / "n1", "edgeward.agent")
-            agent.directory.mkdir()
-            await asyncio.to_thread(join, agent.directory, decode_token(issued.json()["token"]))
-            cloud.agents.append(agent)
-            agent.start()
+            await cloud.begin(client)
+            await cloud.node(client, tmp_path / "n1")
 
             async def opens(name: str) -> bool:
                 async with connect(target(name), "n1", "tcp", {"port": port}) as stream:
                     return await _whole(stream, name.encode() * 300_000)
 
-            async def online(name: str) -> bool:
-                node = (await client.get(f"{cloud.urls[name]}/nodes/n1")).json()
-                return bool(node.get("status", {}).get("online"))
-
             for name in ("a", "b"):
-                await cloud.until(f"the node is online at {name}", lambda name=name: online(name))
                 await cloud.until(f"a tunnel by {name}", lambda name=name: opens(name))
             logs = {name: cloud.hubs[name].log.read_text() for name in ("a", "b")}
             (holder,) = (name for name, text in logs.items() if "n1 opened its tunnel" in text)  # one dial, for both

@@ -73,7 +73,7 @@ from edgeward.nodes.enrol_cloud import Enrolment
 from edgeward.nodes.wire import LEVEL
 from edgeward.streams.cloud import StreamsCloud
 from edgeward.tunnel.cloud import Tunnels
-from edgeward.tunnel.neighbour import Neighbours as TunnelNeighbours
+from edgeward.tunnel.peers import PeerTunnels
 from edgeward.tunnel.proxy import Proxy, ticket_key
 
 log = logging.getLogger("edgeward.hub")
@@ -251,13 +251,7 @@ class Hub:
             call=self._have_dial,
             online=self.nodes.is_online,
         )
-        self.tunnels.neighbours = neighbouring = TunnelNeighbours(
-            self.bus,
-            self.tunnels,
-            alone=lambda: self.peers.alone,
-            tell=self.peers.tell,
-            listen=self.peers.listen,
-        )
+        self.tunnels.peers = peer_tunnels = PeerTunnels(self.bus, self.tunnels, self.peers)
         self.proxy = Proxy(self.tunnels, self.store, audit, ticket_key(identity.derived("proxy")))
         self.app = app = build_app(
             self.resources,
@@ -308,7 +302,7 @@ class Hub:
                     self.enrolment.run,
                     enrol_routes.run,
                     self.tunnels.run,
-                    neighbouring.run,
+                    peer_tunnels.run,
                     self.proxy.run,
                     self._controllers,
                     self._retention,

@@ -4,7 +4,7 @@ An operator's stream is decided when it is opened: the caller's rules by service
 policy at the node; what was used is in the audit, with bytes and seconds when it ends. A caller whose token ends or
 whose role changes is looked at again every second, and streams that idle are cut. Nodes dial in when they are asked to
 (``edge.py``), to whichever hub process their way leads to; another process that needs the node asks for it by name and
-passes its streams by NATS (``neighbour.py``).
+passes its streams by NATS (``peers.py``).
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ _MOST, _MOST_OF_ONE = 2048, 64
 _MOST_USES = 256
 
 
-class Neighbours(Protocol):
-    """Other hub processes (``neighbour.py``)."""
+class Peers(Protocol):
+    """Other hub processes (``peers.py``)."""
 
     async def reach(self, node: str) -> Session | None: ...
 
@@ -131,7 +131,8 @@ def _session_id(request: Request) -> str:
 class _Use:
     """One thing that a session does, for the audit."""
 
-    def __init__(self) -> None:
+    def __init__(self, passage: Passage) -> None:
+        self.passage = passage
         self.began = clock.monotonic()
         self.streams = self.open = self.to_node = self.from_node = 0
         self.error = ""
@@ -172,7 +173,7 @@ class Desk:
         if what not in self.uses:
             if len(self.uses) >= _MOST_USES:
                 raise TooMany("this session does too many different things", remedy="open another one")
-            self.uses[what] = _Use()
+            self.uses[what] = _Use(use)
             await self._tunnels.record(self, use, "opened", told(purpose.service, purpose.args))
         self.uses[what].streams += 1
         self.uses[what].open += 1
@@ -180,7 +181,7 @@ class Desk:
 
     async def _watch(self, stream: Stream, what: str) -> None:
         await stream.wait_closed()
-        use, *_ = self.streams.pop(stream, (Passage(""), "", None))
+        self.streams.pop(stream, None)
         known = self.uses.get(what)
         if known is None:
             return  # it was said already, at the session's end
@@ -189,10 +190,10 @@ class Desk:
         known.from_node += stream.went
         if stream.error is not None and self.session.error is None and not isinstance(stream.error, Gone):
             known.error = str(stream.error)
-        if not use.port:  # a program's run ends with its stream
-            await self._ended(use, what)
+        if not known.passage.port:  # a program's run ends with its stream
+            await self._ended(what)
 
-    async def _ended(self, use: Passage, what: str) -> None:
+    async def _ended(self, what: str) -> None:
         known = self.uses.pop(what)
         outcome = f"ended: {known.error}" if known.error else "ended"
         detail = {
@@ -201,7 +202,7 @@ class Desk:
             "bytesToNode": known.to_node,
             "bytesFromNode": known.from_node,
         }
-        await self._tunnels.record(self, use, outcome, detail)
+        await self._tunnels.record(self, known.passage, outcome, detail)
 
     async def close(self) -> None:
         """What is left to be said of it."""
@@ -214,8 +215,7 @@ class Desk:
         why = str(self.session.error) if isinstance(self.session.error, Forbidden) else ""
         for what in tuple(self.uses):
             self.uses[what].error = self.uses[what].error or why
-            parsed = what.split(" ")[0]
-            await self._ended(_Named(parsed), what)
+            await self._ended(what)
 
     def look(self, now: float, idle: float) -> None:
         """Ends what its principal may not do any more, and what idles. Called every second."""
@@ -237,13 +237,6 @@ class Desk:
                 stream.fail(Gone(f"nothing moved for {idle:g} s", remedy="open it again"))
         if changed and not self._tunnels.may_at_all(who, self.node):
             self.session.close(who.refusal(self._tunnels.ask(self.node), "your role has changed, or the node's labels"))
-
-
-class _Named(Passage):
-    """A use by its text."""
-
-    def __str__(self) -> str:
-        return self.protocol
 
 
 class Tunnels:
@@ -275,7 +268,7 @@ class Tunnels:
         self._desk_attempts: dict[str, int] = {}
         #: Where connections to a reverse tunnel's port go: by node and the tunnel's name.
         self._back: dict[tuple[str, str], Session] = {}
-        self.neighbours: Neighbours | None = None
+        self.peers: Peers | None = None
         self._waiting: dict[str, asyncio.Event] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -319,7 +312,7 @@ class Tunnels:
     def _look(self, node: str, held: _Held, wanted: bool, now: float) -> None:
         if self._key_of(node) != held.key:
             held.session.close(Forbidden("the node is revoked, or another box has its name"))
-        if wanted or held.session.streams or (self.neighbours is not None and self.neighbours.used(node)):
+        if wanted or held.session.streams or (self.peers is not None and self.peers.used(node)):
             held.used = now
         elif now - held.used > _UNUSED:
             held.session.close(Gone("nobody uses the tunnel"))
@@ -460,7 +453,7 @@ class Tunnels:
                             await self._have_dial(node, held.id)
                             held = self.nodes.get(node, held)
                         return held.session
-                    if self.neighbours is not None and (session := await self.neighbours.reach(node)) is not None:
+                    if self.peers is not None and (session := await self.peers.reach(node)) is not None:
                         return session
                     await self._have_dial(node)
         except TimeoutError:
@@ -551,8 +544,8 @@ class Tunnels:
         if old is not None:
             old.session.close(Unreachable("the node opened its tunnel anew"))
         log.info("node %s opened its tunnel", node)
-        if self.neighbours is not None:
-            self.neighbours.hold(node, True)
+        if self.peers is not None:
+            self.peers.hold(node, True)
         self.came_in(node)
         return held
 
@@ -562,8 +555,8 @@ class Tunnels:
             return
         del self.nodes[node]
         log.info("the tunnel of node %s has ended: %s", node, session.error)
-        if self.neighbours is not None:
-            self.neighbours.hold(node, False)
+        if self.peers is not None:
+            self.peers.hold(node, False)
 
 
 class _Held:

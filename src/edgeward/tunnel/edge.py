@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from edgeward.core import passage
+from edgeward.core.authz import PROGRAMS
 from edgeward.core.errors import EdgewardError, Forbidden, Invalid, Refused, Unreachable
 from edgeward.core.passage import Passage
 from edgeward.core.spans import host_port
@@ -36,7 +37,6 @@ DIAL_PORT = 10.0
 #: Another ask of the hub within so many seconds is by a hub process that did not know of the first.
 _JUST_DIALLED = 5.0
 PATH = "/tunnel"
-PROGRAMS = ("exec", "shell", "copy")
 
 
 class Policy(msgspec.Struct, frozen=True):

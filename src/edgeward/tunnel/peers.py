@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Protocol
 
 import msgspec
@@ -23,6 +23,7 @@ from nats.aio.subscription import Subscription
 from edgeward.core import clock
 from edgeward.core.bus import Bus
 from edgeward.core.errors import EdgewardError, NotFound, Unreachable
+from edgeward.core.peers import Peers
 from edgeward.tunnel.session import Session, Stream
 
 log = logging.getLogger("edgeward.tunnel")
@@ -120,20 +121,12 @@ async def _end(sub: Subscription) -> None:
         await sub.unsubscribe()
 
 
-class Neighbours:
-    """``tell``: says to the other processes that a node is held here; ``alone``: whether there is no other one."""
+class PeerTunnels:
+    """The way between this process and its peers."""
 
-    def __init__(
-        self,
-        bus: Bus,
-        links: Links,
-        *,
-        alone: Callable[[], bool],
-        tell: Callable[[str, bytes], Awaitable[None]],
-        listen: Callable[[str, Callable[[bytes], None]], None],
-    ) -> None:
-        self._bus, self._links, self._alone, self._tell = bus, links, alone, tell
-        listen("tunnel", lambda data: links.held_elsewhere(data.decode("utf-8", "replace")))
+    def __init__(self, bus: Bus, links: Links, peers: Peers) -> None:
+        self._bus, self._links, self._peers = bus, links, peers
+        peers.listen("tunnel", lambda data: links.held_elsewhere(data.decode("utf-8", "replace")))
         #: Sessions that lead to other processes, by node; and those that others have with us, by their name.
         self._out: dict[str, tuple[str, Session, BusLink]] = {}
         self._in: dict[str, tuple[str, Session]] = {}
@@ -164,7 +157,7 @@ class Neighbours:
 
                 self._held[node] = await self._bus.subscribe(f"ew.peer.tunnel.{node}", asked)
                 await self._bus.flush()
-                await self._tell("tunnel", node.encode())
+                await self._peers.tell("tunnel", node.encode())
             elif node not in self._wanted and (sub := self._held.pop(node, None)) is not None:
                 await _end(sub)
 
@@ -198,7 +191,7 @@ class Neighbours:
 
     async def reach(self, node: str) -> Session | None:
         """A session to the node by the process that holds it; None: nobody does."""
-        if self._alone():
+        if self._peers.alone:
             return None
         async with self._locks.setdefault(f"to {node}", asyncio.Lock()):
             known = self._out.get(node)
