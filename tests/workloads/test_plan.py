@@ -69,8 +69,8 @@ class World:
                     slot.restarts += 1
                     slot.not_before = self.now + delay_after(slot.restarts, self.rules)
             case Switch(version):
-                s.history = [s.current, *s.history][:2] if s.current else s.history
-                s.current, s.candidate, s.switched_at = version, "", self.now
+                s.serve(version)
+                s.switched_at = self.now
             case MarkBad(version, why):
                 s.bad[version] = why
                 s.candidate = ""

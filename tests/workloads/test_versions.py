@@ -21,6 +21,14 @@ def test_the_present_one_is_last_and_what_is_not_kept_any_more_is_left_out() -> 
     assert items[0]["message"] == "it ended" and "SECRET" not in str(items)
 
 
+def test_a_version_that_serves_again_is_the_present_one_and_none_of_the_past() -> None:
+    state = State(current=C, history=[B, A])
+    state.serve(B)
+    items = kept(state, FOUND.get)
+    assert [i["version"] for i in items] == ["a" * 12, "c" * 12, "b" * 12], "and none is forgotten for it"
+    assert items[-1]["state"] == "serves" and before(items, "", "web")["version"] == "c" * 12
+
+
 def test_the_way_back() -> None:
     items = kept(State(current=C, candidate=BAD, history=[B, A]), FOUND.get)
     assert before(items, "", "web")["version"] == "b" * 12

@@ -142,9 +142,10 @@ class Desired:
     def coming_apps(self) -> dict[tuple[str, str], Resource]:
         """The Apps of which a Rollout will bring another version to this node."""
         nodes = self.nodes()
-        declared = [a for a in self._replica.items("App") if self._share(a, nodes)]
-        coming = [c for a in declared if (c := self._rolling.coming(a)) is not None]
-        return {(c.metadata.namespace, c.metadata.name): effective(c, self._site) for c in coming}
+        # asked with each look at an App: whose share it is, is reckoned only of what a Rollout moves
+        coming = [c for a in self._replica.items("App") if (c := self._rolling.coming(a)) is not None]
+        mine = [c for c in coming if self._share(c, nodes)]
+        return {(c.metadata.namespace, c.metadata.name): effective(c, self._site) for c in mine}
 
     def fetched(self, here: dict[Key, bool]) -> dict[Key, dict[str, Any]]:
         """What the hub is told of Rollouts: what of :meth:`coming` and :meth:`coming_apps` is here."""

@@ -47,11 +47,11 @@ class Ahead:
             except EdgewardError:  # a Config that it names is not here: then it has another name in the end
                 self._runtimes[name].drop(*key)
                 here = False
-        where, before = Key("App", *key), dict(self.fetched)
-        self.fetched.pop(where, None)
+        where = Key("App", *key)
+        before = self.fetched.pop(where, None)
         if here is not None:
             self.fetched[where] = here
-        if self.fetched != before:
+        if here != before:
             self._changed()
 
 

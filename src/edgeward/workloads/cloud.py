@@ -28,12 +28,16 @@ def phase_of(wanted: int, instances: list[dict[str, Any]], phases: list[str]) ->
     return "Starting" if instances or phases else "Pending"
 
 
+def _dead(nodes: list[Resource]) -> set[str]:
+    return {n.metadata.name for n in nodes if n.status.get("verdict") == "dead"}
+
+
 def shares(app: Resource, nodes: list[Resource]) -> dict[str, int]:
     """node -> instances that it is to run, without those that are dead."""
     by_site: dict[str, list[Resource]] = {}
     for node in nodes:
         by_site.setdefault(node.spec.site, []).append(node)
-    dead = {n.metadata.name for n in nodes if n.status.get("verdict") == "dead"}
+    dead = _dead(nodes)
     gone = {site: lost(effective(app, site).spec, dict.fromkeys(dead, math.inf)) for site in by_site}
     return {n.metadata.name: share(app, by_site[n.spec.site], n.metadata.name, gone[n.spec.site]) for n in nodes}
 
@@ -41,7 +45,7 @@ def shares(app: Resource, nodes: list[Resource]) -> dict[str, int]:
 def fold(app: Resource, nodes: list[Resource], reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """An App's status from what its nodes report."""
     sites = {node.spec.site for node in nodes}
-    dead = {n.metadata.name for n in nodes if n.status.get("verdict") == "dead"}
+    dead = _dead(nodes)
     expected = shares(app, nodes)
     wanted = sum(expected.values())
     instances: list[dict[str, Any]] = []

@@ -134,7 +134,6 @@ def _group(g: Group, spec: RolloutSpec) -> GroupRules:
 
 def rules_of(spec: RolloutSpec) -> Rules:
     """The numbers that a step goes by."""
-    rest = Group(REST, healthWindow=spec.healthWindow, maintenance=spec.maintenance)
     return Rules(
         tuple(_group(g, spec) for g in spec.groups),
         failures=_amount(spec.failures),
@@ -143,7 +142,7 @@ def rules_of(spec: RolloutSpec) -> Rules:
         paused=spec.paused,
         approved=frozenset(spec.approved),
         cancelled=spec.cancelled,
-        rest=_group(rest, spec),
+        rest=_group(Group(REST), spec),
     )
 
 

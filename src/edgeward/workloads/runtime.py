@@ -3,7 +3,7 @@
 A runtime is an extension (``runtime/process``, ``runtime/container``), chosen by what the App's spec has
 (:func:`~edgeward.workloads.spec.runtime_of`) and made with the node's :class:`~edgeward.workloads.ground.Ground`.
 ``waits_for`` says what must come to the node first, ``start`` starts an instance, ``stop`` ends it, ``find`` finds one
-again whose start was cut off and ``resume`` takes it over, ``clean`` leaves nothing of it behind but its log, ``tidy``
+again whose start was cut off and ``resume`` takes it over, ``clean`` leaves nothing of it behind but its log, ``run``
 takes away what nothing needs. An instance is a process of the node that can be waited for, whatever stands around it.
 """
 
