@@ -12,6 +12,9 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, tzinfo
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from edgeward.core.errors import Invalid
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
@@ -32,6 +35,16 @@ LATE = 60.0
 #: A clock that was set back further than this begins anew; less is waited for, so that nothing runs twice.
 _BACK = 3600.0
 _LOOK_BACK = 3600.0
+
+
+def check_zone(name: str, field: str) -> None:
+    """Raises ``Invalid`` for what is no time zone of this machine."""
+    try:
+        ZoneInfo(name)
+    except (ValueError, OSError, ZoneInfoNotFoundError):
+        raise Invalid(
+            f"{name[:64]!r} is no time zone", field=field, remedy="write it as Europe/Berlin, or leave it out for UTC"
+        ) from None
 
 
 def _number(text: str, names: tuple[str, ...], first: int, field: str) -> int:

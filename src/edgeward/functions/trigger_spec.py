@@ -8,11 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from msgspec import Meta
 
-from edgeward.core.cron import Schedule
+from edgeward.core.cron import Schedule, check_zone
 from edgeward.core.declared import Declared
 from edgeward.core.errors import Invalid
 from edgeward.core.quantity import DURATION_PATTERN, parse_duration
@@ -99,11 +98,7 @@ def _check_cron(cron: Cron, at: str) -> None:
         Schedule.parse(cron.schedule)
     except ValueError as e:
         raise Invalid(str(e), field=f"{at}.schedule", remedy="e.g. 0 6 * * mon-fri") from None
-    try:
-        ZoneInfo(cron.zone)
-    except (ValueError, OSError, ZoneInfoNotFoundError):
-        remedy = "e.g. UTC or Europe/Berlin"
-        raise Invalid(f"there is no zone {cron.zone!r}", field=f"{at}.zone", remedy=remedy) from None
+    check_zone(cron.zone, f"{at}.zone")
     try:
         parse_duration(cron.jitter)
     except ValueError as e:

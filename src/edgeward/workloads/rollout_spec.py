@@ -7,11 +7,11 @@ It is a policy, no order: each change of a target's version is a run of its own.
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 from msgspec import Meta
 
+from edgeward.core.cron import check_zone
 from edgeward.core.declared import Declared
 from edgeward.core.errors import Invalid
 from edgeward.core.quantity import DURATION_PATTERN, parse_duration
@@ -185,12 +185,7 @@ def _check_duration(value: str | float, at: str) -> None:
 
 def _check_zones(declared: list[Maintenance], at: str) -> None:
     for n, m in enumerate(declared):
-        try:
-            ZoneInfo(m.zone)
-        except (ValueError, OSError, ZoneInfoNotFoundError):
-            raise Invalid(
-                f"{m.zone[:40]!r} is no time zone", field=f"{at}[{n}].zone", remedy="write it as Europe/Berlin"
-            ) from None
+        check_zone(m.zone, f"{at}[{n}].zone")
 
 
 def _refs(r: Resource) -> list[Ref]:

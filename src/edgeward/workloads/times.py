@@ -8,12 +8,12 @@ left out. A version that is declared anew is taken by the next run; there is not
 from __future__ import annotations
 
 from typing import Annotated, Literal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo
 
 import msgspec
 from msgspec import Meta
 
-from edgeward.core.cron import Schedule, Timer
+from edgeward.core.cron import Schedule, Timer, check_zone
 from edgeward.core.declared import Declared
 from edgeward.core.errors import Invalid
 from edgeward.workloads.plan import State, slot_key
@@ -38,12 +38,7 @@ def check_times(times: Times, policy: str) -> None:
         Schedule.parse(times.cron)
     except ValueError as e:
         raise Invalid(str(e), field="$.spec.schedule.cron", remedy="e.g. */5 * * * *") from None
-    try:
-        ZoneInfo(times.zone)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise Invalid(
-            f"{times.zone!r} is no time zone", field="$.spec.schedule.zone", remedy="e.g. Europe/Berlin"
-        ) from None
+    check_zone(times.zone, "$.spec.schedule.zone")
     if policy == "always":
         raise Invalid(
             "an app with a schedule ends by itself",
