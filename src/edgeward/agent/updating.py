@@ -22,6 +22,7 @@ from edgeward.agent.desired import Desired
 from edgeward.agent.installing import check, install, this_platform, tidy
 from edgeward.agent.launcher import RELEASE, read, write
 from edgeward.agent.slots import Order, State, state_of
+from edgeward.core.backoff import backoff
 from edgeward.core.blobfetch import BlobFetch
 from edgeward.core.blobs import hex_of
 from edgeward.core.errors import EdgewardError, Invalid, Unreachable
@@ -110,7 +111,7 @@ class Updating:
         except OSError as e:
             self._tell(wanted or declared, "Refused", f"cannot be kept: {e.strerror or e}")
         self._tries += 1
-        return float(min(_LONGEST, _BACK_OFF * 2 ** min(self._tries, 10)))
+        return backoff(self._tries + 1, _BACK_OFF, _LONGEST)
 
     async def _follow(self, declared: Resource, wanted: Resource | None) -> float | None:
         state = self._state()

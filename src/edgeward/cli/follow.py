@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from edgeward.core.backoff import backoff
 from edgeward.core.errors import Gone, Unreachable
 
 if TYPE_CHECKING:
@@ -108,10 +109,10 @@ class Follower:
             self._say("connected again")
 
     def _wait(self, why: str) -> None:
-        delay = min(_MOST, _FIRST * 2**self._tries) * random.uniform(0.8, 1.2)  # noqa: S311 - many may have lost the same hub
+        delay = backoff(self._tries + 1, _FIRST, _MOST) * random.uniform(0.8, 1.2)  # noqa: S311 - many may have lost the same hub
         if not self._tries:
             self._say(f"{why}; trying again until Ctrl-C")
-        self._tries = min(self._tries + 1, 10)
+        self._tries += 1
         self._sleep(delay)
 
     def _anew(self) -> Iterator[tuple[str, Doc]]:

@@ -14,6 +14,8 @@ import random
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
+from edgeward.core.backoff import backoff
+
 log = logging.getLogger("edgeward.reconcile")
 
 K = TypeVar("K", bound=Hashable)
@@ -116,7 +118,7 @@ class Loop(Generic[K]):
                 n = self._failures.get(key, 0) + 1
                 self._failures[key] = n
                 low, high = self._backoff
-                delay = min(high, low * 2 ** min(n - 1, 20)) * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
+                delay = backoff(n, low, high) * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
                 level = logging.WARNING if n in (1, 5) or n % 50 == 0 else logging.DEBUG
                 log.log(level, "%s: %s failed (%s), again in %.1f s", self.name, key, e or type(e).__name__, delay)
                 self.add_after(key, delay)

@@ -23,6 +23,7 @@ from typing import IO, NamedTuple
 
 from edgeward.core import cgroup
 from edgeward.core import invocation as wire
+from edgeward.core.backoff import backoff
 from edgeward.core.errors import Unreachable
 from edgeward.functions import zygote
 from edgeward.functions.sandbox import Cage, Verdict
@@ -229,7 +230,7 @@ class Nursery:
         self._spare = None
         if not self._closed:
             self._failures += 1
-            self._not_before = time.monotonic() + min(30.0, 0.1 * 2**self._failures)
+            self._not_before = time.monotonic() + backoff(self._failures, 0.2, 30.0)
             log.warning("the zygote is gone (%s); another is started when it is needed", why)
         error = Unreachable(f"the process that workers are forked from is gone: {why}")
         for future in (ready, *self._born.values()):

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from edgeward.core import clock
+from edgeward.core.backoff import backoff
 from edgeward.core.blobfetch import ANSWER, Ask, BlobFetch, decoded
 from edgeward.core.blobs import BundleAsk, BundleTold, Target, hex_of
 from edgeward.core.errors import EdgewardError, Invalid, Refused, Unreachable, from_problem
@@ -188,10 +189,9 @@ class Stock:
                 self._say(want, Missing(phase, f"its {want.kind}: {e}"))
             except OSError as e:
                 self._say(want, Missing("Degraded", f"its {want.kind} cannot be kept: {e.strerror or e}"))
-            pause = min(_LONGEST, _BACK_OFF * 2**tries)
             tries += 1
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
+                async with asyncio.timeout(backoff(tries, _BACK_OFF, _LONGEST)):
                     await self._hurry.wait()
         self._missing.pop(want, None)
         self._tasks.pop(want, None)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from edgeward.core.backoff import backoff
 from edgeward.core.invocation import HOPS, CallFailed, Event
 from edgeward.core.quantity import parse_duration
 from edgeward.core.topics import filters, is_own, to_topic
@@ -217,10 +218,10 @@ def after(plan: Taking, item: Item, error: CallFailed, together: int) -> Literal
     return "dead" if error.status == 413 or item.tries > plan.retries else "again"
 
 
-def pause(backoff: float, tries: int, mark: str) -> float:
+def pause(first: float, tries: int, mark: str) -> float:
     """Seconds until the next try: twice as long each time, by a share that belongs to the message (``mark``)."""
     share = zlib.crc32(f"{mark} {tries}".encode()) / 2**32
-    return min(LONGEST, backoff * 2.0 ** min(tries - 1, 30)) * (0.75 + share / 2)
+    return backoff(tries, first, LONGEST) * (0.75 + share / 2)
 
 
 def cut(ready: Sequence[Item], plan: Taking, now: float) -> tuple[int, float]:

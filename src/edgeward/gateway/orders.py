@@ -24,6 +24,7 @@ import msgspec
 from cryptography.hazmat.primitives import serialization
 
 from edgeward.core import clock
+from edgeward.core.backoff import backoff
 from edgeward.core.certs import key_pem, new_key
 from edgeward.core.errors import EdgewardError, Invalid, Refused, Unreachable
 from edgeward.core.files import ensure_dir, read_json, write_json
@@ -277,7 +278,7 @@ class Orders:
             made = await self._get(wish)
         except (EdgewardError, ssl.SSLError, OSError) as e:
             text = e.message if isinstance(e, EdgewardError) else str(e)
-            pause = min(RETRY_MOST, RETRY * 2.0 ** min(kept.failed, 12))
+            pause = backoff(kept.failed + 1, RETRY, RETRY_MOST)
             if isinstance(e, acme.Limited):
                 pause = max(pause, e.wait)
             self._keep(at, msgspec.structs.replace(kept, after=now + pause, failed=kept.failed + 1, why=text))

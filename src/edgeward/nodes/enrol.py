@@ -23,6 +23,7 @@ import msgspec
 from msgspec import Meta
 
 from edgeward.core.b64url import b64, unb64
+from edgeward.core.backoff import backoff
 from edgeward.core.errors import Forbidden, Invalid, NotFound, Refused
 from edgeward.core.nkeys import KeyPair, verify
 
@@ -397,4 +398,4 @@ def next_step(s: Standing, now: float, spread: float) -> tuple[Literal["wait", "
 
 
 def _backoff(failed: int, most: float, spread: float) -> float:
-    return min(RETRY_FIRST * 2.0 ** min(failed - 1, 20), most) * (0.5 + spread / 2)
+    return backoff(failed, RETRY_FIRST, most) * (0.5 + spread / 2)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from edgeward.core.backoff import backoff
 from edgeward.core.blobs import hex_of
 from edgeward.core.errors import EdgewardError, Invalid, Refused, Unreachable
 from edgeward.core.files import ensure_dir, write_atomic
@@ -146,10 +147,9 @@ class Images:
                 self._say(version, f"its image: {e}")
             except OSError as e:
                 self._say(version, f"its image cannot be kept: {e.strerror or e}")
-            pause = min(_LONGEST, _BACK_OFF * 2**tries)
             tries += 1
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
+                async with asyncio.timeout(backoff(tries, _BACK_OFF, _LONGEST)):
                     await self._hurry.wait()
         self._notes[version] = note
         for known in (self._wants, self._why, self._tasks):

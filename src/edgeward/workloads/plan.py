@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import msgspec
 
+from edgeward.core.backoff import backoff
+
 
 class Rules(msgspec.Struct, frozen=True):
     """The numbers of the spec that matter here, in seconds."""
@@ -136,7 +138,7 @@ def slot_key(version: str, slot: int) -> str:
 
 def delay_after(restarts: int, rules: Rules) -> float:
     """The pause before the next start after ``restarts`` failures in a row (seconds)."""
-    return min(rules.backoff_max, rules.backoff * 2 ** min(restarts - 1, 20)) if restarts > 0 else 0.0
+    return backoff(restarts, rules.backoff, rules.backoff_max) if restarts > 0 else 0.0
 
 
 def plan(
