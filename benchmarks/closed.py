@@ -2,8 +2,8 @@
 
 Each node is a network namespace, sites reach one another over their links (``between: open``), and the lab counts every
 packet between nodes of different sites, whatever becomes of it. The baseline is the same system a moment later with
-``scope: any``: endpoints are still those of the site, as in every system that prunes them, but nothing is enforced.
-Needs root, nft and iproute2.
+``scope: any``: nothing is enforced, so whoever knows an address gets through, and requests that go to all instances in
+turn stay in their site as chance has it. Needs root, nft and iproute2.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from urllib.parse import urlsplit
 from benchmarks.common import PYTHON, Row, System, percentile, row, system, wait
 
 SITES, NODES, REQUESTS = ("berlin", "bonn", "rome"), 3, 10_000
-#: Direct requests of an instance of the same site, for what the rules cost.
-DIRECT = 3000
+#: Direct requests of an instance of the same site, for what the rules cost; rounds over all instances in turn.
+DIRECT, ROUNDS = 3000, 20
+#: It listens on all addresses: each node is a network namespace of its own, which has none but the lab's, and what
+#: listened on loopback alone nobody could dial, with rules or without.
 _SERVER = """
 import http.server, os
 class Web(http.server.BaseHTTPRequestHandler):
@@ -37,7 +39,8 @@ class Web(http.server.BaseHTTPRequestHandler):
         pass
 http.server.ThreadingHTTPServer(("0.0.0.0", int(os.environ["PORT"])), Web).serve_forever()
 """
-#: In a node's namespace: dials each place and prints how many answered, or asks one place and prints each time in ms.
+#: In a node's namespace: dials each place and prints how many answered, asks them in turn and prints who answered, or
+#: asks one place and prints each time in ms.
 _DIAL = """
 import http.client, socket, sys, time
 if sys.argv[1] == "dial":
@@ -50,6 +53,12 @@ if sys.argv[1] == "dial":
         except OSError:
             pass
     print(found)
+elif sys.argv[1] == "turn":
+    for place in sys.argv[2:]:
+        c = http.client.HTTPConnection(place, timeout=30)
+        c.request("GET", "/")
+        print(c.getresponse().read().decode())
+        c.close()
 else:
     c = http.client.HTTPConnection(sys.argv[2], timeout=30)
     for _ in range(int(sys.argv[3])):
@@ -113,23 +122,45 @@ class _Lab:
         argv = ["nsenter", f"--net=/proc/{self.nodes[node]['pids']['agent']}/ns/net", "--", PYTHON, "-c", _DIAL, *args]
         return subprocess.run(argv, capture_output=True, text=True, timeout=300, check=True).stdout
 
-    def between(self) -> int:
-        """Packets from site to site so far, whatever became of them."""
+    def between(self) -> dict[str, int]:
+        """Packets from a node to one of another site so far (``A>B``), whatever became of them."""
         pairs = self.running.lab("status")["counters"]["pairs"]
-        return sum(c["packets"] + c["cut"] + c["lost"] + c["overflowed"] for c in pairs.values())
+        return {k: c["packets"] + c["cut"] + c["lost"] + c["overflowed"] for k, c in pairs.items()}
 
-    def dial_others(self) -> int:
-        """Every node dials every instance of other sites; how many answered."""
-        places = self.places()
-        return sum(
-            int(self.inside(n, "dial", *(p for m, p in places.items() if m.split("-")[0] != n.split("-")[0])))
-            for n in self.nodes
-        )
+    def crossed(self, before: dict[str, int]) -> tuple[int, int]:
+        """Since then: packets between sites, and the pairs of nodes between which there were some."""
+        since = [n - before.get(k, 0) for k, n in self.between().items()]
+        return sum(since), sum(n > 0 for n in since)
+
+    def dial(self) -> tuple[int, int]:
+        """Every node dials every instance; how many of its own site answered, and how many of others."""
+        own = others = 0
+        for node in self.nodes:
+            mine = {m: p for m, p in self.places().items() if _site(m) == _site(node)}
+            own += int(self.inside(node, "dial", *mine.values()))
+            others += int(self.inside(node, "dial", *(p for m, p in self.places().items() if m not in mine)))
+        return own, others
+
+    def in_turn(self) -> list[bool]:
+        """Every node asks all instances in turn, past the gateways: which answers are its own site's."""
+        return [
+            site == _site(node)
+            for node in self.nodes
+            for site in self.inside(node, "turn", *[*self.places().values()] * ROUNDS).split()
+        ]
 
     def direct(self) -> float:
         """Median of a request of a node to an instance of its own site, in ms."""
         place = self.places()["berlin-2"]
         return percentile([float(x) for x in self.inside("berlin-1", "ask", place, str(DIRECT)).split()], 50)
+
+
+def _site(node: str) -> str:
+    return node.partition("-")[0]
+
+
+def _percent(part: float, whole: float) -> float:
+    return 100 * part / whole
 
 
 def closed() -> list[Row]:
@@ -149,43 +180,57 @@ def closed() -> list[Row]:
 
 def _answers(lab: _Lab, node: str) -> bool:
     try:
-        return lab.ask(node, 1) == [node.split("-")[0]]
+        return lab.ask(node, 1) == [_site(node)]
     except (OSError, http.client.HTTPException):
         return False
 
 
 def _measure(lab: _Lab) -> list[Row]:
     lab.declare()
+    pairs, inside = len(lab.nodes) ** 2, len(lab.nodes) * NODES
     wait(lambda: set(lab.places()) == set(lab.nodes), 120)
     wait(lambda: lab.status().get("enforced") is True, 60)
     for node in lab.nodes:
         wait(lambda node=node: set(lab.places(node)) == set(lab.nodes), 60)
         wait(lambda node=node: _answers(lab, node), 60)
-    wait(lambda: lab.dial_others() == 0, 60)
+    wait(lambda: lab.dial() == (inside, 0), 60)
     before = lab.between()
     each = -(-REQUESTS // len(lab.nodes))
     began = time.monotonic()
     with ThreadPoolExecutor(len(lab.nodes)) as pool:
         answers = dict(zip(lab.nodes, pool.map(lambda n: lab.ask(n, each), lab.nodes), strict=True))
     took = time.monotonic() - began
-    strange = sum(site != node.split("-")[0] for node, got in answers.items() for site in got)
-    reached = lab.dial_others()
-    packets = lab.between() - before
+    at_home = sum(site == _site(node) for node, got in answers.items() for site in got)
+    own, others = lab.dial()
+    packets, crossed = lab.crossed(before)
     with_rules = lab.direct()
     lab.service("any")
-    wait(lambda: lab.dial_others() > 0, 60)
-    count = lab.between()
-    open_reached = lab.dial_others()
-    open_packets = lab.between() - count
+    wait(lambda: lab.dial()[1] == pairs - inside, 60)
+    before = lab.between()
+    open_own, open_others = lab.dial()
+    open_packets, open_crossed = lab.crossed(before)
+    turns = lab.in_turn()
     without = lab.direct()
-    total, dials = each * len(lab.nodes), len(lab.nodes) * NODES * (len(SITES) - 1)
-    print(f"closed: {total} requests in {took:.1f} s", file=sys.stderr, flush=True)
-    what = f"closed traffic, 3 sites of 3 nodes, {total:,} requests and {dials} dials of other sites' instances"
-    base = "the same dials with scope: any"
+    total = each * len(lab.nodes)
+    print(
+        f"closed: {total} requests in {took:.1f} s; packets between sites: {packets}, with scope: any {open_packets}",
+        file=sys.stderr,
+        flush=True,
+    )
+    what = f"closed traffic, 3 sites of 3 nodes, {total:,} requests and {pairs} dials"
     return [
-        row(f"{what}: packets from site to site", packets, "packets", 0, base=(base, open_packets)),
-        row(f"{what}: dials that came through", reached, "dials", 0, base=(base, open_reached)),
-        row(f"{what}: requests answered by another site or not at all", strange, "requests", 0, base=None),
+        row(
+            f"{what}: pairs of nodes between which no packet left the site", _percent(pairs - crossed, pairs), "%", 100,
+            less=False, base=("the same dials with scope: any", _percent(pairs - open_crossed, pairs)),
+        ),
+        row(
+            f"{what}: dials that came through and were of their own site", _percent(own, own + others), "%", 100,
+            less=False, base=("the same dials with scope: any", _percent(open_own, open_own + open_others)),
+        ),
+        row(
+            f"{what}: requests answered by their own site", _percent(at_home, total), "%", 100, less=False,
+            base=("scope: any, all instances in turn", _percent(sum(turns), len(turns))),
+        ),
         row(
             "closed traffic: a request to an instance of the same site, past the rules, p50",
             with_rules, "ms", without * 1.25, base=("without rules", without),

@@ -1,7 +1,8 @@
 """A hundred simulated nodes on a real hub get a version that seven of them do not bear: how far does it come?
 
 The nodes are the node's own side of the conversation (:mod:`benchmarks.fleet`) and decide as real ones do, by
-``workloads/release.py``. The baseline is the same change without a Rollout, and a version that all of them bear.
+``workloads/release.py``. The baseline is the same change without a Rollout: of the version that seven do not bear, and
+of one that all of them do.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ class Box:
     sim: SimNode
     bears: bool = True
     runs: tuple[int, str] = (0, "")
-    #: Every version that was begun here.
-    had: set[str] = field(default_factory=set)
+    #: Every version that was begun here, and when; when another one took its place.
+    began: dict[str, float] = field(default_factory=dict)
+    left: dict[str, float] = field(default_factory=dict)
 
     def follow(self) -> None:
         """Looks at what it holds after each sync."""
@@ -50,8 +52,9 @@ class Box:
         if app is None or app.stored is None:
             return
         generation, version = self._chosen(app, rollout)
+        if version != self.runs[1]:
+            self.began[version] = self.left[self.runs[1]] = time.monotonic()
         self.runs = (generation, version)
-        self.had.add(version)
         status: dict[str, Any] = {"phase": "Running", "observedGeneration": generation, "version": version}
         if version.startswith("bad") and not self.bears:
             status |= {"phase": "Degraded", "takenBack": version, "wanted": version, "message": "it ended by itself"}
@@ -109,26 +112,34 @@ class Trial:
         found: dict[str, Any] = doc["status"]
         return found
 
-    async def until(self, phase: str) -> float:
+    async def until(self, phase: str) -> None:
         began = time.monotonic()
         while (await self.status()).get("phase") != phase:
             if time.monotonic() - began > 120:
                 raise TimeoutError(f"not {phase}: {await self.status()}")
             await asyncio.sleep(0.1)  # the pace of looking
-        return time.monotonic() - began
 
     async def everywhere(self, version: str) -> float:
         began = time.monotonic()
         while any(b.runs[1] != version for b in self.boxes):
             if time.monotonic() - began > 120:
                 raise TimeoutError(f"not everywhere: {version}")
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # the pace of looking
         return time.monotonic() - began
 
-    def had(self, version: str) -> tuple[int, int]:
-        """Nodes that ever began a version, and those of them that do not bear it."""
-        got = [b for b in self.boxes if version in b.had]
-        return len(got), sum(not b.bears for b in got)
+    def harmed(self, version: str) -> int:
+        """Nodes that ever began a version and do not bear it."""
+        return sum(version in b.began and not b.bears for b in self.boxes)
+
+    def harm(self, version: str) -> float:
+        """Seconds from the first node that began a version and does not bear it until nobody had it any more."""
+        had = [b for b in self.boxes if version in b.began]
+        return max(b.left[version] for b in had) - min(b.began[version] for b in had if not b.bears)
+
+
+def most(before: dict[str, int], now: dict[str, int]) -> float:
+    """The kilobytes that the node got which got most."""
+    return max(now[n] - before[n] for n in now) / 1000
 
 
 async def _measure() -> list[Row]:
@@ -140,9 +151,10 @@ async def _measure() -> list[Row]:
         await trial.everywhere("1")
         await trial.declare("bad-alone")
         plain = await trial.everywhere("bad-alone")
-        alone = trial.had("bad-alone")[1]
+        down = fleet.bytes_down()
         await trial.declare("2")
         await trial.everywhere("2")
+        plain_cost = most(down, fleet.bytes_down())
 
         spec = {
             "targets": [{"kind": "App", "name": "web"}],
@@ -154,8 +166,7 @@ async def _measure() -> list[Row]:
         await trial.until("Succeeded")
         await trial.declare("bad-rolled")
         await trial.until("RolledBack")
-        back = await trial.everywhere("2")
-        harmed = trial.had("bad-rolled")[1]
+        await trial.everywhere("2")
 
         down = fleet.bytes_down()
         began = time.monotonic()
@@ -163,20 +174,25 @@ async def _measure() -> list[Row]:
         await trial.everywhere("3")
         await trial.until("Succeeded")
         whole = time.monotonic() - began
-        now = fleet.bytes_down()
-        cost = max(now[n] - down[n] for n in now) / 1000
+        cost = most(down, fleet.bytes_down())
     what = f"rollout, {NODES} nodes, batch {BATCH}"
     return [
         row(
             f"{what}: nodes harmed by a version that {FAULTY} do not bear",
-            harmed,
+            trial.harmed("bad-rolled"),
             "nodes",
             BATCH,
-            base=("no Rollout", alone),
+            base=("no Rollout", trial.harmed("bad-alone")),
         ),
-        row(f"{what}: everybody at the baseline again after it is said", back, "s", 5.0, base=None),
+        row(
+            f"{what}: from the first node that does not bear it to all at the baseline",
+            trial.harm("bad-rolled"),
+            "s",
+            5.0,
+            base=("no Rollout, the version before declared as soon as all have it", trial.harm("bad-alone")),
+        ),
         row(f"{what}: a good version everywhere, health window 1 s", whole, "s", 60.0, base=("no Rollout", plain)),
-        row(f"{what}: bytes to a node for a whole run, most", cost, "kB", 200.0, base=None),
+        row(f"{what}: bytes to a node for a whole run, most", cost, "kB", 200.0, base=("no Rollout", plain_cost)),
     ]
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,14 +23,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.common import PYTHON, Row, free_ports, percentile, row, system, wait
+from benchmarks.common import PYTHON, Row, free_ports, percentile, process_tree, row, system, wait
+from edgeward.core.daemon import memory_mb
 
 ROUNDS = int(os.environ.get("EDGEWARD_BENCH_RUNS", "3"))
 SMALL = 200
 BULK = {"direct": 256 << 20, "4g": 6 << 20}
-_SSHD = "/usr/sbin/sshd"
+_SSHD, _TWO_HOPS = "/usr/sbin/sshd", "ssh -R -L"
+#: Streams that nobody reads, and what each is asked for; seconds of a cut.
+STALLED, MUCH, CUT = 64, 64 << 20, 5.0
 
 
 # -- the origin ------------------------------------------------------------------------------------------------------
@@ -93,12 +98,16 @@ def origin(port: int) -> None:
 
 
 def relay(profile: str, port: int, to: int) -> None:
-    """The lab's own relay, for ssh."""
+    """The lab's own relay, for ssh; SIGUSR1 cuts its link, SIGUSR2 heals it."""
     from edgeward.lab.links import BUILTIN
     from edgeward.lab.relay import Relay
 
     async def main() -> None:
-        await Relay(("127.0.0.1", to), BUILTIN[profile], port=port).open()
+        way = Relay(("127.0.0.1", to), BUILTIN[profile], port=port)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR1, way.cut)
+        loop.add_signal_handler(signal.SIGUSR2, way.heal)
+        await way.open()
         await asyncio.Event().wait()
 
     _uvloop(main)
@@ -140,7 +149,7 @@ async def during(port: int, size: int, pace: float) -> tuple[float, list[float]]
     """Small requests on a connection of their own while a bulk one runs: bytes per second, seconds each."""
     done = asyncio.Event()
     small = asyncio.ensure_future(_small(port, done, pace))
-    await asyncio.sleep(0.2)  # it has begun
+    await asyncio.sleep(0.2)  # what is measured: some requests before the bulk, too
     rate = await _bulk(port, size)
     done.set()
     return rate, await small
@@ -164,9 +173,9 @@ async def active(port: int, n: int, requests: int, stalled: int) -> list[float]:
     held = []
     for _ in range(stalled):
         _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
-        writer.write(b"B%d;" % (64 << 20))
+        writer.write(b"B%d;" % MUCH)
         held.append(writer)
-    await asyncio.sleep(0.5)  # they are stalled now
+    await asyncio.sleep(0.5)  # their buffers fill
 
     async def one() -> list[float]:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -222,21 +231,19 @@ def child(*argv: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _listens(port: int) -> bool:
-    import socket
-
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
     return False
 
 
 @contextmanager
-def _helper(what: str, *args: Any) -> Iterator[None]:
+def _helper(what: str, *args: Any) -> Iterator[subprocess.Popen[bytes]]:
     root = str(Path(__file__).parents[1])
     code = f"import sys; sys.path.insert(0, {root!r}); from benchmarks import tunnel; tunnel.{what}(*{args!r})"
     port = args[0] if what == "origin" else args[1]
-    with child(PYTHON, "-c", code):
+    with child(PYTHON, "-c", code) as process:
         wait(lambda: _listens(port))
-        yield
+        yield process
 
 
 def _key(folder: Path, name: str) -> Path:
@@ -245,9 +252,21 @@ def _key(folder: Path, name: str) -> Path:
     return path
 
 
+class Ssh(NamedTuple):
+    """``ports``: of ``-R`` at the hub's machine, and of ``-R`` with ``-L`` at the operator's. ``relay``: its link,
+    if it has one."""
+
+    ports: dict[str, int]
+    server: subprocess.Popen[bytes]
+    clients: list[subprocess.Popen[bytes]]
+    relay: subprocess.Popen[bytes] | None
+
+    def pids(self) -> list[int]:
+        return [*process_tree(self.server.pid), *(c.pid for c in self.clients)]
+
+
 @contextmanager
-def ssh(folder: Path, link: str, origin_port: int) -> Iterator[dict[str, int]]:
-    """Ports of ``-R`` at the hub's machine, and of ``-R`` with ``-L`` at the operator's."""
+def ssh(folder: Path, link: str, origin_port: int) -> Iterator[Ssh]:
     sshd_port, way, back, there = free_ports(4)
     host, user = _key(folder, "host"), _key(folder, "user")
     shutil.copy(f"{user}.pub", folder / "authorized")
@@ -263,18 +282,17 @@ def ssh(folder: Path, link: str, origin_port: int) -> Iterator[dict[str, int]]:
     common += ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
     common += ["-o", "ExitOnForwardFailure=yes", "-c", "aes128-gcm@openssh.com", "127.0.0.1"]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(child(_SSHD, "-D", "-e", "-f", str(config), stderr=subprocess.DEVNULL))
+        server = stack.enter_context(child(_SSHD, "-D", "-e", "-f", str(config), stderr=subprocess.DEVNULL))
         wait(lambda: _listens(sshd_port))
-        if link != "direct":
-            stack.enter_context(_helper("relay", link, way, sshd_port))
-        port = sshd_port if link == "direct" else way
+        relayed = None if link == "direct" else stack.enter_context(_helper("relay", link, way, sshd_port))
+        port = sshd_port if relayed is None else way
         node = [*common, "-p", str(port), "-R", f"127.0.0.1:{back}:127.0.0.1:{origin_port}"]
-        stack.enter_context(child(*node, stdin=subprocess.DEVNULL))
+        clients = [stack.enter_context(child(*node, stdin=subprocess.DEVNULL))]
         wait(lambda: _listens(back))
         operator = [*common, "-p", str(sshd_port), "-L", f"127.0.0.1:{there}:127.0.0.1:{back}"]
-        stack.enter_context(child(*operator, stdin=subprocess.DEVNULL))
+        clients.append(stack.enter_context(child(*operator, stdin=subprocess.DEVNULL)))
         wait(lambda: _listens(there))
-        yield {"ssh -R": back, "ssh -R -L": there}
+        yield Ssh({"ssh -R": back, _TWO_HOPS: there}, server, clients, relayed)
 
 
 @contextmanager
@@ -291,76 +309,82 @@ def ours(folder: Path, link: str, origin_port: int) -> Iterator[tuple[Any, int]]
             yield running, int(line.rsplit(":", 1)[1])
 
 
-def compare(link: str) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """Medians by way; and of ours what stalled streams do."""
+def compare(link: str) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Medians by way; and what stalled streams do, or a cut, to ours and to ssh's of as many hops."""
     got: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="edgeward-bench-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         (port,) = free_ports(1)
         stack.enter_context(_helper("origin", port))
-        ways = dict(stack.enter_context(ssh(folder, link, port))) if Path(_SSHD).exists() else {}
-        running, ways["edgeward"] = stack.enter_context(ours(folder, link, port))
+        peer = stack.enter_context(ssh(folder, link, port)) if Path(_SSHD).exists() else None
+        running, own = stack.enter_context(ours(folder, link, port))
+        ways = {**(peer.ports if peer is not None else {}), "edgeward": own}
         for _ in range(ROUNDS):
             for way, at in ways.items():
                 got.setdefault(way, []).append(measure(at, link))
-        more: dict[str, Any] = {}
-        if link == "direct":
-            more = stalled(running, ways["edgeward"])
-        else:
-            more = {"resume": percentile([resumed(running, ways["edgeward"]) for _ in range(ROUNDS)], 50)}
-    median: Callable[[list[float]], float] = lambda v: percentile(sorted(v), 50)  # noqa: E731
-    return {w: {k: median([r[k] for r in rs]) for k in rs[0]} for w, rs in got.items()}, more
+        more = stalled(running, own, peer) if link == "direct" else through_a_cut(running, own, peer)
+    return {w: {k: percentile([r[k] for r in rs], 50) for k in rs[0]} for w, rs in got.items()}, more
 
 
-def stalled(running: Any, port: int) -> dict[str, float]:
+def stalled(running: Any, port: int, peer: Ssh | None) -> dict[str, float]:
     def p99(n: int) -> float:
         return percentile(_uvloop(lambda: active(port, 50, 60, n)), 99) * 1e3
 
     p99(0)
-    alone = [p99(0) for _ in range(ROUNDS)]
-    beside = [p99(1) for _ in range(ROUNDS)]
-    return {"alone": percentile(alone, 50), "beside": percentile(beside, 50), "memory": held(running, port, 64)}
-
-
-def held(running: Any, port: int, n: int) -> float:
-    """MiB that the hub, or the agent if that takes more, holds for each of ``n`` streams that nobody reads."""
-    import json
-    import socket
-
-    from edgeward.core.daemon import memory_mb
-
+    alone, beside = zip(*((p99(0), p99(1)) for _ in range(ROUNDS)), strict=True)  # in turns
     files = (running.data / "hub" / "run.json", running.data / "nodes" / "plant-1" / "run.json")
-    pids = [json.loads(f.read_text())["pid"] for f in files]
+    found = {"alone": percentile([*alone], 50), "beside": percentile([*beside], 50)}
+    found["memory"] = held([json.loads(f.read_text())["pid"] for f in files], port)
+    if peer is not None:
+        found["peer_memory"] = held(peer.pids(), peer.ports[_TWO_HOPS])
+    return found
+
+
+def held(pids: list[int], port: int) -> float:
+    """MiB that the process that takes most holds for each stream that nobody reads."""
     before = [memory_mb(p) for p in pids]
     sockets = []
     try:
-        for _ in range(n):
+        for _ in range(STALLED):
             s = socket.create_connection(("127.0.0.1", port))
             s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            s.sendall(b"B%d;" % (64 << 20))
+            s.sendall(b"B%d;" % MUCH)
             sockets.append(s)
-        time.sleep(5)  # all have sent what they may
-        return max((memory_mb(p) - b) / n for p, b in zip(pids, before, strict=True))
+        time.sleep(5)  # what is measured: all have sent what they may, and nobody reads
+        return max((memory_mb(p) - b) / STALLED for p, b in zip(pids, before, strict=True))
     finally:
         for s in sockets:
             s.close()
 
 
-def resumed(running: Any, port: int) -> float:
-    """Seconds from the end of a cut of five seconds until a connection that was open before is answered."""
-    import socket
+def through_a_cut(running: Any, port: int, peer: Ssh | None) -> dict[str, float]:
+    """Medians of how soon an open connection goes on."""
+    mine = [resumed(port, lambda verb: running.lab(verb, site="plant")) for _ in range(ROUNDS)]
+    found = {"resume": percentile(mine, 50)}
+    if peer is not None and (way := peer.relay) is not None:
+        signals = {"cut": signal.SIGUSR1, "heal": signal.SIGUSR2}
+        theirs = [resumed(peer.ports[_TWO_HOPS], lambda verb: way.send_signal(signals[verb])) for _ in range(ROUNDS)]
+        found["peer_resume"] = percentile(theirs, 50)
+    return found
 
+
+def resumed(port: int, link: Callable[[str], object]) -> float:
+    """Seconds from the end of a cut until a connection that was open before is answered. ``link``: takes cut, heal."""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
         s.sendall(b"S")
         s.recv(SMALL, socket.MSG_WAITALL)
-        running.lab("cut", site="plant")
+        link("cut")
         s.sendall(b"S")
-        time.sleep(5)
-        running.lab("heal", site="plant")
+        time.sleep(CUT)  # what is measured
+        link("heal")
         began = time.monotonic()
         if len(s.recv(SMALL, socket.MSG_WAITALL)) != SMALL:
             raise ConnectionError("the connection did not go on")
         return time.monotonic() - began
+
+
+def _peer(more: dict[str, float], what: str) -> tuple[str, float] | None:
+    return (_TWO_HOPS, more[what]) if what in more else None
 
 
 def tunnel() -> list[Row]:
@@ -386,11 +410,23 @@ def tunnel() -> list[Row]:
                     )
                 )
         if "resume" in more:
-            rows.append(row("tunnel: a connection goes on after a cut of 5 s, 4g", more["resume"], "s", 3, base=None))
-        if "alone" in more:
-            rows.append(row("tunnel: memory of a stalled stream", more["memory"], "MiB", 1, base=None))
-            rise = (more["beside"] / more["alone"] - 1) * 100
-            rows.append(row("tunnel: rise of the p99 of 50 active streams by 1 stalled one", rise, "%", 20, base=None))
+            rows.append(
+                row(
+                    f"tunnel: a connection goes on after a cut of {CUT:g} s, 4g", more["resume"], "s", 3,
+                    base=_peer(more, "peer_resume"),
+                )
+            )  # fmt: skip
+        else:
+            rows += [
+                row(
+                    f"tunnel: memory of a stalled stream, {STALLED} of them", more["memory"], "MiB", 1,
+                    base=_peer(more, "peer_memory"),
+                ),
+                row(
+                    "tunnel: p99 of 50 active streams beside a stalled one", more["beside"], "ms", more["alone"] * 1.2,
+                    base=("without the stalled one", more["alone"]),
+                ),
+            ]  # fmt: skip
     return rows
 
 
